@@ -1,0 +1,158 @@
+//! What happens to one block request between its arrival and its status byte.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use virtio_bindings::virtio_blk::VIRTIO_BLK_S_OK;
+
+use super::options::SERIAL_LEN;
+use super::request::{Header, IOERR, KINDS, Kind, Limits, Refusal, Segment, UNSUPP};
+use crate::guest_io::GuestIo;
+use crate::queue::Chain;
+use crate::storage::{Progress, Storage};
+use crate::worker::{Handler, Io, Outcome, Step};
+
+/// Serves the requests of one queue from a storage.
+pub(crate) struct BlockHandler<S> {
+    pub(crate) storage: S,
+    pub(crate) limits: Limits,
+    pub(crate) serial: [u8; SERIAL_LEN],
+    /// Cleared: every write is durable before it is answered.
+    pub(crate) writeback: Arc<AtomicBool>,
+    pub(crate) name: String,
+}
+
+/// A block request in flight.
+pub(crate) struct Request<O> {
+    kind: Kind,
+    /// The last writable byte of the chain.
+    status: GuestIo,
+    /// Payload bytes.
+    len: u64,
+    op: O,
+    segments: Vec<Segment>,
+    next_segment: usize,
+}
+
+impl<O: Default> Default for Request<O> {
+    fn default() -> Self {
+        Self {
+            kind: Kind::Other,
+            status: GuestIo::default(),
+            len: 0,
+            op: O::default(),
+            segments: Vec::new(),
+            next_segment: 0,
+        }
+    }
+}
+
+impl<S: Storage> BlockHandler<S> {
+    fn begin(&mut self, chain: &mut Chain, request: &mut Request<S::Op>, io: &mut Io<'_>) -> Result<Progress, Refusal> {
+        request.kind = Kind::Other;
+        request.len = 0;
+        if chain.unmapped {
+            return Err(IOERR);
+        }
+        let header = Header::take(&mut chain.readable).ok_or(IOERR)?;
+        request.kind = header.kind;
+        if self.limits.readonly && matches!(header.kind, Kind::Write | Kind::Discard | Kind::WriteZeroes) {
+            return Err(IOERR);
+        }
+        Ok(match header.kind {
+            Kind::Read => {
+                request.len = chain.writable.len();
+                let offset = self.limits.transfer(header.sector, request.len)?;
+                self.storage.read(&mut request.op, offset, &mut chain.writable, io)
+            }
+            Kind::Write => {
+                request.len = chain.readable.len();
+                let offset = self.limits.transfer(header.sector, request.len)?;
+                let durable = !self.writeback.load(Ordering::Relaxed);
+                self.storage.write(&mut request.op, offset, &mut chain.readable, durable, io)
+            }
+            Kind::Flush => self.storage.flush(&mut request.op, io),
+            Kind::Discard if !self.limits.discard => return Err(UNSUPP),
+            Kind::WriteZeroes if !self.limits.write_zeroes => return Err(UNSUPP),
+            Kind::Discard | Kind::WriteZeroes => {
+                self.limits.segments(header.kind, &mut chain.readable, &mut request.segments)?;
+                request.next_segment = 0;
+                self.next_segments(request, io)
+            }
+            Kind::GetId => {
+                request.len = chain.writable.copy_from(&self.serial) as u64;
+                Progress::Done(Ok(()))
+            }
+            Kind::Other => return Err(UNSUPP),
+        })
+    }
+
+    /// Starts segments until one has to be waited for.
+    fn next_segments(&mut self, request: &mut Request<S::Op>, io: &mut Io<'_>) -> Progress {
+        let durable = !self.writeback.load(Ordering::Relaxed);
+        while let Some(&Segment { offset, len, unmap }) = request.segments.get(request.next_segment) {
+            request.next_segment += 1;
+            let progress = if request.kind == Kind::Discard {
+                self.storage.discard(&mut request.op, offset, len, durable, io)
+            } else {
+                self.storage.write_zeroes(&mut request.op, offset, len, unmap, durable, io)
+            };
+            match progress {
+                Progress::Done(Ok(())) => request.len += len,
+                other => return other,
+            }
+        }
+        Progress::Done(Ok(()))
+    }
+
+    fn step(&self, chain: &Chain, request: &Request<S::Op>, progress: Result<Progress, Refusal>) -> Step {
+        let status = match progress {
+            Ok(Progress::Pending) => return Step::Pending,
+            Ok(Progress::Done(Ok(()))) => VIRTIO_BLK_S_OK as u8,
+            Ok(Progress::Done(Err(error))) => {
+                self.report(request.kind, &error);
+                IOERR.0
+            }
+            Err(Refusal(status)) => {
+                tracing::debug!(disk = %self.name, head = chain.head, kind = ?request.kind, status, "request refused");
+                status
+            }
+        };
+        request.status.copy_from(&[status]);
+        let ok = status == VIRTIO_BLK_S_OK as u8;
+        // The used length counts from the first writable byte on: data that was not read is not claimed.
+        let read = if ok && matches!(request.kind, Kind::Read | Kind::GetId) { request.len } else { 0 };
+        let written = u32::try_from(read + 1).unwrap_or(u32::MAX);
+        Step::Done(Outcome { op: request.kind as usize, written, bytes: request.len, ok })
+    }
+
+    #[cold]
+    fn report(&self, kind: Kind, error: &io::Error) {
+        tracing::warn!(disk = %self.name, kind = KINDS[kind as usize], %error, "the host failed a request");
+    }
+}
+
+impl<S: Storage> Handler for BlockHandler<S> {
+    type Request = Request<S::Op>;
+
+    const OPS: &'static [&'static str] = KINDS;
+
+    fn start(&mut self, chain: &mut Chain, request: &mut Self::Request, io: &mut Io<'_>) -> Step {
+        if !chain.writable.split_back(1, &mut request.status) {
+            return Step::Fault("no room for a status");
+        }
+        let progress = self.begin(chain, request, io);
+        self.step(chain, request, progress)
+    }
+
+    fn resume(&mut self, chain: &mut Chain, request: &mut Self::Request, result: i32, io: &mut Io<'_>) -> Step {
+        let data = if request.kind == Kind::Read { &mut chain.writable } else { &mut chain.readable };
+        let mut progress = self.storage.resume(&mut request.op, data, result, io);
+        if let (Progress::Done(Ok(())), Kind::Discard | Kind::WriteZeroes) = (&progress, request.kind) {
+            request.len += request.segments[request.next_segment - 1].len;
+            progress = self.next_segments(request, io);
+        }
+        self.step(chain, request, Ok(progress))
+    }
+}

@@ -1,0 +1,192 @@
+//! The block device (virtio 1.3, section 5.2): features, configuration space and the start and stop of its queues.
+
+mod config;
+mod handler;
+pub mod options;
+pub mod request;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
+    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
+};
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+
+use crate::device::{Device, DeviceError, DeviceInfo, QueueParts, QueueState};
+use crate::queue::RING_FEATURES;
+use crate::queues::Queues;
+use crate::reactor::ReactorPool;
+use crate::ring::MAX_PIECES;
+use crate::stats::DeviceStats;
+use crate::storage::Storage;
+use config::{CONFIG_LEN, WRITEBACK};
+use handler::BlockHandler;
+use options::{Backing, SERIAL_LEN};
+pub use options::{BlockOptions, OpenError, StorageKind};
+use request::{KINDS, Limits, SECTOR};
+
+/// Most sectors of a discard or write-zeroes segment: 2 GiB, so that one request can't hold a queue for long.
+const MAX_SEGMENT_SECTORS: u32 = 1 << 22;
+/// Most segments of a discard or write-zeroes request.
+const MAX_SEGMENTS: u32 = 32;
+
+/// A disk.
+pub struct BlockDevice {
+    info: DeviceInfo,
+    backing: Backing,
+    limits: Limits,
+    serial: [u8; SERIAL_LEN],
+    config: [u8; CONFIG_LEN],
+    features: u64,
+    writeback: Arc<AtomicBool>,
+    queues: Queues,
+}
+
+impl BlockDevice {
+    /// Opens a disk whose queues will be spread over the threads of `pool`.
+    ///
+    /// # Errors
+    /// Anything that is wrong with the options or the image, in one line.
+    pub fn open(name: &str, options: &BlockOptions, pool: &ReactorPool) -> Result<Self, OpenError> {
+        let backing = options.open()?;
+        let geometry = match &backing {
+            Backing::Raw(raw) => *raw.geometry(),
+            Backing::Null(null) => *null.geometry(),
+        };
+        let mut features = RING_FEATURES
+            | 1 << VIRTIO_BLK_F_SIZE_MAX
+            | 1 << VIRTIO_BLK_F_SEG_MAX
+            | 1 << VIRTIO_BLK_F_BLK_SIZE
+            | 1 << VIRTIO_BLK_F_FLUSH
+            | 1 << VIRTIO_BLK_F_TOPOLOGY
+            | 1 << VIRTIO_BLK_F_MQ;
+        if geometry.readonly {
+            features |= 1 << VIRTIO_BLK_F_RO;
+        } else {
+            features |= 1 << VIRTIO_BLK_F_CONFIG_WCE | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
+            features |= u64::from(geometry.discard) << VIRTIO_BLK_F_DISCARD;
+        }
+        let limits = Limits {
+            sectors: geometry.capacity / SECTOR,
+            readonly: geometry.readonly,
+            discard: false,
+            write_zeroes: false,
+            max_segment_sectors: MAX_SEGMENT_SECTORS,
+            max_segments: MAX_SEGMENTS,
+        };
+        // Header and status need a descriptor each, also in a driver that has no indirect ones.
+        let seg_max = u32::from(options.queue_size - 2).min(MAX_PIECES as u32);
+        let mut serial = [0; SERIAL_LEN];
+        let text = options.serial.as_deref().unwrap_or(name).as_bytes();
+        let len = text.len().min(SERIAL_LEN);
+        serial[..len].copy_from_slice(&text[..len]);
+        Ok(Self {
+            info: DeviceInfo {
+                device_type: VIRTIO_ID_BLOCK,
+                name: name.to_owned(),
+                features,
+                queue_sizes: vec![options.queue_size; usize::from(options.queues)],
+                config_len: CONFIG_LEN as u32,
+            },
+            backing,
+            limits,
+            serial,
+            config: config::config_space(&geometry, &limits, seg_max, options.queues),
+            features: 0,
+            writeback: Arc::new(AtomicBool::new(true)),
+            queues: Queues::new(name, usize::from(options.queues), KINDS, pool.clone()),
+        })
+    }
+
+    fn has(&self, feature: u32) -> bool {
+        self.features & 1 << feature != 0
+    }
+
+    /// Brings the cache mode in line with what was negotiated (section 5.2.5.2): write-through for a driver that can't
+    /// flush, else as the driver last said, else write-back.
+    fn update_cache_mode(&self) {
+        let chosen = !self.has(VIRTIO_BLK_F_CONFIG_WCE) || self.config[WRITEBACK] != 0;
+        self.writeback.store(self.has(VIRTIO_BLK_F_FLUSH) && chosen, Ordering::Relaxed);
+    }
+
+    fn handler<S>(&self, storage: S) -> BlockHandler<S> {
+        BlockHandler {
+            storage,
+            limits: self.limits,
+            serial: self.serial,
+            writeback: Arc::clone(&self.writeback),
+            name: self.info.name.clone(),
+        }
+    }
+}
+
+impl Device for BlockDevice {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn ack_features(&mut self, features: u64) -> Result<(), DeviceError> {
+        self.info.check_features(features)?;
+        self.features = features;
+        self.limits.discard = self.has(VIRTIO_BLK_F_DISCARD);
+        self.limits.write_zeroes = self.has(VIRTIO_BLK_F_WRITE_ZEROES);
+        self.update_cache_mode();
+        Ok(())
+    }
+
+    fn read_config(&self, offset: u32, data: &mut [u8]) {
+        crate::device::read_space(&self.config, offset, data);
+    }
+
+    fn write_config(&mut self, offset: u32, data: &[u8]) -> Result<(), DeviceError> {
+        let (WRITEBACK, &[value @ (0 | 1)], true) = (offset as usize, data, self.has(VIRTIO_BLK_F_CONFIG_WCE)) else {
+            return Err(DeviceError::Config { device: self.info.name.clone(), offset, len: data.len() });
+        };
+        self.config[WRITEBACK] = value;
+        self.update_cache_mode();
+        Ok(())
+    }
+
+    fn start_queue(&mut self, index: u16, parts: QueueParts) -> Result<(), DeviceError> {
+        match &self.backing {
+            Backing::Raw(raw) => {
+                let handler = self.handler(raw.clone());
+                self.queues.start(index, parts, self.features, move || handler)
+            }
+            Backing::Null(null) => {
+                let handler = self.handler(*null);
+                self.queues.start(index, parts, self.features, move || handler)
+            }
+        }
+    }
+
+    fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
+        self.queues.stop(index)
+    }
+
+    fn reset(&mut self) {
+        self.queues.stop_all();
+        self.features = 0;
+        self.limits.discard = false;
+        self.limits.write_zeroes = false;
+        self.config[WRITEBACK] = 1;
+        self.writeback.store(true, Ordering::Relaxed);
+    }
+
+    fn flush(&mut self) -> Result<(), DeviceError> {
+        match &self.backing {
+            Backing::Raw(raw) => raw.sync().map_err(|source| DeviceError::Host {
+                device: self.info.name.clone(),
+                what: "flushing",
+                source,
+            }),
+            Backing::Null(_) => Ok(()),
+        }
+    }
+
+    fn stats(&self) -> DeviceStats {
+        self.queues.stats()
+    }
+}

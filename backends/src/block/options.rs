@@ -1,0 +1,283 @@
+//! What a user says of a disk, and opening it: everything that can be wrong with an image is found before a guest starts.
+#![allow(unsafe_code, reason = "OFD locks have no safe wrapper among our dependencies")]
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::{AtFlags, StatxFlags};
+use serde::Deserialize;
+use thiserror::Error;
+
+use crate::storage::Geometry;
+use crate::storage::null::Null;
+use crate::storage::raw::{DirectAlign, Raw};
+
+/// Most queues of a disk.
+pub const MAX_QUEUES: u16 = 64;
+/// Most descriptors of a queue.
+pub const MAX_QUEUE_SIZE: u16 = 1024;
+/// Length of a serial number that the guest can see (virtio 1.3, section 5.2.6).
+pub const SERIAL_LEN: usize = 20;
+
+/// What holds a disk's bytes. Always said, never guessed from contents: a guest could write itself another format.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum StorageKind {
+    /// A file or block device, byte for byte.
+    #[default]
+    Raw,
+    /// Nothing: requests succeed at once, for measuring.
+    Null,
+}
+
+/// A disk as the command line or a configuration file describes it.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct BlockOptions {
+    /// Image file or block device; required for raw storage.
+    pub path: Option<PathBuf>,
+    /// What holds the bytes.
+    #[serde(default)]
+    pub storage: StorageKind,
+    /// Size in bytes, for null storage only: a raw image has the size it has.
+    pub size: Option<u64>,
+    /// Bypass the page cache (O_DIRECT).
+    #[serde(default)]
+    pub direct: bool,
+    /// Refuse writes.
+    #[serde(default)]
+    pub readonly: bool,
+    /// Number of queues, 1 to 64.
+    #[serde(default = "default_queues")]
+    pub queues: u16,
+    /// Descriptors per queue, a power of two from 4 to 1024.
+    #[serde(default = "default_queue_size")]
+    pub queue_size: u16,
+    /// Serial number, at most 20 bytes of printable ASCII.
+    pub serial: Option<String>,
+    /// Logical block size in bytes that the guest sees, 512 to 4096. Without it, what the storage can address.
+    pub block_size: Option<u32>,
+}
+
+fn default_queues() -> u16 {
+    1
+}
+
+fn default_queue_size() -> u16 {
+    256
+}
+
+impl Default for BlockOptions {
+    fn default() -> Self {
+        Self {
+            path: None,
+            storage: StorageKind::Raw,
+            size: None,
+            direct: false,
+            readonly: false,
+            queues: default_queues(),
+            queue_size: default_queue_size(),
+            serial: None,
+            block_size: None,
+        }
+    }
+}
+
+/// Why a disk can't be had.
+#[derive(Debug, Error)]
+pub enum OpenError {
+    /// An option that can't be, alone or with another.
+    #[error("disk {disk}: {what}")]
+    Option {
+        /// The disk, by its path or kind.
+        disk: String,
+        /// What is wrong and what to do.
+        what: String,
+    },
+    /// The host refused.
+    #[error("disk {disk}: {what}: {source}{hint}")]
+    Host {
+        /// The disk, by its path.
+        disk: String,
+        /// What was tried.
+        what: &'static str,
+        /// What came back.
+        source: io::Error,
+        /// What to do, with its own punctuation in front.
+        hint: &'static str,
+    },
+}
+
+/// An open disk of either kind.
+#[derive(Clone, Debug)]
+pub(crate) enum Backing {
+    Raw(Raw),
+    Null(Null),
+}
+
+impl BlockOptions {
+    fn name(&self) -> String {
+        self.path.as_ref().map_or_else(|| "(null storage)".into(), |path| path.display().to_string())
+    }
+
+    fn refuse(&self, what: impl Into<String>) -> OpenError {
+        OpenError::Option { disk: self.name(), what: what.into() }
+    }
+
+    /// Checks what can be checked without touching the host.
+    ///
+    /// # Errors
+    /// [`OpenError::Option`] for the first thing found.
+    pub fn validate(&self) -> Result<(), OpenError> {
+        match self.storage {
+            StorageKind::Raw if self.path.is_none() => return Err(self.refuse("path= is missing, name an image file")),
+            StorageKind::Raw if self.size.is_some() => {
+                return Err(self.refuse("size= is for storage=null, an image has the size of its file"));
+            }
+            StorageKind::Null if self.path.is_some() => {
+                return Err(self.refuse("storage=null takes no path=, leave out one of the two"));
+            }
+            StorageKind::Null if self.size.is_none() => {
+                return Err(self.refuse("storage=null needs a size=, e.g. size=10G"));
+            }
+            StorageKind::Null if self.direct => {
+                return Err(self.refuse("direct=on does not go with storage=null"));
+            }
+            _ => {}
+        }
+        if !(1..=MAX_QUEUES).contains(&self.queues) {
+            return Err(self.refuse(format!("queues={} is not from 1 to {MAX_QUEUES}", self.queues)));
+        }
+        if !self.queue_size.is_power_of_two() || !(4..=MAX_QUEUE_SIZE).contains(&self.queue_size) {
+            let what = format!("queue-size={} is not a power of two from 4 to {MAX_QUEUE_SIZE}", self.queue_size);
+            return Err(self.refuse(what));
+        }
+        if let Some(size) = self.block_size
+            && (!size.is_power_of_two() || !(512..=4096).contains(&size))
+        {
+            return Err(self.refuse(format!("block-size={size} is not 512, 1024, 2048 or 4096")));
+        }
+        if let Some(serial) = &self.serial
+            && (serial.len() > SERIAL_LEN || !serial.bytes().all(|b| b.is_ascii_graphic() || b == b' '))
+        {
+            return Err(
+                self.refuse(format!("serial={serial:?} is not at most {SERIAL_LEN} printable ASCII characters"))
+            );
+        }
+        Ok(())
+    }
+
+    /// Opens what holds the bytes, locked against other writers.
+    pub(crate) fn open(&self) -> Result<Backing, OpenError> {
+        self.validate()?;
+        match (self.storage, &self.path) {
+            (StorageKind::Raw, Some(path)) => self.open_raw(path).map(Backing::Raw),
+            _ => self.null().map(Backing::Null),
+        }
+    }
+
+    fn null(&self) -> Result<Null, OpenError> {
+        let logical_block = self.block_size.unwrap_or(512);
+        let capacity = self.whole_blocks(self.size.unwrap_or(0), logical_block)?;
+        let physical_block = logical_block.max(4096);
+        Ok(Null(Geometry { capacity, logical_block, physical_block, readonly: self.readonly, discard: true }))
+    }
+
+    fn open_raw(&self, path: &Path) -> Result<Raw, OpenError> {
+        let host = |what, source: io::Error, hint| OpenError::Host { disk: self.name(), what, source, hint };
+        // Looked at before opening: opening a FIFO would wait for its other end.
+        let meta = std::fs::metadata(path).map_err(|e| {
+            let hint =
+                if e.kind() == io::ErrorKind::NotFound { "; create it first, e.g. with truncate -s 10G" } else { "" };
+            host("opening the image", e, hint)
+        })?;
+        let kind = meta.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            let found = if kind.is_dir() { "a directory" } else { "a special file" };
+            return Err(self.refuse(format!("it is {found}, name an image file or a block device")));
+        }
+        let direct = if self.direct { libc::O_DIRECT } else { 0 };
+        let file = OpenOptions::new().read(true).write(!self.readonly).custom_flags(direct).open(path);
+        let mut file = file.map_err(|e| match e.raw_os_error() {
+            Some(libc::EINVAL) if self.direct => host("opening with direct=on", e, NO_DIRECT),
+            Some(libc::EACCES | libc::EPERM | libc::EROFS) if !self.readonly => {
+                host("opening the image for writing", e, "; check its permissions or use readonly=on")
+            }
+            _ => host("opening the image", e, ""),
+        })?;
+        lock(&file, self.readonly).map_err(|e| match e.raw_os_error() {
+            Some(libc::EAGAIN | libc::EACCES) => {
+                host("locking the image", e, "; another process uses it, stop that one or open it readonly=on in both")
+            }
+            _ => host("locking the image", e, ""),
+        })?;
+        let align = if self.direct { Some(self.direct_align(&file)?) } else { None };
+        let logical_block = self.block_size.unwrap_or_else(|| align.map_or(512, |align| align.offset.clamp(512, 4096)));
+        let size = file.seek(SeekFrom::End(0)).map_err(|e| host("reading the size", e, ""))?;
+        let capacity = self.whole_blocks(size, logical_block.max(align.map_or(1, |align| align.offset)))?;
+        let physical_block = (meta.blksize() as u32).clamp(4096, 1 << 16).next_power_of_two().max(logical_block);
+        let discard = !self.readonly && can_punch(&file, capacity);
+        let geometry = Geometry { capacity, logical_block, physical_block, readonly: self.readonly, discard };
+        Ok(Raw::new(Arc::new(file), geometry, align))
+    }
+
+    fn whole_blocks(&self, size: u64, block: u32) -> Result<u64, OpenError> {
+        if size == 0 {
+            return Err(self.refuse("its size is 0, give it one, e.g. with truncate -s 10G"));
+        }
+        if !size.is_multiple_of(u64::from(block)) {
+            let fit = size.next_multiple_of(u64::from(block));
+            let what = format!("its size of {size} bytes is not a multiple of the block size {block}; {fit} would be");
+            return Err(self.refuse(what));
+        }
+        Ok(size)
+    }
+
+    fn direct_align(&self, file: &File) -> Result<DirectAlign, OpenError> {
+        let stat = rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN);
+        let stat = stat.map_err(|e| OpenError::Host {
+            disk: self.name(),
+            what: "asking for its O_DIRECT alignment",
+            source: e.into(),
+            hint: "",
+        })?;
+        if stat.stx_mask & StatxFlags::DIOALIGN.bits() == 0 {
+            // Kernels before 6.1 don't say. A page suits every device they know.
+            return Ok(DirectAlign { memory: 4096, offset: 4096 });
+        }
+        if stat.stx_dio_offset_align == 0 || stat.stx_dio_mem_align == 0 {
+            return Err(self.refuse(format!("direct=on is not possible{NO_DIRECT}")));
+        }
+        Ok(DirectAlign { memory: stat.stx_dio_mem_align, offset: stat.stx_dio_offset_align })
+    }
+}
+
+const NO_DIRECT: &str = "; its file system has no O_DIRECT, use direct=off or move it";
+
+/// An open-file-description lock over the whole file: exclusive for a writer, shared for readers. It ends with the file.
+fn lock(file: &File, readonly: bool) -> io::Result<()> {
+    let kind = if readonly { libc::F_RDLCK } else { libc::F_WRLCK };
+    // SAFETY: all fields of the structure are plain numbers, for which zero is valid.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = kind as i16;
+    lock.l_whence = libc::SEEK_SET as i16;
+    // SAFETY: the descriptor is open and the structure lives across the call.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Whether holes can be punched, tried where nothing is: behind the end of the file.
+fn can_punch(file: &File, size: u64) -> bool {
+    use rustix::fs::FallocateFlags;
+    if file.metadata().is_ok_and(|meta| meta.file_type().is_block_device()) {
+        // A device refuses ranges behind its end; whether it can discard is found out by the first attempt.
+        return true;
+    }
+    rustix::fs::fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, size, 4096).is_ok()
+}

@@ -1,0 +1,202 @@
+//! The one seam every placement shares: a virtio device as a synchronous control plane over queues that run elsewhere.
+//!
+//! The virtio-pci transport and, in a daemon, the vhost-user server both drive a [`Device`]; neither knows which kind it
+//! is. What happens to a request is below `start_queue`, on I/O threads, and never crosses this trait.
+//! Terms are those of the virtio 1.3 specification, sections 2.1 to 2.7.
+
+use std::sync::Arc;
+
+use thiserror::Error;
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::interrupt::Interrupt;
+use crate::stats::DeviceStats;
+
+/// Guest memory as a queue sees it: every region is mapped into this process for as long as the handle lives.
+pub type GuestMemory = Arc<GuestMemoryMmap>;
+
+/// What a device is, fixed from its creation.
+#[derive(Clone, Debug)]
+pub struct DeviceInfo {
+    /// Virtio device ID (section 5), e.g. 2 for block.
+    pub device_type: u32,
+    /// Name in logs and statistics, unique within a machine (e.g. `disk0`).
+    pub name: String,
+    /// Every feature bit offered, transport and ring features included.
+    pub features: u64,
+    /// One entry per queue: the largest size it can have, a power of two.
+    pub queue_sizes: Vec<u16>,
+    /// Length in bytes of the device-specific configuration space.
+    pub config_len: u32,
+}
+
+impl DeviceInfo {
+    /// Refuses what was not offered, and drivers that are not of virtio 1.
+    ///
+    /// # Errors
+    /// [`DeviceError::Features`].
+    pub fn check_features(&self, features: u64) -> Result<(), DeviceError> {
+        let reason = if features & !self.features != 0 {
+            "not all of them were offered"
+        } else if features & 1 << VIRTIO_F_VERSION_1 == 0 {
+            "VIRTIO_F_VERSION_1 is missing, legacy drivers are not served"
+        } else {
+            return Ok(());
+        };
+        Err(DeviceError::Features { device: self.name.clone(), features, reason })
+    }
+}
+
+/// Reads a configuration space; bytes beyond its end are zero.
+pub(crate) fn read_space(space: &[u8], offset: u32, data: &mut [u8]) {
+    data.fill(0);
+    let from = space.get(offset as usize..).unwrap_or_default();
+    let count = from.len().min(data.len());
+    data[..count].copy_from_slice(&from[..count]);
+}
+
+/// Where a split virtqueue lies and how long it is. Addresses are guest-physical.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RingConfig {
+    /// Number of descriptors, a power of two of at most 32768.
+    pub size: u16,
+    /// Descriptor table ("descriptor area"), 16-byte aligned.
+    pub desc: u64,
+    /// Available ring ("driver area"), 2-byte aligned.
+    pub avail: u64,
+    /// Used ring ("device area"), 4-byte aligned.
+    pub used: u64,
+}
+
+/// The position of a queue, all that is needed to go on with it elsewhere once nothing is in flight.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct QueueState {
+    /// Index of the next entry of the available ring to look at.
+    pub next_avail: u16,
+    /// Index of the next entry of the used ring to fill.
+    pub next_used: u16,
+}
+
+/// Everything a queue needs to run.
+pub struct QueueParts {
+    /// Layout of the ring.
+    pub ring: RingConfig,
+    /// Memory the ring and its buffers live in.
+    pub mem: GuestMemory,
+    /// Written to by the driver's doorbell. The counter is never read, only its edges count.
+    pub kick: EventFd,
+    /// Raised for used buffers.
+    pub call: Interrupt,
+    /// Raised once if the driver broke the ring and the queue has stopped for good (DEVICE_NEEDS_RESET).
+    pub fault: Interrupt,
+    /// Where to start.
+    pub from: QueueState,
+}
+
+/// Why a device refused a request of its transport.
+#[derive(Debug, Error)]
+pub enum DeviceError {
+    /// The driver accepted features that were not offered or do not go together.
+    #[error("{device}: features {features:#x} refused: {reason}")]
+    Features {
+        /// Name of the device.
+        device: String,
+        /// What the driver asked for.
+        features: u64,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// A queue index beyond those of the device, or a queue that runs already.
+    #[error("{device}: queue {index} {reason}")]
+    Queue {
+        /// Name of the device.
+        device: String,
+        /// The queue.
+        index: u16,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// The ring's layout can't be served.
+    #[error("{device}: queue {index}: {source}")]
+    Ring {
+        /// Name of the device.
+        device: String,
+        /// The queue.
+        index: u16,
+        /// What is wrong with the ring.
+        source: crate::queue::RingError,
+    },
+    /// A write to read-only or absent configuration space.
+    #[error("{device}: write of {len} bytes at configuration offset {offset:#x} refused")]
+    Config {
+        /// Name of the device.
+        device: String,
+        /// First byte written.
+        offset: u32,
+        /// Number of bytes.
+        len: usize,
+    },
+    /// The host failed the device.
+    #[error("{device}: {what}: {source}")]
+    Host {
+        /// Name of the device.
+        device: String,
+        /// What was tried.
+        what: &'static str,
+        /// What came back.
+        source: std::io::Error,
+    },
+}
+
+/// A virtio device.
+///
+/// Calls come from one thread at a time and may block for as long as requests in flight need to end; nothing here is on
+/// the path of a request. A device starts with no features accepted and no queue running. The transport calls
+/// `ack_features` once per negotiation, before the first `start_queue`, and stops every queue before it negotiates anew.
+pub trait Device: Send {
+    /// What the device is.
+    fn info(&self) -> &DeviceInfo;
+
+    /// Accepts the driver's choice among the offered features.
+    ///
+    /// # Errors
+    /// [`DeviceError::Features`] for bits not offered or a combination that can't be served; the transport then leaves
+    /// FEATURES_OK clear.
+    fn ack_features(&mut self, features: u64) -> Result<(), DeviceError>;
+
+    /// Fills `data` from the device-specific configuration space; bytes beyond its end read as zero.
+    fn read_config(&self, offset: u32, data: &mut [u8]);
+
+    /// Writes the device-specific configuration space.
+    ///
+    /// # Errors
+    /// [`DeviceError::Config`] where it is not writable; nothing was changed then.
+    fn write_config(&mut self, offset: u32, data: &[u8]) -> Result<(), DeviceError>;
+
+    /// Starts to serve queue `index`. The ring is looked at once without waiting for a kick.
+    ///
+    /// # Errors
+    /// When the index is out of range, the queue runs already, its layout does not lie in memory or the host refuses.
+    fn start_queue(&mut self, index: u16, parts: QueueParts) -> Result<(), DeviceError>;
+
+    /// Stops queue `index` and returns where it stands, or `None` if it was not running.
+    ///
+    /// Returns only when nothing of the queue is in flight and every completion is published. Idempotent.
+    fn stop_queue(&mut self, index: u16) -> Option<QueueState>;
+
+    /// Returns the device to its state before `ack_features`. All queues are stopped first.
+    fn reset(&mut self);
+
+    /// Makes everything that was acknowledged durable, e.g. before the process ends.
+    ///
+    /// # Errors
+    /// [`DeviceError::Host`] when the host could not.
+    fn flush(&mut self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    /// What the device has done since its creation.
+    fn stats(&self) -> DeviceStats;
+}

@@ -1,0 +1,204 @@
+//! I/O vectors over guest memory, in host addresses.
+//!
+//! A [`GuestIo`] is filled by [`crate::queue::Queue::pop`] and handed to the kernel as it is. The addresses in it stay
+//! valid because whoever owns the queue owns its guest memory too, and because the data ring waits for every operation in
+//! flight before either is dropped (see [`crate::ring`]). The guest may change the bytes at any moment, so they are only
+//! ever copied, never borrowed.
+#![allow(unsafe_code, reason = "host pointers into guest memory, checked when they are made by the queue")]
+
+use vm_memory::VolatileSlice;
+
+/// A list of host-mapped pieces of guest memory, consumed from either end as a request is parsed and served.
+#[derive(Debug, Default)]
+pub struct GuestIo {
+    iov: Vec<libc::iovec>,
+    /// Pieces before this index are used up.
+    first: usize,
+    /// Bytes left in all pieces.
+    len: u64,
+}
+
+impl GuestIo {
+    /// Empties the list and keeps its allocation.
+    pub(crate) fn clear(&mut self) {
+        self.iov.clear();
+        self.first = 0;
+        self.len = 0;
+    }
+
+    /// Appends a piece. Empty ones are left out.
+    ///
+    /// # Safety
+    /// `base..base + len` must be mapped, and stay so for as long as this list is used.
+    pub(crate) unsafe fn push(&mut self, base: *mut u8, len: usize) {
+        if len > 0 {
+            self.iov.push(libc::iovec { iov_base: base.cast(), iov_len: len });
+            self.len += len as u64;
+        }
+    }
+
+    /// Bytes left.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether no byte is left.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The pieces left, for the kernel.
+    #[must_use]
+    pub fn pieces(&self) -> &[libc::iovec] {
+        &self.iov[self.first..]
+    }
+
+    /// Whether every piece starts at a multiple of `base` and has a multiple of `len` bytes, both powers of two.
+    #[must_use]
+    pub fn is_aligned(&self, base: usize, len: usize) -> bool {
+        self.pieces().iter().all(|piece| piece.iov_base as usize & (base - 1) == 0 && piece.iov_len & (len - 1) == 0)
+    }
+
+    /// Drops `count` bytes (at most all) from the front.
+    pub fn advance(&mut self, count: u64) {
+        let mut left = count.min(self.len);
+        self.len -= left;
+        while left > 0 {
+            let piece = &mut self.iov[self.first];
+            if (piece.iov_len as u64) <= left {
+                left -= piece.iov_len as u64;
+                self.first += 1;
+            } else {
+                // SAFETY: `left` is below the piece's length, so the result stays inside it.
+                piece.iov_base = unsafe { piece.iov_base.add(left as usize) };
+                piece.iov_len -= left as usize;
+                left = 0;
+            }
+        }
+    }
+
+    /// Splits the last `count` bytes off into `tail`, or returns `false` and changes nothing if there are fewer.
+    pub fn split_back(&mut self, count: u64, tail: &mut Self) -> bool {
+        if count > self.len {
+            return false;
+        }
+        tail.clear();
+        let mut left = count;
+        while left > 0 {
+            let piece = self.iov.last_mut().expect("bytes are left, so is a piece");
+            let take = (piece.iov_len as u64).min(left) as usize;
+            piece.iov_len -= take;
+            // SAFETY: the new length is within the piece, and the bytes behind it belong to it too.
+            unsafe { tail.push(piece.iov_base.cast::<u8>().add(piece.iov_len), take) };
+            if piece.iov_len == 0 {
+                self.iov.pop();
+            }
+            left -= take as u64;
+        }
+        tail.iov.reverse();
+        self.len -= count;
+        true
+    }
+
+    /// Copies bytes from the front out of guest memory without consuming them; returns how many there were.
+    pub fn copy_to(&self, buf: &mut [u8]) -> usize {
+        let mut done = 0;
+        for piece in self.pieces() {
+            if done == buf.len() {
+                break;
+            }
+            done += slice(piece).copy_to(&mut buf[done..]);
+        }
+        done
+    }
+
+    /// Copies bytes into guest memory from the front without consuming room; returns how many fitted.
+    pub fn copy_from(&self, buf: &[u8]) -> usize {
+        let mut done = 0;
+        for piece in self.pieces() {
+            if done == buf.len() {
+                break;
+            }
+            let part = slice(piece);
+            let count = part.len().min(buf.len() - done);
+            part.copy_from(&buf[done..done + count]);
+            done += count;
+        }
+        done
+    }
+
+    /// Copies exactly `N` bytes from the front and consumes them, or returns `None` and consumes nothing.
+    pub fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let mut bytes = [0; N];
+        if self.copy_to(&mut bytes) < N {
+            return None;
+        }
+        self.advance(N as u64);
+        Some(bytes)
+    }
+}
+
+fn slice(piece: &libc::iovec) -> VolatileSlice<'_> {
+    // SAFETY: `push` was promised that the piece is mapped for as long as the list is used; nobody borrows its bytes.
+    unsafe { VolatileSlice::new(piece.iov_base.cast(), piece.iov_len) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn over(buffers: &mut [Vec<u8>]) -> GuestIo {
+        let mut io = GuestIo::default();
+        for buffer in buffers {
+            // SAFETY: the buffers outlive the list in every test below.
+            unsafe { io.push(buffer.as_mut_ptr(), buffer.len()) };
+        }
+        io
+    }
+
+    #[test]
+    fn both_ends_are_consumed_across_pieces() {
+        let mut buffers = [vec![1, 2, 3], vec![], vec![4, 5], vec![6, 7, 8]];
+        let mut io = over(&mut buffers);
+        let mut tail = GuestIo::default();
+        assert_eq!(io.len(), 8);
+        assert!(io.split_back(4, &mut tail));
+        assert_eq!(io.take::<3>(), Some([1, 2, 3]));
+        assert_eq!(io.take::<2>(), None, "one byte is left and stays");
+        assert_eq!(io.take::<1>(), Some([4]));
+        assert!(io.is_empty());
+        let mut rest = [0; 4];
+        assert_eq!(tail.copy_to(&mut rest), 4);
+        assert_eq!(rest, [5, 6, 7, 8]);
+        assert!(!io.split_back(1, &mut tail));
+    }
+
+    #[test]
+    fn copies_stop_at_the_end() {
+        let mut buffers = [vec![0; 3], vec![0; 2]];
+        let io = over(&mut buffers);
+        assert_eq!(io.copy_from(&[9; 7]), 5);
+        drop(io);
+        assert_eq!(buffers, [vec![9; 3], vec![9; 2]]);
+    }
+
+    #[test]
+    fn alignment_looks_at_every_piece() {
+        let mut memory = vec![0u8; 4096 * 3];
+        let start = memory.as_mut_ptr() as usize;
+        let base = (start + 4095) & !4095;
+        let at = |offset: usize| memory.as_ptr().cast_mut().wrapping_add(base - start + offset);
+        let mut io = GuestIo::default();
+        // SAFETY: both pieces lie in `memory`.
+        unsafe {
+            io.push(at(0), 512);
+            io.push(at(1024), 512);
+        }
+        assert!(io.is_aligned(512, 512));
+        assert!(!io.is_aligned(4096, 512));
+        io.advance(1);
+        assert!(!io.is_aligned(512, 512));
+    }
+}

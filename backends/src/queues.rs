@@ -1,0 +1,100 @@
+//! The running queues of one device: where each is served, and what it has counted over all its lives.
+
+use crate::device::{DeviceError, QueueParts, QueueState};
+use crate::queue::Queue;
+use crate::reactor::{Reactor, ReactorPool};
+use crate::stats::{DeviceStats, QueueStats};
+use crate::worker::{Handler, Worker};
+
+/// The queues of a device.
+pub(crate) struct Queues {
+    name: String,
+    pool: ReactorPool,
+    places: Vec<Option<Place>>,
+    /// What earlier runs of each queue counted.
+    ended: Vec<QueueStats>,
+}
+
+/// The thread that serves a queue, and the queue's number there.
+struct Place {
+    reactor: usize,
+    task: u32,
+}
+
+impl Queues {
+    /// `count` queues, none running; `ops` names the kinds of request that are counted.
+    pub(crate) fn new(name: &str, count: usize, ops: &[&'static str], pool: ReactorPool) -> Self {
+        Self {
+            name: name.to_owned(),
+            pool,
+            places: (0..count).map(|_| None).collect(),
+            ended: vec![QueueStats::new(ops); count],
+        }
+    }
+
+    /// Starts a queue on the thread with the least to do. The handler is built there, and may be bound to it.
+    pub(crate) fn start<H: Handler + 'static>(
+        &mut self,
+        index: u16,
+        parts: QueueParts,
+        features: u64,
+        handler: impl FnOnce() -> H + Send + 'static,
+    ) -> Result<(), DeviceError> {
+        let refuse = |reason| DeviceError::Queue { device: self.name.clone(), index, reason };
+        let place = self.places.get_mut(usize::from(index)).ok_or_else(|| refuse("does not exist"))?;
+        if place.is_some() {
+            return Err(refuse("runs already"));
+        }
+        let QueueParts { ring, mem, kick, call, fault, from } = parts;
+        let queue = Queue::new(mem, &ring, features, from, call).map_err(|source| DeviceError::Ring {
+            device: self.name.clone(),
+            index,
+            source,
+        })?;
+        let name = format!("{}.{index}", self.name);
+        let reactor = self.pool.least_loaded();
+        let task = reactor
+            .attach(kick, move |task| Box::new(Worker::new(name, queue, handler(), fault, task)))
+            .map_err(|source| DeviceError::Host { device: self.name.clone(), what: "starting a queue", source })?;
+        *place = Some(Place { reactor: reactor.index(), task });
+        Ok(())
+    }
+
+    /// Stops a queue: drains it and publishes what it completed.
+    pub(crate) fn stop(&mut self, index: u16) -> Option<QueueState> {
+        let place = self.places.get_mut(usize::from(index))?.take()?;
+        let (state, stats) = self.reactor(&place).detach(place.task)?;
+        self.ended[usize::from(index)].merge(&stats);
+        Some(state)
+    }
+
+    /// Stops every queue.
+    pub(crate) fn stop_all(&mut self) {
+        for index in 0..self.places.len() as u16 {
+            self.stop(index);
+        }
+    }
+
+    /// What the queues have counted.
+    pub(crate) fn stats(&self) -> DeviceStats {
+        let queues = self.ended.iter().zip(&self.places).map(|(ended, place)| {
+            let mut total = ended.clone();
+            if let Some(running) = place.as_ref().and_then(|place| self.reactor(place).stats(place.task)) {
+                total.merge(&running);
+            }
+            total
+        });
+        DeviceStats { name: self.name.clone(), queues: queues.collect() }
+    }
+
+    fn reactor(&self, place: &Place) -> &Reactor {
+        self.pool.get(place.reactor).expect("a place names a thread of its pool")
+    }
+}
+
+impl Drop for Queues {
+    /// Nothing may be in flight once the device is gone.
+    fn drop(&mut self) {
+        self.stop_all();
+    }
+}

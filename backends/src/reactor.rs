@@ -1,0 +1,491 @@
+//! The I/O thread: a tokio-uring runtime to park in, and the data ring.
+//!
+//! A thread serves any number of queues ([`Task`]s). Each turn drains them all, enters one batch, reaps, publishes. With
+//! nothing left to do it polls for a while, if polling has paid off lately, then asks for kicks, looks once more and
+//! parks in the runtime until a kick, a completion or a command comes.
+//!
+//! Polling follows what halt polling of a hypervisor does: the window grows when a wake-up came soon after parking and
+//! shrinks when it was in vain, so an idle queue costs nothing and a busy one no kicks, wake-ups or context switches.
+#![allow(unsafe_code, reason = "registering descriptors with the runtime, and getrusage(RUSAGE_THREAD)")]
+
+use std::future::poll_fn;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc as reply;
+use std::task::{Context, Poll};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::mpsc;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::device::QueueState;
+use crate::ring::{Ring, Token};
+use crate::stats::QueueStats;
+
+/// What a reactor runs: one queue of some device. Called from one thread only.
+pub trait Task {
+    /// Takes what the driver has made available and pushes operations. Returns whether there was anything.
+    fn turn(&mut self, ring: &mut Ring) -> bool;
+    /// An operation pushed for `slot` has ended.
+    fn completed(&mut self, slot: u32, result: i32, now: Instant, ring: &mut Ring);
+    /// Publishes what has completed since the last call, with at most one interrupt.
+    fn publish(&mut self);
+    /// Whether `turn` would find something. Cheap: this is what polling looks at.
+    fn ready(&self) -> bool;
+    /// Asks the driver for kicks; returns whether something came meanwhile.
+    fn arm(&mut self) -> bool;
+    /// A kick woke the thread.
+    fn kicked(&mut self);
+    /// Polling has ended, with work for this queue or in vain.
+    fn polled(&mut self, hit: bool);
+    /// Takes nothing new from now on.
+    fn stop(&mut self);
+    /// Whether nothing is in flight.
+    fn is_idle(&self) -> bool;
+    /// Where the queue stands.
+    fn state(&self) -> QueueState;
+    /// What it has counted.
+    fn stats(&self) -> QueueStats;
+}
+
+/// How many I/O threads there are, and how they behave.
+#[derive(Clone, Debug)]
+pub struct ReactorOptions {
+    /// Number of threads, at least one.
+    pub count: usize,
+    /// Host CPUs; thread `i` is bound to entry `i` modulo their number. Empty: wherever the scheduler likes.
+    pub affinity: Vec<usize>,
+    /// Longest time to poll before parking. Zero: never poll.
+    pub poll: Duration,
+}
+
+impl Default for ReactorOptions {
+    fn default() -> Self {
+        Self { count: 1, affinity: Vec::new(), poll: Duration::from_micros(50) }
+    }
+}
+
+/// The I/O threads of a process. They end with the last clone.
+#[derive(Clone, Debug)]
+pub struct ReactorPool(Arc<[Reactor]>);
+
+impl ReactorPool {
+    /// Starts the threads, each with its ring, and returns when all are ready.
+    ///
+    /// # Errors
+    /// When a thread, its runtime or its ring can't be had, or an affinity names a CPU that may not be used.
+    pub fn new(options: &ReactorOptions) -> io::Result<Self> {
+        let reactors = (0..options.count.max(1)).map(|index| Reactor::start(index, options));
+        Ok(Self(reactors.collect::<io::Result<_>>()?))
+    }
+
+    /// The thread that serves the fewest queues.
+    #[must_use]
+    pub fn least_loaded(&self) -> &Reactor {
+        self.0.iter().min_by_key(|reactor| reactor.load.load(Ordering::Relaxed)).expect("at least one thread")
+    }
+
+    /// The thread with this index.
+    #[must_use]
+    pub fn get(&self, index: usize) -> Option<&Reactor> {
+        self.0.get(index)
+    }
+}
+
+/// A handle to one I/O thread.
+#[derive(Debug)]
+pub struct Reactor {
+    index: usize,
+    commands: Option<mpsc::UnboundedSender<Command>>,
+    load: AtomicUsize,
+    thread: Option<JoinHandle<()>>,
+}
+
+type Build = Box<dyn FnOnce(u32) -> Box<dyn Task> + Send>;
+
+enum Command {
+    Attach { kick: EventFd, build: Build, reply: reply::Sender<io::Result<u32>> },
+    Detach { task: u32, reply: Detached },
+    Stats { task: u32, reply: reply::Sender<QueueStats> },
+}
+
+type Detached = reply::Sender<(QueueState, QueueStats)>;
+
+impl Reactor {
+    fn start(index: usize, options: &ReactorOptions) -> io::Result<Self> {
+        let (commands, inbox) = mpsc::unbounded_channel();
+        let (ready, started) = reply::channel();
+        let cpu = (!options.affinity.is_empty()).then(|| options.affinity[index % options.affinity.len()]);
+        let poll = options.poll;
+        let thread = std::thread::Builder::new().name(format!("io{index}")).stack_size(512 << 10).spawn(move || {
+            let core = match Core::new(cpu, poll) {
+                Ok(core) => core,
+                Err(e) => return drop(ready.send(Err(e))),
+            };
+            tokio_uring::builder().entries(8).start(async move {
+                // A spawned task: as the root future it would cost one more epoll_wait a turn.
+                let run = tokio_uring::spawn(core.run(inbox));
+                drop(ready.send(Ok(())));
+                if let Err(panicked) = run.await {
+                    tracing::error!(thread = index, error = %panicked, "I/O thread died, its queues need a reset");
+                }
+            });
+        })?;
+        started.recv().map_err(|_| io::Error::other("the I/O thread died at its start"))??;
+        Ok(Self { index, commands: Some(commands), load: AtomicUsize::new(0), thread: Some(thread) })
+    }
+
+    /// Its number among the threads of the pool.
+    #[must_use]
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    /// Runs a task, built on the thread itself from the number it will be known by.
+    ///
+    /// # Errors
+    /// When the thread has died or can't watch the kick's descriptor.
+    pub fn attach(&self, kick: EventFd, build: impl FnOnce(u32) -> Box<dyn Task> + Send + 'static) -> io::Result<u32> {
+        let (reply, answer) = reply::channel();
+        self.send(Command::Attach { kick, build: Box::new(build), reply });
+        let task = answer.recv().map_err(|_| io::Error::other("the I/O thread has died"))??;
+        self.load.fetch_add(1, Ordering::Relaxed);
+        Ok(task)
+    }
+
+    /// Stops a task; returns when nothing of it is in flight and all it has completed is published. `None` if there is no
+    /// such task.
+    pub fn detach(&self, task: u32) -> Option<(QueueState, QueueStats)> {
+        let (reply, answer) = reply::channel();
+        self.send(Command::Detach { task, reply });
+        let end = answer.recv().ok()?;
+        self.load.fetch_sub(1, Ordering::Relaxed);
+        Some(end)
+    }
+
+    /// What a task has counted so far.
+    pub fn stats(&self, task: u32) -> Option<QueueStats> {
+        let (reply, answer) = reply::channel();
+        self.send(Command::Stats { task, reply });
+        answer.recv().ok()
+    }
+
+    fn send(&self, command: Command) {
+        // If the thread has died, the reply's sender dies with the command, and that is what callers see.
+        drop(self.commands.as_ref().expect("open until dropped").send(command));
+    }
+}
+
+impl Drop for Reactor {
+    fn drop(&mut self) {
+        // The closed channel tells the thread to end.
+        self.commands = None;
+        if let Some(thread) = self.thread.take()
+            && thread.thread().id() != std::thread::current().id()
+        {
+            drop(thread.join());
+        }
+    }
+}
+
+/// A kick's descriptor as `AsyncFd` wants it.
+struct Kick(EventFd);
+
+impl AsRawFd for Kick {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+struct RingFd(RawFd);
+
+impl AsRawFd for RingFd {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0
+    }
+}
+
+struct Seat {
+    task: Box<dyn Task>,
+    kick: AsyncFd<Kick>,
+    leaving: Option<Detached>,
+}
+
+/// How long to wait before submissions that the kernel did not take are tried again.
+const RETRY_PAUSE: Duration = Duration::from_millis(1);
+
+/// What one I/O thread owns. The ring comes first: dropped first, it waits for the operations of the tasks.
+struct Core {
+    ring: Ring,
+    seats: Vec<Option<Seat>>,
+    completions: Vec<(Token, i32)>,
+    window: Window,
+}
+
+impl Core {
+    fn new(cpu: Option<usize>, poll: Duration) -> io::Result<Self> {
+        if let Some(cpu) = cpu {
+            bind(cpu)?;
+        }
+        Ok(Self {
+            ring: Ring::new().map_err(explain_no_ring)?,
+            seats: Vec::new(),
+            completions: Vec::new(),
+            window: Window::new(poll),
+        })
+    }
+
+    async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Command>) {
+        // SAFETY: the ring outlives this local and always answers with the same descriptor.
+        let ring_fd = match unsafe { AsyncFd::register_with_interest(RingFd(self.ring.fd()), Interest::READABLE) } {
+            Ok(fd) => fd,
+            Err(error) => return tracing::error!(%error, "I/O thread can't watch its ring"),
+        };
+        loop {
+            loop {
+                match inbox.try_recv() {
+                    Ok(command) => self.obey(command),
+                    Err(mpsc::error::TryRecvError::Empty) => break,
+                    Err(mpsc::error::TryRecvError::Disconnected) => return,
+                }
+            }
+            let worked = self.turn();
+            self.let_go();
+            if worked || self.poll(&inbox) {
+                continue;
+            }
+            // Arm every queue, even when one has work already: all must be armed when the thread parks.
+            let armed = self.seats.iter_mut().flatten().fold(false, |work, seat| seat.task.arm() | work);
+            if armed || self.ring.has_completions() {
+                continue;
+            }
+            let parked = Instant::now();
+            let retry = self.ring.has_unsubmitted();
+            let park = poll_fn(|cx| self.poll_park(cx, &ring_fd, &mut inbox));
+            let woken = if retry {
+                // The kernel would not take a submission; what it waits for may have no event.
+                tokio::time::timeout(RETRY_PAUSE, park).await.unwrap_or(Woken::Work)
+            } else {
+                park.await
+            };
+            match woken {
+                Woken::Command(Some(command)) => self.obey(command),
+                Woken::Command(None) => return,
+                Woken::Work => {}
+            }
+            self.window.woken(parked.elapsed());
+        }
+    }
+
+    /// One round over everything. Returns whether there was anything to do.
+    fn turn(&mut self) -> bool {
+        let mut worked = false;
+        for seat in self.seats.iter_mut().flatten() {
+            worked |= seat.task.turn(&mut self.ring);
+        }
+        self.submit();
+        if self.ring.has_completions() {
+            worked = true;
+            self.ring.reap(&mut self.completions);
+            let now = Instant::now();
+            for &(token, result) in &self.completions {
+                let seat = self.seats.get_mut(token.task as usize).and_then(Option::as_mut);
+                let seat = seat.expect("a task leaves only when nothing of it is in flight");
+                seat.task.completed(token.slot, result, now, &mut self.ring);
+            }
+            self.submit();
+        }
+        for seat in self.seats.iter_mut().flatten() {
+            seat.task.publish();
+        }
+        worked
+    }
+
+    fn submit(&mut self) {
+        if let Err(error) = self.ring.submit() {
+            // Entries stay where they are and are tried again at the next turn.
+            tracing::error!(%error, "the kernel refuses submissions to the data ring");
+        }
+    }
+
+    /// Polls within the window. Returns whether there is work.
+    fn poll(&mut self, inbox: &mpsc::UnboundedReceiver<Command>) -> bool {
+        let window = self.window.current;
+        if window.is_zero() || self.seats.iter().all(Option::is_none) {
+            return false;
+        }
+        let start = Instant::now();
+        loop {
+            // Reading the clock costs as much as looking at a few queues.
+            for _ in 0..8 {
+                if let Some(seat) = self.seats.iter_mut().flatten().find(|seat| seat.task.ready()) {
+                    seat.task.polled(true);
+                    return true;
+                }
+                if self.ring.has_completions() || !inbox.is_empty() || inbox.is_closed() {
+                    return true;
+                }
+                std::hint::spin_loop();
+            }
+            if start.elapsed() >= window {
+                self.window.missed();
+                self.seats.iter_mut().flatten().for_each(|seat| seat.task.polled(false));
+                return false;
+            }
+        }
+    }
+
+    fn poll_park(
+        &mut self,
+        cx: &mut Context<'_>,
+        ring_fd: &AsyncFd<RingFd>,
+        inbox: &mut mpsc::UnboundedReceiver<Command>,
+    ) -> Poll<Woken> {
+        let mut woken = false;
+        for seat in self.seats.iter_mut().flatten() {
+            // Readiness is an edge: clearing it waits for the next write, the counter itself is never read.
+            while let Poll::Ready(Ok(mut guard)) = seat.kick.poll_read_ready(cx) {
+                guard.clear_ready();
+                seat.task.kicked();
+                woken = true;
+            }
+        }
+        while let Poll::Ready(Ok(mut guard)) = ring_fd.poll_read_ready(cx) {
+            guard.clear_ready();
+            woken = true;
+        }
+        if woken {
+            return Poll::Ready(Woken::Work);
+        }
+        inbox.poll_recv(cx).map(Woken::Command)
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Attach { kick, build, reply } => {
+                // SAFETY: the eventfd is owned by what is registered, which never replaces it.
+                let kick = unsafe { AsyncFd::register_with_interest(Kick(kick), Interest::READABLE) };
+                let seat = kick.map_err(io::Error::from).map(|kick| {
+                    let free = self.seats.iter().position(Option::is_none);
+                    let index = free.unwrap_or_else(|| {
+                        self.seats.push(None);
+                        self.seats.len() - 1
+                    });
+                    self.seats[index] = Some(Seat { task: build(index as u32), kick, leaving: None });
+                    index as u32
+                });
+                drop(reply.send(seat));
+            }
+            Command::Detach { task, reply } => {
+                // Without such a task the reply's sender is dropped, which is the answer.
+                if let Some(Some(seat)) = self.seats.get_mut(task as usize)
+                    && seat.leaving.is_none()
+                {
+                    seat.task.stop();
+                    seat.leaving = Some(reply);
+                }
+            }
+            Command::Stats { task, reply } => {
+                if let Some(Some(seat)) = self.seats.get(task as usize) {
+                    drop(reply.send(seat.task.stats()));
+                }
+            }
+        }
+    }
+
+    /// Lets tasks go that were asked to and have nothing in flight. What they completed was published by `turn`.
+    fn let_go(&mut self) {
+        for place in &mut self.seats {
+            if let Some(seat) = place
+                && seat.leaving.is_some()
+                && seat.task.is_idle()
+                && let Some(mut seat) = place.take()
+            {
+                seat.task.publish();
+                if let Some(reply) = seat.leaving.take() {
+                    drop(reply.send((seat.task.state(), seat.task.stats())));
+                }
+            }
+        }
+    }
+}
+
+enum Woken {
+    Command(Option<Command>),
+    Work,
+}
+
+/// How long to poll before parking.
+struct Window {
+    current: Duration,
+    max: Duration,
+    /// Times that the scheduler took the CPU away from this thread, when polling last ended in vain.
+    preempted: i64,
+}
+
+/// The first step up from nothing, and the last before it.
+const MIN_WINDOW: Duration = Duration::from_micros(4);
+
+impl Window {
+    fn new(max: Duration) -> Self {
+        // With one CPU the guest can't make anything available while we poll.
+        let alone = std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() == 1);
+        let max = if alone { Duration::ZERO } else { max };
+        Self { current: Duration::ZERO, max, preempted: 0 }
+    }
+
+    /// Work came this long after parking: would polling have met it?
+    fn woken(&mut self, parked: Duration) {
+        if parked <= self.max {
+            self.current = (self.current * 2).clamp(MIN_WINDOW, self.max.max(MIN_WINDOW)).min(self.max);
+        }
+    }
+
+    /// Polling was in vain.
+    fn missed(&mut self) {
+        self.current /= 2;
+        let preempted = preemptions();
+        // Others want this CPU: leave it to them.
+        if self.current < MIN_WINDOW || preempted != self.preempted {
+            self.current = Duration::ZERO;
+        }
+        self.preempted = preempted;
+    }
+}
+
+/// Involuntary context switches of the calling thread.
+fn preemptions() -> i64 {
+    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: the kernel fills the structure; zeroes are valid for it too.
+    unsafe {
+        libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr());
+        usage.assume_init().ru_nivcsw
+    }
+}
+
+fn bind(cpu: usize) -> io::Result<()> {
+    let mut set = rustix::thread::CpuSet::new();
+    if cpu >= rustix::thread::CpuSet::MAX_CPU {
+        return Err(io::Error::other(format!("binding an I/O thread to CPU {cpu}: there is no such CPU")));
+    }
+    set.set(cpu);
+    rustix::thread::sched_setaffinity(None, &set).map_err(|e| {
+        let e = io::Error::from(e);
+        io::Error::new(e.kind(), format!("binding an I/O thread to CPU {cpu}: {e}; choose among those of this process"))
+    })
+}
+
+fn explain_no_ring(e: io::Error) -> io::Error {
+    let hint = match e.raw_os_error() {
+        Some(libc::ENOSYS) => "this kernel has no io_uring, 5.11 or later is needed",
+        Some(libc::EPERM) => "io_uring is forbidden here, see the sysctl kernel.io_uring_disabled and seccomp filters",
+        Some(libc::ENOMEM) => "too little memory may be locked, raise the memlock limit (ulimit -l)",
+        _ => return e,
+    };
+    io::Error::new(e.kind(), format!("creating an io_uring: {e}: {hint}"))
+}

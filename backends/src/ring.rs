@@ -1,0 +1,327 @@
+//! The data ring: the only place that builds io_uring submissions for guest I/O.
+//!
+//! Each I/O thread owns one, next to the runtime that the thread parks in. A plain ring costs half the CPU of the
+//! runtime's own at depth 1 and lets completions be polled. Operations are pushed as they come and entered with one
+//! system call per batch.
+//!
+//! Buffers belong to whoever pushes: the contract of [`Ring::read`] and [`Ring::write`] is that they stay mapped until the
+//! completion was reaped. Dropping the ring waits for everything in flight, because closing an io_uring does not stop
+//! writes into memory.
+#![allow(unsafe_code, reason = "submission entries carry raw addresses; see the module's contract")]
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::time::Duration;
+
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
+
+/// Submission entries of a ring. More than that wait in a queue of ours, which only costs speed.
+const ENTRIES: u32 = 1024;
+
+/// Most pieces of one vector that the kernel takes (IOV_MAX).
+pub const MAX_PIECES: usize = 1024;
+
+/// Whose completion it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Token {
+    /// The queue, as numbered by its reactor.
+    pub task: u32,
+    /// The request, as numbered by its queue.
+    pub slot: u32,
+}
+
+impl Token {
+    fn pack(self) -> u64 {
+        u64::from(self.task) << 32 | u64::from(self.slot)
+    }
+
+    fn unpack(data: u64) -> Self {
+        Self { task: (data >> 32) as u32, slot: data as u32 }
+    }
+}
+
+/// One io_uring and what waits for room in it.
+pub struct Ring {
+    ring: IoUring,
+    backlog: VecDeque<squeue::Entry>,
+    /// Pushed and not reaped, the backlog included.
+    in_flight: usize,
+    /// Entries in the submission queue that the kernel has not taken.
+    staged: usize,
+    /// What timeouts point to until they are submitted; a fixed length, so that it never moves.
+    pause: Box<types::Timespec>,
+}
+
+impl Ring {
+    /// Creates a ring for the calling thread.
+    ///
+    /// # Errors
+    /// When the kernel has no io_uring, forbids it, or lacks memory that may be locked.
+    pub fn new() -> io::Result<Self> {
+        // Each flag is worth something and none is needed: kernels before 6.0 know fewer.
+        let wished: [fn(&mut io_uring::Builder); 3] = [
+            |b| {
+                b.setup_coop_taskrun().setup_taskrun_flag().setup_single_issuer();
+            },
+            |b| {
+                b.setup_coop_taskrun().setup_taskrun_flag();
+            },
+            |_| {},
+        ];
+        let mut last = None;
+        for wish in wished {
+            let mut builder = IoUring::builder();
+            builder.dontfork().setup_cqsize(ENTRIES * 2);
+            wish(&mut builder);
+            match builder.build(ENTRIES) {
+                Ok(ring) => {
+                    return Ok(Self {
+                        ring,
+                        backlog: VecDeque::new(),
+                        in_flight: 0,
+                        staged: 0,
+                        pause: Box::new(types::Timespec::new()),
+                    });
+                }
+                Err(e) if e.raw_os_error() == Some(libc::EINVAL) => last = Some(e),
+                Err(e) => return Err(e),
+            }
+        }
+        Err(last.expect("every wish was tried"))
+    }
+
+    /// Reads at `offset` into the pieces, at most [`MAX_PIECES`] of them.
+    ///
+    /// # Safety
+    /// The pieces must stay mapped, and the list in place, until the completion for `token` was reaped or the ring dropped.
+    pub unsafe fn read(&mut self, token: Token, fd: BorrowedFd<'_>, pieces: &[libc::iovec], offset: u64) {
+        let fd = types::Fd(fd.as_raw_fd());
+        let entry = if let [piece] = pieces {
+            opcode::Read::new(fd, piece.iov_base.cast(), one_piece(piece)).offset(offset).build()
+        } else {
+            opcode::Readv::new(fd, pieces.as_ptr(), pieces.len().min(MAX_PIECES) as u32).offset(offset).build()
+        };
+        self.push(token, entry);
+    }
+
+    /// Writes the pieces at `offset`; with `durable`, the completion means that they are on stable storage.
+    ///
+    /// # Safety
+    /// As for [`Self::read`].
+    pub unsafe fn write(
+        &mut self,
+        token: Token,
+        fd: BorrowedFd<'_>,
+        pieces: &[libc::iovec],
+        offset: u64,
+        durable: bool,
+    ) {
+        let fd = types::Fd(fd.as_raw_fd());
+        let flags = if durable { libc::RWF_DSYNC } else { 0 };
+        let entry = if let [piece] = pieces {
+            opcode::Write::new(fd, piece.iov_base.cast(), one_piece(piece)).offset(offset).rw_flags(flags).build()
+        } else {
+            opcode::Writev::new(fd, pieces.as_ptr(), pieces.len().min(MAX_PIECES) as u32)
+                .offset(offset)
+                .rw_flags(flags)
+                .build()
+        };
+        self.push(token, entry);
+    }
+
+    /// Makes the file's data durable.
+    pub fn sync_data(&mut self, token: Token, fd: BorrowedFd<'_>) {
+        let entry = opcode::Fsync::new(types::Fd(fd.as_raw_fd())).flags(types::FsyncFlags::DATASYNC).build();
+        self.push(token, entry);
+    }
+
+    /// Deallocates or zeroes a range; `mode` is that of fallocate(2).
+    pub fn fallocate(&mut self, token: Token, fd: BorrowedFd<'_>, mode: i32, offset: u64, len: u64) {
+        let entry = opcode::Fallocate::new(types::Fd(fd.as_raw_fd()), len).offset(offset).mode(mode).build();
+        self.push(token, entry);
+    }
+
+    /// Completes after `pause`, with any result.
+    pub fn sleep(&mut self, token: Token, pause: Duration) {
+        // One timespec serves all: the kernel copies it at submission, and every sleeper waits for the same reason.
+        *self.pause = types::Timespec::from(pause);
+        let entry = opcode::Timeout::new(&raw const *self.pause).build();
+        self.push(token, entry);
+    }
+
+    fn push(&mut self, token: Token, entry: squeue::Entry) {
+        self.in_flight += 1;
+        let entry = entry.user_data(token.pack());
+        if !self.backlog.is_empty() || !self.stage(&entry) {
+            self.backlog.push_back(entry);
+        }
+    }
+
+    fn stage(&mut self, entry: &squeue::Entry) -> bool {
+        // SAFETY: what the entry points to is kept alive by the contract of the method that built it.
+        let staged = unsafe { self.ring.submission().push(entry) }.is_ok();
+        self.staged += usize::from(staged);
+        staged
+    }
+
+    /// Enters what was pushed. Whatever the kernel does not take now is entered at the next call.
+    ///
+    /// # Errors
+    /// When the kernel refuses for a reason that waiting does not cure.
+    pub fn submit(&mut self) -> io::Result<()> {
+        while self.staged > 0 || !self.backlog.is_empty() {
+            while let Some(entry) = self.backlog.pop_front() {
+                if !self.stage(&entry) {
+                    self.backlog.push_front(entry);
+                    break;
+                }
+            }
+            match self.ring.submit() {
+                Ok(taken) => {
+                    self.staged -= taken.min(self.staged);
+                    if taken == 0 {
+                        return Ok(());
+                    }
+                }
+                Err(e) => match e.raw_os_error() {
+                    Some(libc::EINTR) => {}
+                    // Completions must be reaped, or memory freed, first; the entries stay in the queue.
+                    Some(libc::EBUSY | libc::EAGAIN | libc::ENOMEM) => return Ok(()),
+                    _ => return Err(e),
+                },
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether anything pushed has not reached the kernel.
+    #[must_use]
+    pub fn has_unsubmitted(&self) -> bool {
+        self.staged > 0 || !self.backlog.is_empty()
+    }
+
+    /// Whether a completion can be reaped; runs the kernel's deferred work if it asks for that.
+    pub fn has_completions(&mut self) -> bool {
+        if !self.ring.completion().is_empty() {
+            return true;
+        }
+        let (taskrun, overflow) = {
+            let sq = self.ring.submission();
+            (sq.taskrun(), sq.cq_overflow())
+        };
+        if !taskrun && !overflow {
+            return false;
+        }
+        // SAFETY: no argument is passed, nothing is submitted; this only lets the kernel post completions.
+        drop(unsafe { self.ring.submitter().enter::<libc::sigset_t>(0, 0, ENTER_GETEVENTS, None) });
+        !self.ring.completion().is_empty()
+    }
+
+    /// Takes one batch of completions into `into`, which is emptied first.
+    pub fn reap(&mut self, into: &mut Vec<(Token, i32)>) {
+        into.clear();
+        into.extend(
+            self.ring.completion().map(|entry: cqueue::Entry| (Token::unpack(entry.user_data()), entry.result())),
+        );
+        self.in_flight -= into.len();
+    }
+
+    /// Operations pushed and not reaped.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// The ring's descriptor, readable when there are completions.
+    #[must_use]
+    pub fn fd(&self) -> RawFd {
+        self.ring.as_raw_fd()
+    }
+}
+
+impl Drop for Ring {
+    /// Waits for everything in flight: its buffers are about to go.
+    fn drop(&mut self) {
+        let mut completions = Vec::new();
+        while self.in_flight > 0 {
+            let entered = self.submit().and_then(|()| self.ring.submit_and_wait(1).map(drop));
+            if let Err(e) = entered
+                && !matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY | libc::ENOMEM))
+            {
+                // The ring itself is broken. Memory that the kernel may still write to must not be reused.
+                tracing::error!(in_flight = self.in_flight, error = %e, "data ring can't be drained, ending the process");
+                std::process::abort();
+            }
+            self.reap(&mut completions);
+        }
+    }
+}
+
+const ENTER_GETEVENTS: u32 = 1;
+
+/// A single operation moves at most 2 GiB less a page; what is beyond comes back as a short transfer.
+fn one_piece(piece: &libc::iovec) -> u32 {
+    piece.iov_len.min(0x7fff_f000) as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::os::fd::AsFd;
+
+    fn reap_all(ring: &mut Ring) -> Vec<(Token, i32)> {
+        let (mut all, mut batch) = (Vec::new(), Vec::new());
+        while ring.in_flight() > 0 {
+            ring.submit().unwrap();
+            if ring.has_completions() {
+                ring.reap(&mut batch);
+                all.append(&mut batch);
+            }
+        }
+        all
+    }
+
+    #[test]
+    fn more_than_the_ring_holds_is_all_done() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"abcdefgh").unwrap();
+        let count = ENTRIES as usize * 3;
+        let mut buffers = vec![[0u8; 2]; count];
+        let mut pieces: Vec<_> =
+            buffers.iter_mut().map(|b| libc::iovec { iov_base: b.as_mut_ptr().cast(), iov_len: 2 }).collect();
+        let mut ring = Ring::new().unwrap();
+        for (slot, piece) in pieces.iter_mut().enumerate() {
+            let token = Token { task: 7, slot: slot as u32 };
+            // SAFETY: buffers and pieces outlive the ring's last completion below.
+            unsafe { ring.read(token, file.as_fd(), std::slice::from_ref(piece), (slot % 4 * 2) as u64) };
+        }
+        let mut done = reap_all(&mut ring);
+        done.sort_by_key(|(token, _)| token.slot);
+        assert_eq!(done.len(), count);
+        for (slot, (token, result)) in done.into_iter().enumerate() {
+            assert_eq!((token, result), (Token { task: 7, slot: slot as u32 }, 2));
+            assert_eq!(&buffers[slot], &b"abcdefgh"[slot % 4 * 2..][..2]);
+        }
+    }
+
+    #[test]
+    fn a_pause_ends_by_itself() {
+        let mut ring = Ring::new().unwrap();
+        ring.sleep(Token { task: 0, slot: 1 }, Duration::from_millis(1));
+        assert_eq!(reap_all(&mut ring), [(Token { task: 0, slot: 1 }, -libc::ETIME)]);
+    }
+
+    #[test]
+    fn dropping_waits_for_what_is_in_flight() {
+        let file = tempfile::tempfile().unwrap();
+        let mut buffer = vec![5u8; 1 << 20];
+        let piece = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+        let mut ring = Ring::new().unwrap();
+        // SAFETY: the buffer outlives the ring.
+        unsafe { ring.write(Token { task: 0, slot: 0 }, file.as_fd(), &[piece], 0, true) };
+        drop(ring);
+        assert_eq!(file.metadata().unwrap().len(), 1 << 20);
+    }
+}

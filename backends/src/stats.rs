@@ -1,0 +1,106 @@
+//! What a device counts: plain numbers kept by the one thread that serves a queue, copied out on request.
+
+use hdrhistogram::Histogram;
+
+/// Longest latency that is told apart, in nanoseconds; slower requests count as this.
+const MAX_LATENCY_NS: u64 = 60_000_000_000;
+
+/// Requests of one kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OpStats {
+    /// Name of the kind, as the specification has it (`read`, `flush`, …).
+    pub name: &'static str,
+    /// Requests completed, errors included.
+    pub count: u64,
+    /// Payload bytes moved by those that succeeded.
+    pub bytes: u64,
+    /// Requests answered with an error.
+    pub errors: u64,
+}
+
+/// What happened on one queue, or on all queues of a device together.
+#[derive(Clone, Debug)]
+pub struct QueueStats {
+    /// One entry per kind of request that the device knows.
+    pub ops: Vec<OpStats>,
+    /// From seeing a request to its completion, in nanoseconds.
+    pub latency: Histogram<u64>,
+    /// Doorbells that woke the I/O thread.
+    pub kicks: u64,
+    /// Interrupts raised.
+    pub interrupts: u64,
+    /// Used buffers whose interrupt the driver did not ask for.
+    pub interrupts_suppressed: u64,
+    /// Times that polling found work before its budget ran out.
+    pub poll_hits: u64,
+    /// Times that polling ended without work.
+    pub poll_misses: u64,
+    /// Chains the driver got wrong in a way that could still be answered.
+    pub bad_chains: u64,
+}
+
+impl QueueStats {
+    /// Nothing counted yet, for a device that knows these kinds of request.
+    #[must_use]
+    pub fn new(ops: &[&'static str]) -> Self {
+        Self {
+            ops: ops.iter().map(|name| OpStats { name, ..OpStats::default() }).collect(),
+            // Two significant digits: under one percent of error for some tens of kilobytes a queue.
+            latency: Histogram::new_with_bounds(1, MAX_LATENCY_NS, 2).expect("constant bounds are valid"),
+            kicks: 0,
+            interrupts: 0,
+            interrupts_suppressed: 0,
+            poll_hits: 0,
+            poll_misses: 0,
+            bad_chains: 0,
+        }
+    }
+
+    /// Counts one completed request of the kind with index `op`.
+    pub fn record(&mut self, op: usize, bytes: u64, ok: bool, latency_ns: u64) {
+        let entry = &mut self.ops[op];
+        entry.count += 1;
+        if ok {
+            entry.bytes += bytes;
+        } else {
+            entry.errors += 1;
+        }
+        self.latency.saturating_record(latency_ns.max(1));
+    }
+
+    /// Adds what another queue of the same kind of device, or an earlier run of the same one, counted.
+    pub fn merge(&mut self, other: &Self) {
+        for (mine, theirs) in self.ops.iter_mut().zip(&other.ops) {
+            mine.count += theirs.count;
+            mine.bytes += theirs.bytes;
+            mine.errors += theirs.errors;
+        }
+        self.latency.add(&other.latency).expect("every histogram here has the same bounds");
+        self.kicks += other.kicks;
+        self.interrupts += other.interrupts;
+        self.interrupts_suppressed += other.interrupts_suppressed;
+        self.poll_hits += other.poll_hits;
+        self.poll_misses += other.poll_misses;
+        self.bad_chains += other.bad_chains;
+    }
+}
+
+/// The statistics of a device.
+#[derive(Clone, Debug, Default)]
+pub struct DeviceStats {
+    /// Name of the device.
+    pub name: String,
+    /// One entry per queue.
+    pub queues: Vec<QueueStats>,
+}
+
+impl DeviceStats {
+    /// All queues together; `None` for a device without any.
+    #[must_use]
+    pub fn total(&self) -> Option<QueueStats> {
+        let (first, rest) = self.queues.split_first()?;
+        let mut total = first.clone();
+        rest.iter().for_each(|queue| total.merge(queue));
+        Some(total)
+    }
+}

@@ -1,0 +1,407 @@
+//! Raw images and block devices: byte N of the disk is byte N of the file. Page-cached or O_DIRECT.
+//!
+//! Under O_DIRECT the kernel wants buffers and offsets aligned as statx(2) says (STATX_DIOALIGN). What a guest sends is
+//! often not: its buffers are then bounced, and writes of part of a block read the block first, one at a time per range.
+//! Short transfers go on where they ended; a failed hint is no failure; zeroes are written where they can't be punched.
+#![allow(unsafe_code, reason = "pushes buffers that its own operation state keeps alive")]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use super::{Geometry, Progress, Storage};
+use crate::guest_io::GuestIo;
+use crate::worker::Io;
+
+/// Most bytes bounced at once.
+const MAX_BOUNCE: u64 = 1 << 20;
+
+/// How long a write waits before it looks again whether the block it shares with another is free.
+const CONFLICT_PAUSE: Duration = Duration::from_micros(100);
+
+/// What O_DIRECT asks of an operation, in bytes, powers of two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DirectAlign {
+    /// Of buffer addresses.
+    pub memory: u32,
+    /// Of file offsets and lengths.
+    pub offset: u32,
+}
+
+/// The ranges being rewritten block by block, shared by all queues of a disk.
+type Gate = Mutex<Vec<(u64, u64)>>;
+
+/// An open image, shared by the queues of its disk.
+#[derive(Clone, Debug)]
+pub struct Raw {
+    file: Arc<File>,
+    geometry: Geometry,
+    /// `Some` under O_DIRECT.
+    align: Option<DirectAlign>,
+    /// `Some` where a guest may write less than the file takes at once.
+    gate: Option<Arc<Gate>>,
+}
+
+impl Raw {
+    /// An image over an open file, of which `geometry.capacity` bytes are used. With `align`, the file is open for O_DIRECT.
+    #[must_use]
+    pub fn new(file: Arc<File>, geometry: Geometry, align: Option<DirectAlign>) -> Self {
+        // Requests come in sectors of 512 bytes; only a larger unit can be written in part.
+        let gate = align.filter(|align| align.offset > 512 && !geometry.readonly).map(|_| Arc::default());
+        Self { file, geometry, align, gate }
+    }
+
+    /// Makes everything written so far durable, waiting for it.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn sync(&self) -> io::Result<()> {
+        if self.geometry.readonly { Ok(()) } else { self.file.sync_data() }
+    }
+
+    fn begin(&mut self, op: &mut RawOp, kind: Kind, offset: u64, len: u64, durable: bool) -> io::Result<()> {
+        if offset.checked_add(len).is_none_or(|end| end > self.geometry.capacity) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        if self.geometry.readonly && !matches!(kind, Kind::Read | Kind::Sync) {
+            return Err(io::Error::from_raw_os_error(libc::EROFS));
+        }
+        op.kind = kind;
+        op.offset = offset;
+        op.left = len;
+        op.durable = durable;
+        op.stage = Stage::Direct;
+        Ok(())
+    }
+
+    fn run(&mut self, op: &mut RawOp, data: &mut GuestIo, io: &mut Io<'_>) -> Progress {
+        if op.left == 0 && !matches!(op.kind, Kind::Sync) {
+            return self.end(op, Ok(()));
+        }
+        match op.kind {
+            Kind::Read => self.push_read(op, data, io),
+            Kind::Write | Kind::Zeroes => self.push_write(op, data, io),
+            Kind::Discard | Kind::Punch { .. } => self.push_fallocate(op, io),
+            Kind::Sync => {
+                io.sync_data(self.file.as_fd());
+                Progress::Pending
+            }
+        }
+    }
+
+    /// Whether the kernel takes the rest of the operation as it is.
+    fn is_aligned(&self, op: &RawOp, data: &GuestIo) -> bool {
+        self.align.is_none_or(|align| {
+            op.offset.is_multiple_of(u64::from(align.offset))
+                && data.is_aligned(align.memory as usize, align.offset as usize)
+        })
+    }
+
+    /// The blocks that hold the next part of the operation.
+    fn blocks(&self, op: &RawOp) -> (u64, u64) {
+        let unit = self.align.map_or(1, |align| u64::from(align.offset));
+        let start = op.offset - op.offset % unit;
+        (start, (op.offset + op.left.min(MAX_BOUNCE)).next_multiple_of(unit))
+    }
+
+    fn push_read(&mut self, op: &mut RawOp, data: &GuestIo, io: &mut Io<'_>) -> Progress {
+        if self.is_aligned(op, data) {
+            op.stage = Stage::Direct;
+            // SAFETY: `data` belongs to the request that is resumed with it.
+            unsafe { io.read(self.file.as_fd(), data, op.offset) };
+        } else {
+            op.stage = Stage::Bounced;
+            self.push_bounce_read(op, io);
+        }
+        Progress::Pending
+    }
+
+    fn push_bounce_read(&mut self, op: &mut RawOp, io: &mut Io<'_>) {
+        let (start, end) = self.blocks(op);
+        op.bounce = Bounce::new(start, (end - start) as usize, self.align.map_or(1, |align| align.memory as usize));
+        // SAFETY: the buffer is kept in the operation's state until it is resumed.
+        unsafe { io.read_buf(self.file.as_fd(), op.bounce.bytes_mut(), start) };
+    }
+
+    fn push_write(&mut self, op: &mut RawOp, data: &GuestIo, io: &mut Io<'_>) -> Progress {
+        let aligned = matches!(op.kind, Kind::Write) && self.is_aligned(op, data);
+        let range = if aligned { (op.offset, op.offset + op.left) } else { self.blocks(op) };
+        if !self.claim(op, range, io) {
+            return Progress::Pending;
+        }
+        if aligned {
+            op.stage = Stage::Direct;
+            // SAFETY: `data` belongs to the request that is resumed with it.
+            unsafe { io.write(self.file.as_fd(), data, op.offset, op.durable) };
+            return Progress::Pending;
+        }
+        let (start, end) = self.blocks(op);
+        if start == op.offset && end <= op.offset + op.left {
+            op.bounce = Bounce::new(start, (end - start) as usize, self.align.map_or(1, |a| a.memory as usize));
+            self.push_bounce_write(op, data, io);
+        } else {
+            op.stage = Stage::ReadFirst;
+            self.push_bounce_read(op, io);
+        }
+        Progress::Pending
+    }
+
+    fn push_bounce_write(&mut self, op: &mut RawOp, data: &GuestIo, io: &mut Io<'_>) {
+        let skip = (op.offset - op.bounce.offset) as usize;
+        let count = (op.left as usize).min(op.bounce.len - skip);
+        let part = &mut op.bounce.bytes_mut()[skip..skip + count];
+        if matches!(op.kind, Kind::Write) {
+            data.copy_to(part);
+        } else {
+            part.fill(0);
+        }
+        op.stage = Stage::Bounced;
+        // SAFETY: the buffer is kept in the operation's state until it is resumed.
+        unsafe { io.write_buf(self.file.as_fd(), op.bounce.bytes(), op.bounce.offset, op.durable) };
+    }
+
+    /// Takes a range for this operation alone where blocks can be written in part. If another has some of it, waits.
+    fn claim(&self, op: &mut RawOp, range: (u64, u64), io: &mut Io<'_>) -> bool {
+        let Some(gate) = &self.gate else { return true };
+        if op.held.is_some() {
+            return true;
+        }
+        let mut held = gate.lock().unwrap_or_else(PoisonError::into_inner);
+        if held.iter().any(|other| range.0 < other.1 && other.0 < range.1) {
+            op.stage = Stage::Waiting;
+            io.sleep(CONFLICT_PAUSE);
+            return false;
+        }
+        held.push(range);
+        op.held = Some(range);
+        true
+    }
+
+    fn push_fallocate(&mut self, op: &mut RawOp, io: &mut Io<'_>) -> Progress {
+        let unit = self.align.map_or(1, |align| u64::from(align.offset));
+        let end = (op.offset + op.left).next_multiple_of(unit);
+        if !self.claim(op, (op.offset - op.offset % unit, end), io) {
+            return Progress::Pending;
+        }
+        op.stage = Stage::Direct;
+        let mode = match op.kind {
+            Kind::Punch { unmap: false } => libc::FALLOC_FL_ZERO_RANGE,
+            _ => libc::FALLOC_FL_PUNCH_HOLE,
+        };
+        io.fallocate(self.file.as_fd(), mode | libc::FALLOC_FL_KEEP_SIZE, op.offset, op.left);
+        Progress::Pending
+    }
+
+    /// `count` more bytes of the operation are done.
+    fn advance(&mut self, op: &mut RawOp, data: &mut GuestIo, count: u64) {
+        data.advance(count);
+        op.offset += count;
+        op.left -= count;
+        self.release(op);
+    }
+
+    fn release(&mut self, op: &mut RawOp) {
+        if let (Some(gate), Some(range)) = (&self.gate, op.held.take()) {
+            gate.lock().unwrap_or_else(PoisonError::into_inner).retain(|other| *other != range);
+        }
+    }
+
+    fn end(&mut self, op: &mut RawOp, result: io::Result<()>) -> Progress {
+        self.release(op);
+        op.bounce = Bounce::default();
+        Progress::Done(result)
+    }
+
+    fn transferred(&mut self, op: &mut RawOp, data: &mut GuestIo, count: u64, io: &mut Io<'_>) -> Progress {
+        match op.stage {
+            Stage::Direct => {
+                let count = count.min(op.left);
+                if count == 0 {
+                    return self.end(op, Err(short()));
+                }
+                self.advance(op, data, count);
+            }
+            Stage::ReadFirst => {
+                if count < op.bounce.len as u64 {
+                    return self.end(op, Err(short()));
+                }
+                self.push_bounce_write(op, data, io);
+                return Progress::Pending;
+            }
+            Stage::Bounced => {
+                let skip = op.offset - op.bounce.offset;
+                let count = count.saturating_sub(skip).min(op.left);
+                if count == 0 {
+                    return self.end(op, Err(short()));
+                }
+                if matches!(op.kind, Kind::Read) {
+                    data.copy_from(&op.bounce.bytes()[skip as usize..(skip + count) as usize]);
+                }
+                self.advance(op, data, count);
+            }
+            Stage::Waiting => {}
+        }
+        self.run(op, data, io)
+    }
+
+    fn allocated(&mut self, op: &mut RawOp, data: &mut GuestIo, errno: i32, io: &mut Io<'_>) -> Progress {
+        match (errno, op.kind) {
+            (0, _) => {
+                if op.durable {
+                    op.kind = Kind::Sync;
+                } else {
+                    op.left = 0;
+                }
+            }
+            // Nobody promised that a discard does anything.
+            (libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL, Kind::Discard) => op.left = 0,
+            (libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL, Kind::Punch { unmap: true }) => {
+                op.kind = Kind::Punch { unmap: false };
+            }
+            (libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL, _) => {
+                // Data is written in smaller steps than this range, each with a claim of its own.
+                self.release(op);
+                op.kind = Kind::Zeroes;
+            }
+            (errno, _) => return self.end(op, Err(io::Error::from_raw_os_error(errno))),
+        }
+        self.run(op, data, io)
+    }
+}
+
+impl Storage for Raw {
+    type Op = RawOp;
+
+    fn geometry(&self) -> &Geometry {
+        &self.geometry
+    }
+
+    fn read(&mut self, op: &mut RawOp, offset: u64, data: &mut GuestIo, io: &mut Io<'_>) -> Progress {
+        match self.begin(op, Kind::Read, offset, data.len(), false) {
+            Ok(()) => self.run(op, data, io),
+            Err(e) => Progress::Done(Err(e)),
+        }
+    }
+
+    fn write(&mut self, op: &mut RawOp, offset: u64, data: &mut GuestIo, durable: bool, io: &mut Io<'_>) -> Progress {
+        match self.begin(op, Kind::Write, offset, data.len(), durable) {
+            Ok(()) => self.run(op, data, io),
+            Err(e) => Progress::Done(Err(e)),
+        }
+    }
+
+    fn flush(&mut self, op: &mut RawOp, io: &mut Io<'_>) -> Progress {
+        if self.geometry.readonly {
+            return Progress::Done(Ok(()));
+        }
+        match self.begin(op, Kind::Sync, 0, 0, false) {
+            Ok(()) => self.run(op, &mut GuestIo::default(), io),
+            Err(e) => Progress::Done(Err(e)),
+        }
+    }
+
+    fn discard(&mut self, op: &mut RawOp, offset: u64, len: u64, durable: bool, io: &mut Io<'_>) -> Progress {
+        match self.begin(op, Kind::Discard, offset, len, durable) {
+            Ok(()) => self.run(op, &mut GuestIo::default(), io),
+            Err(e) => Progress::Done(Err(e)),
+        }
+    }
+
+    fn write_zeroes(
+        &mut self,
+        op: &mut RawOp,
+        offset: u64,
+        len: u64,
+        unmap: bool,
+        durable: bool,
+        io: &mut Io<'_>,
+    ) -> Progress {
+        match self.begin(op, Kind::Punch { unmap }, offset, len, durable) {
+            Ok(()) => self.run(op, &mut GuestIo::default(), io),
+            Err(e) => Progress::Done(Err(e)),
+        }
+    }
+
+    fn resume(&mut self, op: &mut RawOp, data: &mut GuestIo, result: i32, io: &mut Io<'_>) -> Progress {
+        if op.stage == Stage::Waiting || matches!(-result, libc::EAGAIN | libc::EINTR) {
+            return self.run(op, data, io);
+        }
+        match op.kind {
+            Kind::Discard | Kind::Punch { .. } => self.allocated(op, data, -result, io),
+            _ if result < 0 => self.end(op, Err(io::Error::from_raw_os_error(-result))),
+            Kind::Sync => self.end(op, Ok(())),
+            _ => self.transferred(op, data, result as u64, io),
+        }
+    }
+}
+
+/// The file is shorter than it was, or takes no more.
+fn short() -> io::Error {
+    io::ErrorKind::UnexpectedEof.into()
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+enum Kind {
+    #[default]
+    Read,
+    Write,
+    /// Zeroes written as data, where they can't be had otherwise.
+    Zeroes,
+    Discard,
+    Punch {
+        unmap: bool,
+    },
+    Sync,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Stage {
+    /// Between the guest's buffers and the file.
+    #[default]
+    Direct,
+    /// Between the bounce buffer and the file.
+    Bounced,
+    /// The blocks of a partial write are being read.
+    ReadFirst,
+    /// Another write holds the blocks.
+    Waiting,
+}
+
+/// An operation on a raw image.
+#[derive(Debug, Default)]
+pub struct RawOp {
+    kind: Kind,
+    stage: Stage,
+    offset: u64,
+    left: u64,
+    durable: bool,
+    bounce: Bounce,
+    held: Option<(u64, u64)>,
+}
+
+/// An aligned buffer that stands for the bytes of the file from `offset` on.
+#[derive(Debug, Default)]
+struct Bounce {
+    memory: Vec<u8>,
+    start: usize,
+    len: usize,
+    offset: u64,
+}
+
+impl Bounce {
+    fn new(offset: u64, len: usize, align: usize) -> Self {
+        let memory = vec![0; len + align - 1];
+        let start = memory.as_ptr().align_offset(align);
+        Self { memory, start, len, offset }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &self.memory[self.start..self.start + self.len]
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.memory[self.start..self.start + self.len]
+    }
+}
