@@ -17,3 +17,11 @@ pub mod rng;
 pub mod stats;
 pub mod storage;
 pub mod worker;
+
+/// Where tests put images: beside the test binary, on a disk. The usual directory for such files may be a tmpfs, where
+/// O_DIRECT, holes and io_uring behave otherwise.
+#[cfg(test)]
+fn scratch_dir() -> std::path::PathBuf {
+    let exe = std::env::current_exe().expect("a test knows where it runs");
+    exe.parent().expect("an executable is in a directory").to_owned()
+}

@@ -61,7 +61,11 @@ pub struct Io<'a> {
     token: Token,
 }
 
-impl Io<'_> {
+impl<'a> Io<'a> {
+    pub(crate) fn new(ring: &'a mut Ring, token: Token) -> Self {
+        Self { ring, token }
+    }
+
     /// Reads into the pieces of `data` from `offset` on.
     ///
     /// # Safety
@@ -223,7 +227,7 @@ impl<H: Handler> Task for Worker<H> {
                 }
             }
             slot.started = now;
-            let mut io = Io { ring, token: Token { task: self.task, slot: index } };
+            let mut io = Io::new(ring, Token { task: self.task, slot: index });
             let step = self.handler.start(&mut slot.chain, &mut slot.request, &mut io);
             self.settle(index, step, now);
             if self.state != State::Running {
@@ -235,7 +239,7 @@ impl<H: Handler> Task for Worker<H> {
 
     fn completed(&mut self, index: u32, result: i32, now: Instant, ring: &mut Ring) {
         let slot = &mut self.slots[index as usize];
-        let mut io = Io { ring, token: Token { task: self.task, slot: index } };
+        let mut io = Io::new(ring, Token { task: self.task, slot: index });
         let step = self.handler.resume(&mut slot.chain, &mut slot.request, result, &mut io);
         self.settle(index, step, now);
     }

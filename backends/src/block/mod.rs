@@ -4,6 +4,8 @@ mod config;
 mod handler;
 pub mod options;
 pub mod request;
+#[cfg(test)]
+mod request_tests;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

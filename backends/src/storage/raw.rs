@@ -405,3 +405,7 @@ impl Bounce {
         &mut self.memory[self.start..self.start + self.len]
     }
 }
+
+#[cfg(test)]
+#[path = "raw_tests.rs"]
+mod tests;

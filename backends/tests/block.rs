@@ -1,0 +1,600 @@
+//! The block device as a driver sees it, over real queues, I/O threads and images.
+
+use std::io::{Read, Seek, SeekFrom};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use proptest::prelude::*;
+use ringvm_backends::block::{BlockDevice, BlockOptions, OpenError, StorageKind};
+use ringvm_backends::device::{Device, GuestMemory, QueueParts, QueueState};
+use ringvm_backends::driver::{Buffer, Descriptor, Driver};
+use ringvm_backends::interrupt::Interrupt;
+use ringvm_backends::reactor::{ReactorOptions, ReactorPool};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+const SECTOR: usize = 512;
+const DATA: u64 = 0x10_0000;
+const HEADERS: u64 = 0x8_0000;
+const T_IN: u32 = 0;
+const T_OUT: u32 = 1;
+const T_FLUSH: u32 = 4;
+const T_GET_ID: u32 = 8;
+const T_DISCARD: u32 = 11;
+const T_WRITE_ZEROES: u32 = 13;
+const OK: u8 = 0;
+const IOERR: u8 = 1;
+const UNSUPP: u8 = 2;
+const F_RO: u64 = 1 << 5;
+const F_FLUSH: u64 = 1 << 9;
+const F_CONFIG_WCE: u64 = 1 << 11;
+
+/// Long enough for a slow disk; only a hang takes it.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+struct Queue {
+    driver: Driver,
+    kick: EventFd,
+    call: Arc<EventFd>,
+}
+
+struct Rig {
+    device: BlockDevice,
+    mem: GuestMemory,
+    queues: Vec<Queue>,
+    faults: Arc<AtomicUsize>,
+    image: tempfile::NamedTempFile,
+}
+
+/// A directory on a disk: O_DIRECT and holes are looked at.
+fn scratch() -> PathBuf {
+    PathBuf::from(env!("CARGO_TARGET_TMPDIR"))
+}
+
+fn image(sectors: usize) -> tempfile::NamedTempFile {
+    let image = tempfile::NamedTempFile::new_in(scratch()).unwrap();
+    image.as_file().set_len((sectors * SECTOR) as u64).unwrap();
+    image
+}
+
+fn pool(threads: usize) -> ReactorPool {
+    ReactorPool::new(&ReactorOptions { count: threads, ..ReactorOptions::default() }).unwrap()
+}
+
+impl Rig {
+    fn new(sectors: usize, change: impl FnOnce(&mut BlockOptions)) -> Self {
+        Self::with_features(sectors, u64::MAX, change)
+    }
+
+    fn with_features(sectors: usize, mask: u64, change: impl FnOnce(&mut BlockOptions)) -> Self {
+        let image = image(sectors);
+        let mut options = BlockOptions { path: Some(image.path().to_owned()), ..BlockOptions::default() };
+        change(&mut options);
+        let device = BlockDevice::open("disk0", &options, &pool(2)).unwrap();
+        let mem = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 8 << 20)]).unwrap());
+        let mut rig = Self { device, mem, queues: Vec::new(), faults: Arc::default(), image };
+        rig.start(mask);
+        rig
+    }
+
+    fn start(&mut self, mask: u64) {
+        let features = self.device.info().features & mask;
+        self.device.ack_features(features).unwrap();
+        self.queues.clear();
+        for (index, size) in self.device.info().queue_sizes.clone().into_iter().enumerate() {
+            let driver = Driver::new(self.mem.clone(), index as u64 * 0x1_0000, size, features);
+            let kick = EventFd::new(EFD_NONBLOCK).unwrap();
+            let call = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+            self.queues.push(Queue { driver, kick, call });
+            self.start_queue(index, QueueState::default());
+        }
+    }
+
+    fn start_queue(&mut self, index: usize, from: QueueState) {
+        let queue = &self.queues[index];
+        let faults = Arc::clone(&self.faults);
+        let parts = QueueParts {
+            ring: queue.driver.ring(),
+            mem: self.mem.clone(),
+            kick: queue.kick.try_clone().unwrap(),
+            call: Interrupt::Event(Arc::clone(&queue.call)),
+            fault: Interrupt::Call(Arc::new(move || {
+                faults.fetch_add(1, Ordering::SeqCst);
+            })),
+            from,
+        };
+        self.device.start_queue(index as u16, parts).unwrap();
+    }
+
+    fn kick(&mut self, queue: usize) {
+        let queue = &mut self.queues[queue];
+        queue.driver.want_interrupts(true);
+        if queue.driver.publish() {
+            queue.kick.write(1).unwrap();
+        }
+    }
+
+    fn next_used(&mut self, queue: usize) -> (u16, u32) {
+        let start = Instant::now();
+        loop {
+            if let Some(used) = self.queues[queue].driver.next_used() {
+                return used;
+            }
+            assert!(start.elapsed() < PATIENCE, "the device does not answer");
+            std::thread::yield_now();
+        }
+    }
+
+    fn wait_for_fault(&self, count: usize) {
+        let start = Instant::now();
+        while self.faults.load(Ordering::SeqCst) < count {
+            assert!(start.elapsed() < PATIENCE, "no fault was raised");
+            std::thread::yield_now();
+        }
+    }
+
+    fn write_header(&self, at: u64, kind: u32, sector: u64) {
+        let bytes = [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat();
+        self.mem.write_slice(&bytes, GuestAddress(at)).unwrap();
+        self.mem.write_slice(&[0xee], GuestAddress(at + 16)).unwrap();
+    }
+
+    fn status(&self, at: u64) -> u8 {
+        self.mem.read_obj(GuestAddress(at + 16)).unwrap()
+    }
+
+    /// One request with its data at `DATA`, in one piece; returns the status and the used length.
+    fn request(&mut self, kind: u32, sector: u64, len: u32) -> (u8, u32) {
+        self.write_header(HEADERS, kind, sector);
+        let mut chain = vec![Buffer { addr: HEADERS, len: 16, writable: false }];
+        if len > 0 {
+            chain.push(Buffer { addr: DATA, len, writable: matches!(kind, T_IN | T_GET_ID) });
+        }
+        chain.push(Buffer { addr: HEADERS + 16, len: 1, writable: true });
+        self.queues[0].driver.add(&chain).unwrap();
+        self.kick(0);
+        let (_, len) = self.next_used(0);
+        (self.status(HEADERS), len)
+    }
+
+    fn segments(&mut self, kind: u32, segments: &[(u64, u32, u32)]) -> u8 {
+        let bytes: Vec<u8> = segments
+            .iter()
+            .flat_map(|(sector, count, flags)| {
+                [&sector.to_le_bytes()[..], &count.to_le_bytes(), &flags.to_le_bytes()].concat()
+            })
+            .collect();
+        self.mem.write_slice(&bytes, GuestAddress(DATA)).unwrap();
+        self.request(kind, 0, bytes.len() as u32).0
+    }
+
+    fn data(&self, len: usize) -> Vec<u8> {
+        let mut data = vec![0; len];
+        self.mem.read_slice(&mut data, GuestAddress(DATA)).unwrap();
+        data
+    }
+
+    fn fill(&self, byte: u8, len: usize) {
+        self.mem.write_slice(&vec![byte; len], GuestAddress(DATA)).unwrap();
+    }
+
+    fn contents(&self) -> Vec<u8> {
+        let mut all = Vec::new();
+        let mut file = std::fs::File::open(self.image.path()).unwrap();
+        file.seek(SeekFrom::Start(0)).unwrap();
+        file.read_to_end(&mut all).unwrap();
+        all
+    }
+}
+
+#[test]
+fn requests_of_every_kind() {
+    let mut rig = Rig::new(64, |options| options.serial = Some("a serial".into()));
+    rig.fill(7, 1024);
+    assert_eq!(rig.request(T_OUT, 2, 1024), (OK, 1));
+    rig.fill(0, 1024);
+    assert_eq!(rig.request(T_IN, 1, 1024), (OK, 1025));
+    assert_eq!(rig.data(1024), [vec![0; 512], vec![7; 512]].concat());
+    assert_eq!(rig.request(T_FLUSH, 0, 0), (OK, 1));
+    assert_eq!(rig.request(T_GET_ID, 0, 20), (OK, 21));
+    assert_eq!(&rig.data(20), b"a serial\0\0\0\0\0\0\0\0\0\0\0\0");
+    assert_eq!(rig.segments(T_WRITE_ZEROES, &[(2, 1, 0), (3, 1, 1)]), OK);
+    assert_eq!(rig.contents(), vec![0; 64 * 512]);
+    let total = rig.device.stats().total().unwrap();
+    let count = |name| total.ops.iter().find(|op| op.name == name).map(|op| (op.count, op.bytes, op.errors)).unwrap();
+    assert_eq!(count("read"), (1, 1024, 0));
+    assert_eq!(count("write_zeroes"), (1, 1024, 0));
+    assert_eq!(total.latency.len(), 5);
+    assert!(total.interrupts >= 1);
+}
+
+#[test]
+fn pitfall_19_a_total_past_the_end_is_refused() {
+    let mut rig = Rig::new(8, |_| {});
+    assert_eq!(rig.request(T_IN, 7, 1024), (IOERR, 1));
+    assert_eq!(rig.request(T_OUT, u64::MAX, 512), (IOERR, 1));
+    assert_eq!(rig.request(T_IN, 0, 100), (IOERR, 1));
+    assert_eq!(rig.request(T_IN, 7, 512), (OK, 513));
+    assert_eq!(rig.contents().len(), 8 * 512);
+}
+
+#[test]
+fn pitfall_20_discard_gives_space_back_within_bounds() {
+    let mut rig = Rig::new(4096, |_| {});
+    rig.fill(1, 1 << 20);
+    assert_eq!(rig.request(T_OUT, 0, 1 << 20).0, OK);
+    assert_eq!(rig.request(T_FLUSH, 0, 0).0, OK);
+    let blocks = |rig: &Rig| std::os::unix::fs::MetadataExt::blocks(&rig.image.as_file().metadata().unwrap());
+    let before = blocks(&rig);
+    assert_eq!(rig.segments(T_DISCARD, &[(0, 1024, 0), (1024, 512, 0)]), OK);
+    assert!(blocks(&rig) + 1536 <= before + 16, "{before} -> {}", blocks(&rig));
+    assert_eq!(rig.segments(T_DISCARD, &[(0, 1, 1)]), UNSUPP);
+    assert_eq!(rig.segments(T_WRITE_ZEROES, &[(0, 1, 4)]), UNSUPP);
+    assert_eq!(rig.segments(T_DISCARD, &[(u64::MAX / 256, 1, 0)]), IOERR);
+    assert_eq!(rig.segments(T_DISCARD, &[(0, u32::MAX, 0)]), IOERR);
+    assert_eq!(rig.segments(T_DISCARD, &[(0, 1, 0); 33]), IOERR);
+    assert_eq!(rig.segments(T_DISCARD, &[]), IOERR);
+}
+
+#[test]
+fn pitfall_21_read_only_holds_whatever_was_negotiated() {
+    for mask in [u64::MAX, !F_RO] {
+        let mut rig = Rig::with_features(8, mask, |options| options.readonly = true);
+        rig.fill(9, 512);
+        assert_eq!(rig.request(T_OUT, 0, 512), (IOERR, 1));
+        assert_eq!(rig.segments(T_WRITE_ZEROES, &[(0, 1, 0)]), IOERR);
+        assert_eq!(rig.segments(T_DISCARD, &[(0, 1, 0)]), IOERR);
+        assert_eq!(rig.request(T_FLUSH, 0, 0), (OK, 1));
+        assert_eq!(rig.request(T_IN, 0, 512), (OK, 513));
+        assert_eq!(rig.contents(), vec![0; 8 * 512]);
+    }
+}
+
+#[test]
+fn pitfall_31_scsi_and_unknown_types_are_unsupported() {
+    let mut rig = Rig::new(8, |_| {});
+    for kind in [2, 3, 5, 14, 16, 24, u32::MAX] {
+        assert_eq!(rig.request(kind, 0, 512).0, UNSUPP, "type {kind}");
+    }
+}
+
+#[test]
+fn pitfall_32_seg_max_leaves_room_for_header_and_status() {
+    for size in [4, 256, 1024] {
+        let rig = Rig::new(8, |options| options.queue_size = size);
+        let mut seg_max = [0; 4];
+        rig.device.read_config(12, &mut seg_max);
+        assert!(u32::from_le_bytes(seg_max) + 2 <= u32::from(size));
+    }
+}
+
+#[test]
+fn pitfall_7_bad_requests_are_answered_and_the_queue_goes_on() {
+    let mut rig = Rig::new(8, |_| {});
+    let status = Buffer { addr: HEADERS + 16, len: 1, writable: true };
+    let bad: [&[Buffer]; 4] = [
+        // No header, half a header, data outside memory, header outside memory.
+        &[status],
+        &[Buffer { addr: HEADERS, len: 8, writable: false }, status],
+        &[
+            Buffer { addr: HEADERS, len: 16, writable: false },
+            Buffer { addr: 1 << 40, len: 512, writable: true },
+            status,
+        ],
+        &[Buffer { addr: u64::MAX - 4, len: 16, writable: false }, status],
+    ];
+    for chain in bad {
+        rig.write_header(HEADERS, T_IN, 0);
+        rig.queues[0].driver.add(chain).unwrap();
+        rig.kick(0);
+        assert_eq!(rig.next_used(0).1, 1);
+        assert_eq!(rig.status(HEADERS), IOERR);
+    }
+    assert_eq!(rig.request(T_IN, 0, 512), (OK, 513));
+    assert_eq!(rig.faults.load(Ordering::SeqCst), 0);
+}
+
+#[test]
+fn pitfalls_5_and_6_what_can_not_be_answered_needs_a_reset_and_spares_other_queues() {
+    let mut rig = Rig::new(8, |options| options.queues = 2);
+    // A request without room for a status, and one whose descriptors go in circles.
+    for round in 0..2 {
+        if round == 0 {
+            rig.queues[0].driver.add(&[Buffer { addr: HEADERS, len: 16, writable: false }]).unwrap();
+            rig.kick(0);
+        } else {
+            let ring = rig.queues[0].driver.ring();
+            let circle = Descriptor { addr: HEADERS, len: 16, flags: 1, next: 0 };
+            rig.queues[0].driver.write_descriptor(ring.desc, 0, circle);
+            // The first entry was the request that closed the round before.
+            rig.queues[0].driver.write_avail_entry(1, 0);
+            rig.queues[0].driver.write_avail_index(2);
+            rig.queues[0].kick.write(1).unwrap();
+        }
+        rig.wait_for_fault(round + 1);
+        rig.write_header(HEADERS, T_IN, 0);
+        let chain = [
+            Buffer { addr: HEADERS, len: 16, writable: false },
+            Buffer { addr: DATA, len: 512, writable: true },
+            Buffer { addr: HEADERS + 16, len: 1, writable: true },
+        ];
+        rig.queues[1].driver.add(&chain).unwrap();
+        rig.kick(1);
+        rig.next_used(1);
+        assert_eq!(rig.status(HEADERS), OK);
+        assert_eq!(rig.faults.load(Ordering::SeqCst), round + 1, "raised once");
+        rig.device.reset();
+        rig.start(u64::MAX);
+        assert_eq!(rig.request(T_IN, 0, 512), (OK, 513), "a reset brings the device back");
+    }
+}
+
+#[test]
+fn pitfall_4_a_driver_that_refills_does_not_starve_another_queue() {
+    let options = |options: &mut BlockOptions| {
+        (options.storage, options.path, options.size) = (StorageKind::Null, None, Some(1 << 20));
+        (options.queues, options.queue_size) = (4, 4);
+    };
+    let mut rig = Rig::new(8, options);
+    // Queues 0 and 2, or 1 and 3, share a thread. Three of them are never empty while the fourth is asked.
+    rig.write_header(HEADERS, T_IN, 0);
+    let chain =
+        [Buffer { addr: HEADERS, len: 16, writable: false }, Buffer { addr: HEADERS + 16, len: 1, writable: true }];
+    let mut answered = 0;
+    let start = Instant::now();
+    while answered < 200 {
+        for queue in 0..3 {
+            while rig.queues[queue].driver.add(&chain).is_some() {}
+            rig.kick(queue);
+            while rig.queues[queue].driver.next_used().is_some() {}
+        }
+        if rig.queues[3].driver.in_flight() == 0 {
+            rig.queues[3].driver.add(&chain).unwrap();
+            rig.kick(3);
+        }
+        answered += usize::from(rig.queues[3].driver.next_used().is_some());
+        assert!(start.elapsed() < PATIENCE, "starved after {answered}");
+    }
+}
+
+#[test]
+fn pitfall_24_stopping_drains_and_another_start_goes_on() {
+    let mut rig = Rig::new(4096, |options| options.direct = true);
+    let mut done = 0;
+    for round in 0..20u64 {
+        for slot in 0..32u64 {
+            let at = HEADERS + slot * 32;
+            rig.write_header(at, T_OUT, (round * 32 + slot) % 4096);
+            let chain = [
+                Buffer { addr: at, len: 16, writable: false },
+                Buffer { addr: DATA + slot * 512, len: 512, writable: false },
+                Buffer { addr: at + 16, len: 1, writable: true },
+            ];
+            rig.queues[0].driver.add(&chain).unwrap();
+        }
+        rig.kick(0);
+        let state = rig.device.stop_queue(0).unwrap();
+        assert_eq!(state.next_used, state.next_avail, "nothing is in flight");
+        assert_eq!(rig.queues[0].driver.used_index(), state.next_used, "and all is published");
+        assert_eq!(rig.device.stop_queue(0), None, "idempotent");
+        rig.start_queue(0, state);
+        for _ in 0..32 {
+            rig.next_used(0);
+            done += 1;
+        }
+    }
+    let writes = rig.device.stats().total().unwrap().ops[1];
+    assert_eq!((writes.count, writes.errors, done), (640, 0, 640), "statistics outlive a stop");
+}
+
+#[test]
+fn write_through_is_the_drivers_choice() {
+    let mut rig = Rig::new(8, |_| {});
+    rig.device.write_config(32, &[0]).unwrap();
+    let mut writeback = [9];
+    rig.device.read_config(32, &mut writeback);
+    assert_eq!(writeback, [0]);
+    assert_eq!(rig.request(T_OUT, 0, 512), (OK, 1));
+    assert_eq!(rig.segments(T_WRITE_ZEROES, &[(1, 2, 0)]), OK);
+    for (offset, data) in [(32, &[2][..]), (31, &[1]), (0, &[0; 8]), (32, &[1, 1]), (u32::MAX, &[1])] {
+        rig.device.write_config(offset, data).unwrap_err();
+    }
+    let mut rig = Rig::with_features(8, !F_CONFIG_WCE, |_| {});
+    rig.device.write_config(32, &[0]).unwrap_err();
+    let mut rig = Rig::with_features(8, !(F_CONFIG_WCE | F_FLUSH), |_| {});
+    assert_eq!(rig.request(T_OUT, 0, 512), (OK, 1));
+}
+
+#[test]
+fn features_that_were_not_offered_are_refused() {
+    let mut rig = Rig::new(8, |_| {});
+    rig.device.reset();
+    let offered = rig.device.info().features;
+    assert!(rig.device.ack_features(offered | 1 << 63).is_err());
+    assert!(rig.device.ack_features(offered & !(1 << 32)).is_err(), "VERSION_1 is required");
+    rig.device.ack_features(offered).unwrap();
+}
+
+#[test]
+fn config_reads_of_any_offset_and_size() {
+    let rig = Rig::new(8, |options| options.queues = 3);
+    let mut whole = [0xff; 80];
+    rig.device.read_config(0, &mut whole);
+    assert_eq!(whole[..8], 8u64.to_le_bytes());
+    assert_eq!(whole[34..36], 3u16.to_le_bytes());
+    assert_eq!(whole[60..], [0; 20]);
+    for offset in 0..90u32 {
+        let mut part = [0xff; 8];
+        rig.device.read_config(offset, &mut part);
+        for (i, byte) in part.into_iter().enumerate() {
+            assert_eq!(byte, whole.get(offset as usize + i).copied().unwrap_or(0));
+        }
+    }
+    let mut part = [0xff; 8];
+    rig.device.read_config(u32::MAX, &mut part);
+    assert_eq!(part, [0; 8]);
+}
+
+fn refusal(change: impl FnOnce(&mut BlockOptions)) -> String {
+    let image = image(8);
+    let mut options = BlockOptions { path: Some(image.path().to_owned()), ..BlockOptions::default() };
+    change(&mut options);
+    let error = BlockDevice::open("disk0", &options, &pool(1)).map(drop).unwrap_err();
+    let text = error.to_string();
+    assert!(!text.contains('\n'), "one line: {text}");
+    text
+}
+
+#[test]
+fn images_that_can_not_be_used_are_refused_in_one_line() {
+    let expect = |text: String, what: &str| assert!(text.contains(what), "{text:?} should say {what:?}");
+    expect(refusal(|o| o.path = Some("/nowhere/x.img".into())), "disk /nowhere/x.img: opening the image: No such file");
+    expect(refusal(|o| o.path = Some(scratch())), "it is a directory");
+    expect(refusal(|o| o.path = Some("/dev/null".into())), "it is a special file");
+    expect(refusal(|o| o.path = None), "path= is missing");
+    expect(refusal(|o| o.size = Some(512)), "size= is for storage=null");
+    expect(refusal(|o| o.storage = StorageKind::Null), "takes no path=");
+    expect(refusal(|o| (o.storage, o.path) = (StorageKind::Null, None)), "needs a size=");
+    expect(refusal(|o| o.queues = 0), "queues=0");
+    expect(refusal(|o| o.queues = 65), "queues=65");
+    expect(refusal(|o| o.queue_size = 100), "queue-size=100");
+    expect(refusal(|o| o.queue_size = 2048), "queue-size=2048");
+    expect(refusal(|o| o.block_size = Some(1000)), "block-size=1000");
+    expect(refusal(|o| o.serial = Some("x".repeat(21))), "at most 20");
+    expect(refusal(|o| o.serial = Some("\u{e9}".into())), "printable ASCII");
+    let odd = tempfile::NamedTempFile::new_in(scratch()).unwrap();
+    expect(refusal(|o| o.path = Some(odd.path().to_owned())), "its size is 0");
+    odd.as_file().set_len(700).unwrap();
+    expect(refusal(|o| o.path = Some(odd.path().to_owned())), "not a multiple of the block size 512; 1024 would be");
+    odd.as_file().set_len(512).unwrap();
+    let path = odd.path().to_owned();
+    expect(refusal(move |o| (o.path, o.block_size) = (Some(path), Some(4096))), "block size 4096");
+}
+
+#[test]
+fn pitfall_33_a_second_writer_is_refused_by_name() {
+    let image = image(8);
+    let options = BlockOptions { path: Some(image.path().to_owned()), ..BlockOptions::default() };
+    let readonly = BlockOptions { readonly: true, ..options.clone() };
+    let pool = pool(1);
+    let open = |options: &BlockOptions| BlockDevice::open("disk0", options, &pool);
+    let first = open(&options).unwrap();
+    for second in [&options, &readonly] {
+        let error = open(second).map(drop).unwrap_err();
+        assert!(matches!(error, OpenError::Host { .. }));
+        let text = error.to_string();
+        assert!(text.contains(&*image.path().to_string_lossy()) && text.contains("another process uses it"), "{text}");
+    }
+    drop(first);
+    let _one = open(&readonly).unwrap();
+    let _two = open(&readonly).unwrap();
+    open(&options).map(drop).unwrap_err();
+}
+
+#[derive(Clone, Debug)]
+enum Action {
+    Read,
+    Write(u8),
+    Zero(u32),
+    Discard,
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    /// Batches over two queues, any segmentation, direct and indirect, page-cached and O_DIRECT, against a model.
+    #[test]
+    fn random_requests_do_what_the_model_does(
+        direct in any::<bool>(),
+        batches in prop::collection::vec(prop::collection::vec(
+            (
+                prop_oneof![
+                    Just(Action::Read),
+                    any::<u8>().prop_map(Action::Write),
+                    (0u32..2).prop_map(Action::Zero),
+                    Just(Action::Discard),
+                ],
+                1usize..16,
+                prop::collection::vec(1usize..2000, 0..6),
+                any::<bool>(),
+                0u64..3,
+            ),
+            1..8,
+        ), 1..12),
+    ) {
+        const SECTORS: usize = 256;
+        let mut rig = Rig::new(SECTORS, |options| (options.direct, options.queues) = (direct, 2));
+        let mut model = vec![0u8; SECTORS * SECTOR];
+        for batch in batches {
+            let mut reads = Vec::new();
+            let count = batch.len();
+            // Each request of a batch has sectors of its own, so that their order does not matter.
+            for (slot, (action, sectors, cuts, indirect, shift)) in batch.into_iter().enumerate() {
+                let sector = slot * 32 + sectors;
+                let range = sector * SECTOR..(sector + sectors) * SECTOR;
+                let at = HEADERS + slot as u64 * 64;
+                let data = DATA + slot as u64 * 0x1_0000 + shift;
+                let (kind, writable) = match action {
+                    Action::Read => {
+                        reads.push((data, range.clone()));
+                        (T_IN, true)
+                    }
+                    Action::Write(fill) => {
+                        let bytes: Vec<u8> = range.clone().map(|i| fill.wrapping_add((i / 3) as u8)).collect();
+                        rig.mem.write_slice(&bytes, GuestAddress(data)).unwrap();
+                        model[range.clone()].copy_from_slice(&bytes);
+                        (T_OUT, false)
+                    }
+                    Action::Zero(_) | Action::Discard => {
+                        let flags = if let Action::Zero(flags) = action { flags } else { 0 };
+                        let segment = [
+                            &(sector as u64).to_le_bytes()[..],
+                            &(sectors as u32).to_le_bytes(),
+                            &flags.to_le_bytes(),
+                        ].concat();
+                        rig.mem.write_slice(&segment, GuestAddress(data)).unwrap();
+                        model[range.clone()].fill(0);
+                        (if let Action::Zero(_) = action { T_WRITE_ZEROES } else { T_DISCARD }, false)
+                    }
+                };
+                let len = if matches!(kind, T_IN | T_OUT) { range.len() } else { 16 };
+                rig.write_header(at, kind, sector as u64);
+                let mut chain = vec![
+                    Buffer { addr: at, len: 5, writable: false },
+                    Buffer { addr: at + 5, len: 11, writable: false },
+                ];
+                let mut from = 0;
+                for cut in cuts.into_iter().chain([len]) {
+                    let cut = cut.min(len - from);
+                    chain.push(Buffer { addr: data + from as u64, len: cut as u32, writable });
+                    from += cut;
+                }
+                chain.push(Buffer { addr: at + 16, len: 1, writable: true });
+                let driver = &mut rig.queues[slot % 2].driver;
+                if indirect {
+                    driver.add_indirect(0x7_0000 + slot as u64 * 0x400, &chain).unwrap();
+                } else {
+                    driver.add(&chain).unwrap();
+                }
+            }
+            for queue in 0..2 {
+                rig.kick(queue);
+                while rig.queues[queue].driver.in_flight() > 0 {
+                    rig.next_used(queue);
+                }
+            }
+            for slot in 0..count {
+                prop_assert_eq!(rig.status(HEADERS + slot as u64 * 64), OK);
+            }
+            for (addr, range) in reads {
+                let mut bytes = vec![0; range.len()];
+                rig.mem.read_slice(&mut bytes, GuestAddress(addr)).unwrap();
+                prop_assert!(bytes == model[range]);
+            }
+        }
+        rig.device.reset();
+        prop_assert!(rig.contents() == model);
+    }
+}
