@@ -4,9 +4,9 @@
 //! nothing left to do it polls for a while, if polling has paid off lately, then asks for kicks, looks once more and
 //! parks in the runtime until a kick, a completion or a command comes.
 //!
-//! Polling follows what halt polling of a hypervisor does: the window grows when a wake-up came soon after parking and
-//! shrinks when it was in vain, so an idle queue costs nothing and a busy one no kicks, wake-ups or context switches.
-#![allow(unsafe_code, reason = "registering descriptors with the runtime, and getrusage(RUSAGE_THREAD)")]
+//! Polling follows what halt polling of a hypervisor does: the window grows when work came soon after the last was done and
+//! shrinks when it did not, so an idle queue costs nothing and a busy one no kicks, wake-ups or context switches.
+#![allow(unsafe_code, reason = "registering descriptors with the runtime")]
 
 use std::future::poll_fn;
 use std::io;
@@ -256,7 +256,11 @@ impl Core {
             }
             let worked = self.turn();
             self.let_go();
-            if worked || self.poll(&inbox) {
+            if worked {
+                continue;
+            }
+            let idle = Instant::now();
+            if self.poll(&inbox) {
                 continue;
             }
             // Arm every queue, even when one has work already: all must be armed when the thread parks.
@@ -264,7 +268,6 @@ impl Core {
             if armed || self.ring.has_completions() {
                 continue;
             }
-            let parked = Instant::now();
             let retry = self.ring.has_unsubmitted();
             let park = poll_fn(|cx| self.poll_park(cx, &ring_fd, &mut inbox));
             let woken = if retry {
@@ -278,7 +281,7 @@ impl Core {
                 Woken::Command(None) => return,
                 Woken::Work => {}
             }
-            self.window.woken(parked.elapsed());
+            self.window.woken(idle.elapsed());
         }
     }
 
@@ -325,9 +328,14 @@ impl Core {
             for _ in 0..8 {
                 if let Some(seat) = self.seats.iter_mut().flatten().find(|seat| seat.task.ready()) {
                     seat.task.polled(true);
+                    self.window.hit();
                     return true;
                 }
-                if self.ring.has_completions() || !inbox.is_empty() || inbox.is_closed() {
+                if self.ring.has_completions() {
+                    self.window.hit();
+                    return true;
+                }
+                if !inbox.is_empty() || inbox.is_closed() {
                     return true;
                 }
                 std::hint::spin_loop();
@@ -421,50 +429,61 @@ enum Woken {
 }
 
 /// How long to poll before parking.
+#[derive(Debug)]
 struct Window {
     current: Duration,
     max: Duration,
-    /// Times that the scheduler took the CPU away from this thread, when polling last ended in vain.
-    preempted: i64,
+    /// Polls in a row that ended in vain.
+    misses: u32,
+    /// Wake-ups to let pass before polling is tried again.
+    pause: u32,
+    /// The next such pause.
+    next_pause: u32,
 }
 
-/// The first step up from nothing, and the last before it.
+/// The shortest window worth having.
 const MIN_WINDOW: Duration = Duration::from_micros(4);
+/// So many polls in vain, each of which should have met its work, mean that polling keeps the guest from running.
+const MAX_MISSES: u32 = 4;
+const MIN_PAUSE: u32 = 16;
+const MAX_PAUSE: u32 = 2048;
 
 impl Window {
     fn new(max: Duration) -> Self {
         // With one CPU the guest can't make anything available while we poll.
         let alone = std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() == 1);
         let max = if alone { Duration::ZERO } else { max };
-        Self { current: Duration::ZERO, max, preempted: 0 }
+        Self { current: Duration::ZERO, max, misses: 0, pause: 0, next_pause: MIN_PAUSE }
     }
 
-    /// Work came this long after parking: would polling have met it?
-    fn woken(&mut self, parked: Duration) {
-        if parked <= self.max {
-            self.current = (self.current * 2).clamp(MIN_WINDOW, self.max.max(MIN_WINDOW)).min(self.max);
-        }
+    /// Polling met work.
+    fn hit(&mut self) {
+        self.misses = 0;
+        self.next_pause = MIN_PAUSE;
     }
 
     /// Polling was in vain.
     fn missed(&mut self) {
-        self.current /= 2;
-        let preempted = preemptions();
-        // Others want this CPU: leave it to them.
-        if self.current < MIN_WINDOW || preempted != self.preempted {
+        self.misses += 1;
+        if self.misses >= MAX_MISSES {
+            self.misses = 0;
+            self.current = Duration::ZERO;
+            self.pause = self.next_pause;
+            self.next_pause = (self.next_pause * 2).min(MAX_PAUSE);
+        }
+    }
+
+    /// A wake-up brought work this long after the last was done: would polling have met it?
+    fn woken(&mut self, idle: Duration) {
+        if self.pause > 0 {
+            self.pause -= 1;
+        } else if idle <= self.max {
+            self.current = (idle * 2).clamp(MIN_WINDOW.min(self.max), self.max);
+        } else if self.current > MIN_WINDOW {
+            self.current /= 2;
+        } else {
             self.current = Duration::ZERO;
         }
-        self.preempted = preempted;
-    }
-}
-
-/// Involuntary context switches of the calling thread.
-fn preemptions() -> i64 {
-    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
-    // SAFETY: the kernel fills the structure; zeroes are valid for it too.
-    unsafe {
-        libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr());
-        usage.assume_init().ru_nivcsw
     }
 }
 

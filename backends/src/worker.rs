@@ -121,6 +121,11 @@ impl<'a> Io<'a> {
     }
 }
 
+/// Most chains taken in one turn. A batch shares its system call, its publication and its interrupt; a bounded one lets the
+/// driver go on with what is done while the next is under way, and a driver that refills faster than its queue is drained
+/// can't keep the thread from other queues.
+const BATCH: usize = 16;
+
 struct Slot<R> {
     chain: Chain,
     request: R,
@@ -210,8 +215,7 @@ impl<H: Handler> Task for Worker<H> {
             self.queue.disable_kicks();
         }
         let now = Instant::now();
-        // A driver that refills while its queue is drained must not keep this thread from the other queues.
-        for _ in 0..self.queue.size() {
+        for _ in 0..BATCH {
             let index = self.free_slot(now);
             let slot = &mut self.slots[index as usize];
             match self.queue.pop(&mut slot.chain) {
