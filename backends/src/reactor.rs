@@ -508,3 +508,78 @@ fn explain_no_ring(e: io::Error) -> io::Error {
     };
     io::Error::new(e.kind(), format!("creating an io_uring: {e}: {hint}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MAX: Duration = Duration::from_micros(50);
+
+    fn window() -> Window {
+        Window { current: Duration::ZERO, max: MAX, misses: 0, pause: 0, next_pause: MIN_PAUSE }
+    }
+
+    #[test]
+    fn polling_starts_when_work_comes_soon_and_ends_when_it_does_not() {
+        let mut window = window();
+        window.woken(Duration::from_millis(5));
+        assert_eq!(window.current, Duration::ZERO);
+        window.woken(Duration::from_micros(15));
+        assert_eq!(window.current, Duration::from_micros(30));
+        window.woken(Duration::from_micros(49));
+        assert_eq!(window.current, MAX);
+        for _ in 0..8 {
+            window.woken(Duration::from_millis(5));
+        }
+        assert_eq!(window.current, Duration::ZERO, "an idle queue costs nothing");
+    }
+
+    #[test]
+    fn polling_in_vain_is_given_up_for_longer_each_time() {
+        let mut window = window();
+        let mut polls = 0;
+        for _ in 0..10_000 {
+            // The work always comes just after the poll, as when poller and guest share a CPU.
+            if window.current > Duration::ZERO {
+                polls += 1;
+                window.missed();
+            }
+            window.woken(Duration::from_micros(20));
+        }
+        assert!(polls < 100, "{polls} polls in vain");
+        window.pause = 0;
+        window.woken(Duration::from_micros(20));
+        assert!(window.current > Duration::ZERO);
+        window.hit();
+        assert_eq!((window.misses, window.next_pause), (0, MIN_PAUSE), "one hit and it is worth it again");
+    }
+
+    #[test]
+    fn no_polling_when_told_so() {
+        let mut window = Window::new(Duration::ZERO);
+        window.woken(Duration::ZERO);
+        assert_eq!(window.current, Duration::ZERO);
+    }
+
+    #[test]
+    fn an_affinity_that_can_not_be_is_refused() {
+        for cpu in [1000, usize::MAX] {
+            let options = ReactorOptions { affinity: vec![cpu], ..ReactorOptions::default() };
+            let error = ReactorPool::new(&options).unwrap_err().to_string();
+            assert!(error.contains(&format!("CPU {cpu}")), "{error}");
+        }
+    }
+
+    #[test]
+    fn threads_end_with_their_pool() {
+        let names = || -> Vec<String> {
+            let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+            tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")).unwrap_or_default()).collect()
+        };
+        let options = ReactorOptions { count: 8, ..ReactorOptions::default() };
+        let pool = ReactorPool::new(&options).unwrap();
+        assert!(names().iter().any(|name| name.trim() == "io7"), "{:?}", names());
+        drop(pool);
+        assert!(!names().iter().any(|name| name.trim() == "io7"), "{:?}", names());
+    }
+}
