@@ -276,6 +276,41 @@ fn pitfall_11_an_address_that_wraps_is_a_hole() {
 }
 
 #[test]
+fn pitfall_12_indices_are_read_whole() {
+    let rig = rig_with(256, RING_FEATURES);
+    let done = std::sync::atomic::AtomicBool::new(false);
+    let word = rig.queue.avail_word(1);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                rig.driver.write_avail_index(0x00ff);
+                rig.driver.write_avail_index(0x0100);
+            }
+        });
+        for _ in 0..200_000 {
+            let index = word.load(Ordering::Acquire);
+            assert!(matches!(index, 0 | 0x00ff | 0x0100), "{index:#x} was never written");
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+}
+
+#[test]
+fn pitfall_14_a_devices_own_registers_are_not_memory() {
+    // Where the machine puts its BARs there is no region, so no buffer reaches a register of any device.
+    let mut rig = rig();
+    for addr in [0xc000_0000, 0xe000_0000, 0xfee0_0000, 0x40_0000_0000] {
+        rig.driver.add(&[into(addr, 4)]).unwrap();
+        rig.driver.publish();
+        let chain = rig.pop().unwrap().unwrap();
+        assert!(chain.unmapped && chain.writable.is_empty(), "{addr:#x}");
+        rig.queue.complete(chain.head, 0);
+        rig.queue.notify();
+        rig.driver.next_used().unwrap();
+    }
+}
+
+#[test]
 fn readable_behind_writable_is_refused() {
     let mut rig = rig();
     rig.driver.add(&[into(0x4000, 1), out(0x5000, 1)]).unwrap();

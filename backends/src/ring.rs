@@ -284,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn more_than_the_ring_holds_is_all_done() {
+    fn pitfall_25_what_the_kernel_does_not_take_at_once_is_submitted_later() {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(b"abcdefgh").unwrap();
         let count = ENTRIES as usize * 3;

@@ -474,6 +474,36 @@ fn images_that_can_not_be_used_are_refused_in_one_line() {
 }
 
 #[test]
+fn pitfall_22_a_file_system_without_direct_io_is_named() {
+    let text = refusal(|o| (o.path, o.direct, o.readonly) = (Some("/proc/cpuinfo".into()), true, true));
+    assert!(text.contains("opening with direct=on") && text.contains("has no O_DIRECT, use direct=off"), "{text}");
+}
+
+#[test]
+fn pitfall_30_contents_never_choose_the_format() {
+    // A guest writes itself the header of a format whose backing file is one of the host's.
+    let mut rig = Rig::new(64, |_| {});
+    let header =
+        [&b"QFI\xfb\0\0\0\x03"[..], &64u64.to_be_bytes(), &11u32.to_be_bytes(), &[0; 44], b"/etc/passwd"].concat();
+    rig.fill(0, 512);
+    rig.mem.write_slice(&header, GuestAddress(DATA)).unwrap();
+    assert_eq!(rig.request(T_OUT, 0, 512), (OK, 1));
+    rig.device.reset();
+    let options = BlockOptions { path: Some(rig.image.path().to_owned()), ..BlockOptions::default() };
+    // The lock goes with the first device.
+    let null = BlockOptions { storage: StorageKind::Null, size: Some(512), ..BlockOptions::default() };
+    rig.device = BlockDevice::open("gone", &null, &pool(1)).unwrap();
+    rig.device = BlockDevice::open("again", &options, &pool(1)).unwrap();
+    rig.start(u64::MAX);
+    rig.fill(0, 512);
+    assert_eq!(rig.request(T_IN, 0, 512), (OK, 513));
+    assert_eq!(rig.data(header.len()), header, "its own bytes, and nothing else's");
+    let mut sectors = [0; 8];
+    rig.device.read_config(0, &mut sectors);
+    assert_eq!(u64::from_le_bytes(sectors), 64);
+}
+
+#[test]
 fn pitfall_33_a_second_writer_is_refused_by_name() {
     let image = image(8);
     let options = BlockOptions { path: Some(image.path().to_owned()), ..BlockOptions::default() };
