@@ -1,0 +1,79 @@
+//! A log-linear histogram of latencies: 64 steps per power of two, so that a percentile is within 1.6 %. The host's
+//! plain ring uses this very file.
+
+const STEPS_BITS: u32 = 6;
+const STEPS: usize = 1 << STEPS_BITS;
+/// Values up to 2^40 are told apart; larger ones count as that.
+const BUCKETS: usize = (40 - STEPS_BITS as usize + 1) * STEPS;
+
+/// Counts per bucket. The unit is the caller's.
+#[derive(Clone)]
+pub struct Hist {
+    counts: [u32; BUCKETS],
+    total: u64,
+    max: u64,
+}
+
+impl Default for Hist {
+    fn default() -> Self {
+        Self { counts: [0; BUCKETS], total: 0, max: 0 }
+    }
+}
+
+impl Hist {
+    /// Counts one value.
+    #[inline(always)]
+    pub fn record(&mut self, value: u64) {
+        self.counts[bucket(value)] += 1;
+        self.total += 1;
+        self.max = self.max.max(value);
+    }
+
+    /// Adds another histogram's counts.
+    pub fn merge(&mut self, other: &Self) {
+        for (count, more) in self.counts.iter_mut().zip(&other.counts) {
+            *count += more;
+        }
+        self.total += other.total;
+        self.max = self.max.max(other.max);
+    }
+
+    /// The value that `per_mille` thousandths of all values do not exceed; 0 if nothing was counted.
+    pub fn percentile(&self, per_mille: u64) -> u64 {
+        let wanted = (self.total * per_mille).div_ceil(1_000).max(1);
+        let mut seen = 0;
+        for (index, &count) in self.counts.iter().enumerate() {
+            seen += u64::from(count);
+            if seen >= wanted {
+                return middle(index).min(self.max);
+            }
+        }
+        self.max
+    }
+
+    /// The largest value.
+    pub fn max(&self) -> u64 {
+        self.max
+    }
+}
+
+#[inline(always)]
+fn bucket(value: u64) -> usize {
+    if value < STEPS as u64 {
+        return value as usize;
+    }
+    // The leading bit says which power of two, the next STEPS_BITS say which step of it.
+    let shift = 63 - value.leading_zeros() - STEPS_BITS;
+    let index = (shift as usize + 1) * STEPS + ((value >> shift) as usize - STEPS);
+    index.min(BUCKETS - 1)
+}
+
+/// The middle of a bucket's range.
+fn middle(index: usize) -> u64 {
+    if index < STEPS {
+        return index as u64;
+    }
+    let shift = (index / STEPS - 1) as u32;
+    let low = ((index % STEPS + STEPS) as u64) << shift;
+    low + (1_u64 << shift) / 2
+}

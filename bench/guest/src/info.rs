@@ -1,0 +1,96 @@
+//! `job=info`: what the machine has, as tests want to read it.
+
+use alloc::string::String;
+
+use crate::job::Options;
+use crate::pvh::StartInfo;
+use crate::{acpi, blk, boot, clock, mem, power, say, smp, virtio};
+
+/// Prints all of it.
+pub fn run(options: &Options, start: &StartInfo, clock_source: &str) {
+    say!("info clock source={clock_source} tsc_khz={}", clock::khz());
+    cpu();
+    for entry in &start.memory {
+        say!("info memory start={:#x} size={:#x} kind={}", entry.start, entry.size, entry.kind);
+    }
+    say!("info heap free={}", mem::left());
+    tables();
+    for function in crate::pci::functions() {
+        let (vendor, device) = function.ids();
+        let class = function.read32(8) >> 8;
+        let caps: String = function.capabilities().iter().map(|(id, _)| alloc::format!("{id:#x},")).collect();
+        let (slot, number) = (function.device, function.function);
+        say!(
+            "info pci slot={slot}.{number} vendor={vendor:#06x} device={device:#06x} class={class:#08x} capabilities={}",
+            caps.trim_end_matches(',')
+        );
+    }
+    for (index, (kind, function)) in virtio::devices().into_iter().enumerate() {
+        device(index, virtio::Transport::new(kind, function), options);
+    }
+    if options.cpus > 1 {
+        smp::start(options.cpus);
+        say!("info smp running={}", smp::running());
+    }
+}
+
+fn cpu() {
+    let leaf = |number| boot::cpuid(number).unwrap_or_default();
+    let text = |words: [u32; 3]| -> String {
+        words.iter().flat_map(|word| word.to_le_bytes()).filter(u8::is_ascii_graphic).map(char::from).collect()
+    };
+    let (basic, hypervisor) = (leaf(0), leaf(0x4000_0000));
+    say!(
+        "info cpuid vendor={} highest={:#x} features_ecx={:#x} features_edx={:#x}",
+        text([basic[1], basic[3], basic[2]]),
+        basic[0],
+        leaf(1)[2],
+        leaf(1)[3]
+    );
+    if leaf(1)[2] >> 31 != 0 {
+        say!(
+            "info hypervisor vendor={} highest={:#x} features={:#x}",
+            text([hypervisor[1], hypervisor[2], hypervisor[3]]),
+            hypervisor[0],
+            leaf(0x4000_0001)[0]
+        );
+    }
+}
+
+fn tables() {
+    match acpi::rsdp() {
+        Some(at) => {
+            let names: String = acpi::signatures().iter().map(|name| String::from_utf8_lossy(name) + ",").collect();
+            say!("info acpi rsdp={at:#x} tables={}", names.trim_end_matches(','));
+            say!("info acpi {:x?}", acpi::fadt());
+        }
+        None => say!("info acpi rsdp=none"),
+    }
+    if let Some(ids) = acpi::processors() {
+        say!("info madt cpus={} apic_ids={ids:?}", ids.len());
+    }
+}
+
+fn device(index: usize, transport: virtio::Transport, options: &Options) {
+    let features = transport.offered();
+    say!(
+        "info virtio index={index} type={} slot={} features={features:#x} queues={} msix={} config_bytes={}",
+        transport.kind,
+        transport.function.device,
+        transport.queues(),
+        transport.msix.map_or(0, |msix| msix.entries()),
+        transport.config.len()
+    );
+    let sizes: String =
+        (0..transport.queues().min(64)).map(|queue| alloc::format!("{},", transport.queue_size(queue))).collect();
+    say!("info virtio index={index} queue_sizes={}", sizes.trim_end_matches(','));
+    if transport.kind == virtio::BLOCK {
+        let accepted = transport.negotiate(options.wanted_features());
+        let config = blk::Config::read(&transport, accepted);
+        say!("info blk index={index} accepted={accepted:#x} {config:?}");
+        if config.capacity == 0 {
+            power::fail(format_args!("capacity where=disk:{index} expected=more-than-0 got=0"));
+        }
+        transport.reset();
+    }
+}

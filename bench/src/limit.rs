@@ -1,0 +1,246 @@
+//! The plain ring: what one thread with one io_uring reaches on the host with the same file and the same requests.
+//!
+//! No guest, no virtqueue, no other thread: preallocated buffers, one submit per batch, completions reaped in batches. Its
+//! random sequence is the guest's own (`rng.rs` is one file), and so are its time stamps: taken once per turn.
+
+#![allow(unsafe_code, reason = "requests on an io_uring point into buffers")]
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use io_uring::{IoUring, opcode, types};
+use rustix::time::{ClockId, clock_gettime};
+
+use crate::cli::Pattern;
+use crate::hist::Hist;
+use crate::rng::Rng;
+use crate::run::Sample;
+
+const ALIGN: usize = 4096;
+/// Per cent of reads in [`Pattern::Mixed`], as in the guest.
+const READS: u64 = 70;
+
+/// What the plain ring is to do.
+#[derive(Clone, Copy, Debug)]
+pub struct Job<'a> {
+    /// The file or block device.
+    pub path: &'a Path,
+    /// O_DIRECT.
+    pub direct: bool,
+    /// Reads or writes.
+    pub pattern: Pattern,
+    /// Bytes per request.
+    pub bs: u64,
+    /// Bytes of the file that are used.
+    pub size: u64,
+    /// Requests in flight.
+    pub depth: u32,
+    /// How long is run before the measurement.
+    pub warm: Duration,
+    /// How long is measured.
+    pub time: Duration,
+}
+
+/// Page-aligned memory for all requests.
+struct Buffers {
+    bytes: Vec<u8>,
+    start: usize,
+}
+
+impl Buffers {
+    fn new(len: usize) -> Self {
+        // Not zeroes, and every page is touched before anything is measured.
+        let bytes = vec![0x5a_u8; len + ALIGN];
+        let start = bytes.as_ptr().align_offset(ALIGN);
+        Self { bytes, start }
+    }
+
+    fn slot(&mut self, index: usize, len: usize) -> *mut u8 {
+        self.bytes[self.start + index * len..][..len].as_mut_ptr()
+    }
+}
+
+struct Loop<'a> {
+    job: Job<'a>,
+    // Before the buffers: fields are dropped in this order, and the ring must be gone first.
+    ring: IoUring,
+    file: File,
+    buffers: Buffers,
+    rng: Rng,
+    blocks: u64,
+    next_block: u64,
+    free: Vec<u32>,
+    submitted: Vec<Instant>,
+    in_flight: usize,
+    ops: u64,
+    latency: Box<Hist>,
+}
+
+/// Runs the job.
+///
+/// # Errors
+/// A file that can't be opened, a kernel without io_uring, a request that fails.
+pub fn measure(job: &Job<'_>) -> Result<Sample> {
+    let mut ring = Loop::new(*job)?;
+    ring.turns(job.warm)?;
+    (ring.ops, *ring.latency) = (0, Hist::default());
+    let cpu = thread_time();
+    let elapsed = ring.turns(job.time)?;
+    let cpu = thread_time().saturating_sub(cpu);
+    let (ops, latency) = (ring.ops, ring.latency.clone());
+    ring.drain()?;
+    Ok(Sample {
+        ops,
+        time: elapsed,
+        p50: Duration::from_nanos(latency.percentile(500)),
+        p99: Duration::from_nanos(latency.percentile(990)),
+        cpu: Some(cpu),
+        vcpu: None,
+        to_first_instruction: None,
+        memory: None,
+        line: None,
+    })
+}
+
+impl<'a> Loop<'a> {
+    fn new(job: Job<'a>) -> Result<Self> {
+        let flags = if job.direct { libc::O_DIRECT } else { 0 };
+        let file = OpenOptions::new()
+            .read(true)
+            .write(job.pattern.writes())
+            .custom_flags(flags)
+            .open(job.path)
+            .with_context(|| format!("opening {} for the plain ring", job.path.display()))?;
+        let depth = job.depth as usize;
+        Ok(Self {
+            ring: ring(job.depth).context("making an io_uring for the plain ring (kernel.io_uring_disabled, a seccomp filter, or a kernel before 5.6)")?,
+            file,
+            buffers: Buffers::new(depth * job.bs as usize),
+            rng: Rng::new(1),
+            blocks: job.size / job.bs,
+            next_block: 0,
+            free: (0..job.depth).rev().collect(),
+            submitted: vec![Instant::now(); depth],
+            in_flight: 0,
+            ops: 0,
+            latency: Box::default(),
+            job,
+        })
+    }
+
+    /// Keeps the ring full for a time; returns how long that was.
+    fn turns(&mut self, time: Duration) -> Result<Duration> {
+        let start = Instant::now();
+        loop {
+            let now = Instant::now();
+            self.reap(now)?;
+            if now.duration_since(start) >= time {
+                return Ok(now.duration_since(start));
+            }
+            self.fill(now)?;
+            self.enter()?;
+        }
+    }
+
+    fn drain(&mut self) -> Result<()> {
+        while self.in_flight != 0 {
+            self.enter()?;
+            self.reap(Instant::now())?;
+        }
+        Ok(())
+    }
+
+    fn enter(&mut self) -> Result<()> {
+        match self.ring.submit_and_wait(1) {
+            Ok(_) => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+            Err(error) => Err(error).context("submitting to the plain ring"),
+        }
+    }
+
+    fn fill(&mut self, now: Instant) -> Result<()> {
+        let bs = self.job.bs as usize;
+        while let Some(slot) = self.free.pop() {
+            let block = if matches!(self.job.pattern, Pattern::Read | Pattern::Write) {
+                let block = self.next_block;
+                self.next_block = (block + 1) % self.blocks;
+                block
+            } else {
+                self.rng.below(self.blocks)
+            };
+            let read = match self.job.pattern {
+                Pattern::Read | Pattern::RandRead => true,
+                Pattern::Write | Pattern::RandWrite => false,
+                Pattern::Mixed => self.rng.below(100) < READS,
+            };
+            let fd = types::Fd(self.file.as_raw_fd());
+            let buffer = self.buffers.slot(slot as usize, bs);
+            let offset = block * self.job.bs;
+            let entry = if read {
+                opcode::Read::new(fd, buffer, bs as u32).offset(offset).build()
+            } else {
+                opcode::Write::new(fd, buffer, bs as u32).offset(offset).build()
+            };
+            let entry = entry.user_data(u64::from(slot));
+            // SAFETY: the buffer is this slot's alone until its completion, and `Loop` drains the ring, or (after an
+            // error) closes it, before it frees the buffers; the kernel holds the file itself.
+            if unsafe { self.ring.submission().push(&entry) }.is_err() {
+                bail!("the plain ring's submission queue is full at depth {}", self.job.depth);
+            }
+            self.submitted[slot as usize] = now;
+            self.in_flight += 1;
+        }
+        Ok(())
+    }
+
+    fn reap(&mut self, now: Instant) -> Result<()> {
+        for completion in self.ring.completion() {
+            let slot = completion.user_data() as usize;
+            match completion.result() {
+                result if result == self.job.bs as i32 => {}
+                result @ ..0 => {
+                    return Err(io::Error::from_raw_os_error(-result)).with_context(|| {
+                        format!("{} of {} on the plain ring", self.job.pattern.words(), self.job.path.display())
+                    });
+                }
+                short => bail!("a request of {} bytes on the plain ring ended after {short}", self.job.bs),
+            }
+            self.latency.record(now.duration_since(self.submitted[slot]).as_nanos() as u64);
+            self.ops += 1;
+            self.in_flight -= 1;
+            self.free.push(slot as u32);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Loop<'_> {
+    fn drop(&mut self) {
+        // After an error requests may still be in flight into the buffers.
+        while self.in_flight != 0 && self.ring.submit_and_wait(1).is_ok() {
+            self.in_flight -= self.ring.completion().count();
+        }
+        if self.in_flight != 0 {
+            std::mem::forget(std::mem::take(&mut self.buffers.bytes));
+        }
+    }
+}
+
+/// A ring with what a careful programmer would switch on, as far as the kernel has it.
+fn ring(entries: u32) -> io::Result<IoUring> {
+    IoUring::builder()
+        .setup_single_issuer()
+        .setup_coop_taskrun()
+        .build(entries)
+        .or_else(|error| if error.raw_os_error() == Some(libc::EINVAL) { IoUring::new(entries) } else { Err(error) })
+}
+
+fn thread_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}

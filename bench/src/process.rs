@@ -1,0 +1,144 @@
+//! What a VMM's process costs, from /proc: CPU time by thread, and memory besides the guest's RAM.
+
+use std::fs;
+use std::io;
+use std::time::Duration;
+
+use crate::vmm::Kind;
+
+/// CPU time of a process so far.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CpuTime {
+    /// Threads that run a vCPU: the guest's own work, and its polling, are in there.
+    pub vcpus: Duration,
+    /// All other threads: the VMM's I/O, and the kernel's workers for it.
+    pub others: Duration,
+}
+
+impl CpuTime {
+    /// Adds up the threads of a process.
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub fn of(pid: u32, kind: Kind) -> io::Result<Self> {
+        let mut sum = Self::default();
+        for task in fs::read_dir(format!("/proc/{pid}/task"))? {
+            let task = task?.path();
+            // A thread may end at any moment: then it is not counted.
+            let (Ok(name), Some(time)) = (fs::read_to_string(task.join("comm")), thread_time(&task)) else { continue };
+            if kind.is_vcpu(name.trim_end()) {
+                sum.vcpus += time;
+            } else {
+                sum.others += time;
+            }
+        }
+        Ok(sum)
+    }
+
+    /// What was spent since `earlier`.
+    pub fn since(self, earlier: Self) -> Self {
+        Self { vcpus: self.vcpus.saturating_sub(earlier.vcpus), others: self.others.saturating_sub(earlier.others) }
+    }
+}
+
+/// To the nanosecond where the kernel keeps scheduler statistics, else in clock ticks.
+fn thread_time(task: &std::path::Path) -> Option<Duration> {
+    if let Ok(text) = fs::read_to_string(task.join("schedstat"))
+        && let Some(nanoseconds) = text.split_ascii_whitespace().next().and_then(|word| word.parse().ok())
+    {
+        return Some(Duration::from_nanos(nanoseconds));
+    }
+    let stat = fs::read_to_string(task.join("stat")).ok()?;
+    // The name, in parentheses, may hold anything; utime and stime are the 12th and 13th words behind it.
+    let mut words = stat.rsplit_once(')')?.1.split_ascii_whitespace().skip(11);
+    let ticks = words.next()?.parse::<u64>().ok()? + words.next()?.parse::<u64>().ok()?;
+    Some(Duration::from_nanos(ticks * 1_000_000_000 / rustix::param::clock_ticks_per_second()))
+}
+
+/// Resident bytes of a process besides the guest's RAM.
+///
+/// ringvm's RAM is the mapping of the memfd `ringvm-memory`. Other VMMs do not name theirs: there the mappings that are at
+/// least half as large as the RAM are taken for it.
+///
+/// # Errors
+/// The process is gone.
+pub fn memory_beyond_ram(pid: u32, kind: Kind, ram: u64) -> io::Result<u64> {
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
+    Ok(mappings(&smaps).filter(|mapping| !mapping.is_ram(kind, ram)).map(|mapping| mapping.resident).sum())
+}
+
+struct Mapping<'a> {
+    name: &'a str,
+    size: u64,
+    resident: u64,
+}
+
+impl Mapping<'_> {
+    fn is_ram(&self, kind: Kind, ram: u64) -> bool {
+        match kind {
+            Kind::Ringvm => self.name.starts_with("/memfd:ringvm-memory"),
+            _ => self.size >= ram / 2,
+        }
+    }
+}
+
+/// The mappings of an smaps file. A line that starts one has its range first, with a `-`; the others are `Name: value`.
+fn mappings(smaps: &str) -> impl Iterator<Item = Mapping<'_>> {
+    let mut lines = smaps.lines().peekable();
+    std::iter::from_fn(move || {
+        let head = lines.next()?;
+        let name = head.splitn(6, ' ').nth(5).unwrap_or("").trim();
+        let mut mapping = Mapping { name, size: 0, resident: 0 };
+        while let Some((key, value)) = lines.peek().and_then(|line| line.split_once(':')) {
+            if key.contains('-') {
+                break;
+            }
+            let bytes = || value.trim().trim_end_matches("kB").trim().parse::<u64>().unwrap_or(0) * 1024;
+            match key {
+                "Size" => mapping.size = bytes(),
+                "Rss" => mapping.resident = bytes(),
+                _ => {}
+            }
+            lines.next();
+        }
+        Some(mapping)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SMAPS: &str = "\
+55d0c8a00000-55d0c8b00000 r-xp 00000000 fe:00 1234                       /usr/bin/ringvm
+Size:               1024 kB
+Rss:                 512 kB
+VmFlags: rd ex mr
+7f0000000000-7f0010000000 rw-s 00000000 00:01 77                         /memfd:ringvm-memory (deleted)
+Size:             262144 kB
+Rss:              131072 kB
+7f0020000000-7f0020001000 rw-p 00000000 00:00 0
+Size:                  4 kB
+Rss:                   4 kB
+";
+
+    #[test]
+    fn the_guests_memory_is_not_the_vmms() {
+        let sum = |kind, ram| -> u64 {
+            mappings(SMAPS).filter(|mapping| !mapping.is_ram(kind, ram)).map(|mapping| mapping.resident).sum()
+        };
+        assert_eq!(mappings(SMAPS).count(), 3);
+        assert_eq!(sum(Kind::Ringvm, 256 << 20), 516 << 10);
+        assert_eq!(sum(Kind::Qemu, 256 << 20), 516 << 10);
+        assert_eq!(sum(Kind::Qemu, 1 << 40), (516 + 131_072) << 10);
+    }
+
+    #[test]
+    fn this_process_has_used_time_and_memory() {
+        let pid = std::process::id();
+        let spin = std::time::Instant::now();
+        while spin.elapsed() < Duration::from_millis(30) {}
+        assert!(CpuTime::of(pid, Kind::Ringvm).unwrap().others > Duration::ZERO);
+        assert!(memory_beyond_ram(pid, Kind::Ringvm, 1 << 30).unwrap() > 0);
+    }
+}

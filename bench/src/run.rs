@@ -1,0 +1,275 @@
+//! One run: a VMM is started, its guest's lines are read and stamped, and the process is looked at when the guest says
+//! that a measurement starts and ends.
+
+#![allow(unsafe_code, reason = "the child asks to end with its parent, between fork and exec")]
+
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use rustix::process::{Signal, set_parent_process_death_signal};
+
+use crate::process::{CpuTime, memory_beyond_ram};
+use crate::vmm::{Contestant, Vm};
+
+/// What every line of the guest starts with.
+pub const PREFIX: &str = "ringvm-guest: ";
+/// How long starting and ending may take, apart from the measurement.
+const PATIENCE: Duration = Duration::from_secs(40);
+
+/// What one run measured.
+#[derive(Clone, Debug)]
+pub struct Sample {
+    /// Operations.
+    pub ops: u64,
+    /// In this time.
+    pub time: Duration,
+    /// Median latency.
+    pub p50: Duration,
+    /// 99th percentile.
+    pub p99: Duration,
+    /// CPU time of the VMM's threads other than vCPUs (of the one thread, for the plain ring).
+    pub cpu: Option<Duration>,
+    /// CPU time of the vCPU threads.
+    pub vcpu: Option<Duration>,
+    /// From before the VMM is started to its guest's first instruction.
+    pub to_first_instruction: Option<Duration>,
+    /// Resident bytes besides the guest's RAM.
+    pub memory: Option<u64>,
+    /// The guest's own line.
+    pub line: Option<String>,
+}
+
+impl Sample {
+    /// Operations per second.
+    pub fn iops(&self) -> f64 {
+        self.ops as f64 / self.time.as_secs_f64().max(1e-9)
+    }
+
+    /// CPU time per operation in microseconds.
+    pub fn cpu_per_op(&self) -> Option<f64> {
+        self.cpu.map(|cpu| cpu.as_secs_f64() * 1e6 / self.ops.max(1) as f64)
+    }
+}
+
+/// A VMM that runs, and is killed when dropped.
+pub struct Running {
+    child: Child,
+    started: Instant,
+    lines: Receiver<(Instant, Event)>,
+    deadline: Instant,
+    first: Option<Instant>,
+    /// Everything that the guest has printed so far, for error messages.
+    heard: Vec<String>,
+    errors: std::path::PathBuf,
+    name: String,
+}
+
+enum Event {
+    FirstByte,
+    Line(String),
+}
+
+impl Running {
+    /// Starts a VMM. `time` is how long its guest is going to work.
+    ///
+    /// # Errors
+    /// It can't be started.
+    pub fn start(name: &str, words: &[OsString], dir: &Path, time: Duration) -> Result<Self> {
+        let errors = dir.join("stderr");
+        let stderr = File::create(&errors).with_context(|| format!("making {}", errors.display()))?;
+        let (program, arguments) = words.split_first().context("an empty command line")?;
+        let mut command = Command::new(program);
+        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr);
+        // SAFETY: one system call, no allocation, no locks.
+        unsafe {
+            command.pre_exec(|| Ok(set_parent_process_death_signal(Some(Signal::KILL))?));
+        }
+        let started = Instant::now();
+        let mut child = command.spawn().with_context(|| format!("starting {}", Path::new(program).display()))?;
+        let stdout = child.stdout.take().context("a child without an output")?;
+        let lines = listen(stdout);
+        Ok(Self {
+            child,
+            started,
+            lines,
+            deadline: started + PATIENCE + time,
+            first: None,
+            heard: Vec::new(),
+            errors,
+            name: name.to_owned(),
+        })
+    }
+
+    /// The process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// From before the start to the guest's first instruction.
+    pub fn to_first_instruction(&self) -> Option<Duration> {
+        self.first.map(|first| first.duration_since(self.started))
+    }
+
+    /// The next line of the guest, without what all of them start with; `None` at the end.
+    ///
+    /// # Errors
+    /// The guest failed, or said nothing for too long.
+    pub fn next_line(&mut self) -> Result<Option<String>> {
+        loop {
+            let left = self.deadline.saturating_duration_since(Instant::now());
+            match self.lines.recv_timeout(left) {
+                Ok((at, Event::FirstByte)) => self.first = Some(at),
+                Ok((_, Event::Line(line))) => {
+                    self.heard.push(line.clone());
+                    let Some(text) = line.strip_prefix(PREFIX) else { continue };
+                    if text.starts_with("FAILED") {
+                        bail!("the guest under {} says: {text}{}", self.name, self.context());
+                    }
+                    return Ok(Some(text.to_owned()));
+                }
+                Err(RecvTimeoutError::Disconnected) => return Ok(None),
+                Err(RecvTimeoutError::Timeout) => {
+                    bail!("{} was silent for too long and was ended{}", self.name, self.context())
+                }
+            }
+        }
+    }
+
+    /// Waits for the process to end by itself.
+    ///
+    /// # Errors
+    /// It does not.
+    pub fn wait(&mut self) -> Result<ExitStatus> {
+        loop {
+            if let Some(status) = self.child.try_wait().with_context(|| format!("waiting for {}", self.name))? {
+                return Ok(status);
+            }
+            if Instant::now() >= self.deadline {
+                bail!("{} did not end after its guest had powered off{}", self.name, self.context());
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// What was heard last, and what the VMM has complained about: the end of an error message.
+    pub fn context(&self) -> String {
+        let mut text = String::new();
+        let errors = fs::read_to_string(&self.errors).unwrap_or_default();
+        let last =
+            |lines: Vec<&str>| lines.iter().rev().take(4).rev().map(|line| format!("\n    {line}")).collect::<String>();
+        if !errors.trim().is_empty() {
+            text += &format!("\n  its stderr ends with:{}", last(errors.lines().collect()));
+        }
+        if !self.heard.is_empty() {
+            text +=
+                &format!("\n  its guest's output ends with:{}", last(self.heard.iter().map(String::as_str).collect()));
+        }
+        text
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Ok(None) = self.child.try_wait() {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}
+
+/// Reads and stamps lines on a thread of its own, which ends with the output.
+fn listen(mut stdout: impl Read + Send + 'static) -> Receiver<(Instant, Event)> {
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || {
+        let mut pending = Vec::new();
+        let mut chunk = [0; 4096];
+        let mut first = true;
+        while let Ok(got @ 1..) = stdout.read(&mut chunk) {
+            let now = Instant::now();
+            if first {
+                first = false;
+                let _ = sender.send((now, Event::FirstByte));
+            }
+            for &byte in &chunk[..got] {
+                match byte {
+                    b'\n' => {
+                        let line = String::from_utf8_lossy(&pending).trim_end().to_owned();
+                        pending.clear();
+                        if sender.send((now, Event::Line(line))).is_err() {
+                            return;
+                        }
+                    }
+                    // No line of the guest is that long: whatever it is, it is not kept.
+                    byte if pending.len() < 1 << 16 => pending.push(byte),
+                    _ => {}
+                }
+            }
+        }
+    });
+    receiver
+}
+
+/// The `key=value` words of a line.
+pub fn fields(line: &str) -> HashMap<&str, &str> {
+    line.split_ascii_whitespace().filter_map(|word| word.split_once('=')).collect()
+}
+
+/// Boots the guest under a VMM, with a job that prints `start` and `result`, and measures.
+///
+/// # Errors
+/// The VMM or its guest fails.
+pub fn measure(contestant: &Contestant, vm: &Vm<'_>, dir: &Path, time: Duration) -> Result<Sample> {
+    let words = contestant.command(vm, dir)?;
+    let mut running = Running::start(&contestant.name, &words, dir, time)?;
+    let (mut before, mut result) = (None, None);
+    while let Some(line) = running.next_line()? {
+        if line.starts_with("start ") {
+            before = CpuTime::of(running.pid(), contestant.kind).ok();
+        } else if let Some(text) = line.strip_prefix("result ") {
+            let after = CpuTime::of(running.pid(), contestant.kind).ok();
+            let memory = memory_beyond_ram(running.pid(), contestant.kind, u64::from(vm.memory) << 20).ok();
+            let cpu = before.zip(after).map(|(before, after)| after.since(before));
+            result = Some((text.to_owned(), cpu, memory));
+        } else if line == "done" {
+            break;
+        }
+    }
+    let Some((line, cpu, memory)) = result else {
+        bail!("the guest under {} ended without a result{}", contestant.name, running.context());
+    };
+    let status = running.wait()?;
+    // Firecracker and others have codes of their own for a guest that ends; a signal is no such code.
+    if status.code().is_none() {
+        bail!("{} was ended by a signal ({status}){}", contestant.name, running.context());
+    }
+    let fields = fields(&line);
+    let number = |key: &str| -> Result<u64> {
+        fields
+            .get(key)
+            .and_then(|value| value.parse().ok())
+            .ok_or_else(|| anyhow!("the guest's result has no {key}: {line}"))
+    };
+    if number("errors")? != 0 {
+        bail!("the guest under {} had {} failed requests{}", contestant.name, number("errors")?, running.context());
+    }
+    Ok(Sample {
+        ops: number("ops")?,
+        time: Duration::from_nanos(number("time_ns")?),
+        p50: Duration::from_nanos(number("p50_ns")?),
+        p99: Duration::from_nanos(number("p99_ns")?),
+        cpu: cpu.map(|cpu| cpu.others),
+        vcpu: cpu.map(|cpu| cpu.vcpus),
+        to_first_instruction: running.to_first_instruction(),
+        memory,
+        line: Some(line),
+    })
+}

@@ -1,0 +1,162 @@
+//! The disk that is measured: a file full of data that is in the page cache and not dirty, on a real file system.
+
+use std::env;
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use tempfile::NamedTempFile;
+
+use crate::cli::BlockOptions;
+use crate::host::FileSystem;
+use crate::rng::Rng;
+use crate::signals;
+
+const CHUNK: usize = 1 << 20;
+
+/// The disk.
+#[derive(Debug)]
+pub struct Scratch {
+    /// Where it is.
+    pub path: PathBuf,
+    /// How many bytes of it are used.
+    pub size: u64,
+    /// What it lies on.
+    pub file_system: String,
+    /// Removes the file at the end, if it is a temporary one.
+    _temporary: Option<NamedTempFile>,
+}
+
+impl Scratch {
+    /// Opens the disk that the options name, or makes one.
+    ///
+    /// # Errors
+    /// A disk that can't be used as asked, or a file system that can't take one.
+    pub fn prepare(options: &BlockOptions) -> Result<Self> {
+        match &options.file {
+            Some(path) if path.exists() => existing(path, options),
+            Some(path) => {
+                let file_system = file_system_of(path.parent().unwrap_or(Path::new(".")))?;
+                let mut file = File::create_new(path).with_context(|| format!("making {}", path.display()))?;
+                fill(&mut file, options.size).with_context(|| format!("filling {}", path.display()))?;
+                Ok(Self { path: path.clone(), size: options.size, file_system: file_system.name, _temporary: None })
+            }
+            None => temporary(options),
+        }
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        signals::remove_on_signal(None);
+    }
+}
+
+fn existing(path: &Path, options: &BlockOptions) -> Result<Scratch> {
+    let name = path.display();
+    let kind = path.metadata().with_context(|| format!("looking at {name}"))?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        bail!("{name} is neither a file nor a block device: give one of those, or a path where a file can be made");
+    }
+    if options.rw.writes() && !options.overwrite {
+        bail!("--rw {} would overwrite {name}, which exists: add --overwrite if that is meant", options.rw.job());
+    }
+    let mut file = OpenOptions::new().read(true).open(path).with_context(|| format!("opening {name}"))?;
+    let len = file.seek(SeekFrom::End(0)).with_context(|| format!("finding the size of {name}"))?;
+    let size = len.min(options.size);
+    if size < options.bs {
+        bail!("{name} has {len} bytes, fewer than one block of {}: give a larger one, or --bs", options.bs);
+    }
+    let file_system = if kind.is_block_device() { "block device".to_owned() } else { file_system_of(path)?.name };
+    if !options.direct {
+        warm(&mut file, size).with_context(|| format!("reading {name}"))?;
+    }
+    Ok(Scratch { path: path.to_owned(), size, file_system, _temporary: None })
+}
+
+fn temporary(options: &BlockOptions) -> Result<Scratch> {
+    let mut refused = Vec::new();
+    for dir in candidates() {
+        let Ok(file_system) = FileSystem::of(&dir) else { continue };
+        if file_system.in_memory {
+            refused.push(format!("{} ({})", dir.display(), file_system.name));
+            continue;
+        }
+        if file_system.available < options.size + (options.size >> 3) {
+            refused.push(format!("{} ({} MiB free)", dir.display(), file_system.available >> 20));
+            continue;
+        }
+        let Ok(mut file) = tempfile::Builder::new().prefix("ringvm-bench-").suffix(".img").tempfile_in(&dir) else {
+            refused.push(format!("{} (not writable)", dir.display()));
+            continue;
+        };
+        signals::remove_on_signal(Some(file.path()));
+        let path = file.path().to_owned();
+        fill(file.as_file_mut(), options.size).with_context(|| format!("filling {}", path.display()))?;
+        return Ok(Scratch { path, size: options.size, file_system: file_system.name, _temporary: Some(file) });
+    }
+    bail!(
+        "no place for a scratch disk of {} MiB: {}. Files in memory are no measure of a disk: set TMPDIR to a directory on \
+         a real file system, or give --file",
+        options.size >> 20,
+        if refused.is_empty() { "no directory found".to_owned() } else { refused.join(", ") }
+    )
+}
+
+/// Directories that may take the scratch disk, the best first.
+fn candidates() -> Vec<PathBuf> {
+    let mut dirs: Vec<PathBuf> = env::var_os("TMPDIR").map(PathBuf::from).into_iter().collect();
+    dirs.extend(env::current_dir().ok().map(|dir| dir.join("target")).filter(|dir| dir.is_dir()));
+    dirs.extend(env::current_exe().ok().and_then(|exe| exe.parent().map(Path::to_owned)));
+    dirs.push(env::temp_dir());
+    dirs.push(PathBuf::from("/var/tmp"));
+    dirs
+}
+
+fn file_system_of(path: &Path) -> Result<FileSystem> {
+    let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
+    let found = FileSystem::of(path).with_context(|| format!("asking for the file system of {}", path.display()))?;
+    if found.in_memory {
+        bail!(
+            "{} is on {}: files in memory are no measure of a disk; give a path on a real file system",
+            path.display(),
+            found.name
+        );
+    }
+    Ok(found)
+}
+
+/// Writes data that no storage can do without, and waits until it is on the disk: writing back must not run along with
+/// what is measured.
+fn fill(file: &mut File, size: u64) -> Result<()> {
+    let mut rng = Rng::new(0x5ca7_c4ed);
+    let mut chunk = vec![0; CHUNK];
+    let mut left = size;
+    while left != 0 {
+        for word in chunk.as_chunks_mut::<8>().0 {
+            *word = rng.next().to_le_bytes();
+        }
+        let now = left.min(CHUNK as u64);
+        file.write_all(&chunk[..now as usize])?;
+        left -= now;
+    }
+    file.sync_all()?;
+    Ok(())
+}
+
+/// Reads everything once.
+fn warm(file: &mut File, size: u64) -> Result<()> {
+    file.seek(SeekFrom::Start(0))?;
+    let mut chunk = vec![0; CHUNK];
+    let mut left = size;
+    while left != 0 {
+        let got = file.read(&mut chunk[..left.min(CHUNK as u64) as usize])?;
+        if got == 0 {
+            bail!("the file ended before its size");
+        }
+        left -= got as u64;
+    }
+    Ok(())
+}

@@ -1,0 +1,246 @@
+//! The VMMs that can be measured, and how each is told to boot the guest with one disk.
+
+use std::env;
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use serde_json::json;
+
+/// A VMM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Ours.
+    Ringvm,
+    /// Cloud Hypervisor.
+    CloudHypervisor,
+    /// Firecracker with its default block engine.
+    Firecracker,
+    /// Firecracker with its io_uring engine.
+    FirecrackerAsync,
+    /// QEMU with KVM.
+    Qemu,
+    /// QEMU without KVM.
+    QemuTcg,
+}
+
+const KINDS: &[(&str, Kind)] = &[
+    ("ringvm", Kind::Ringvm),
+    ("cloud-hypervisor", Kind::CloudHypervisor),
+    ("firecracker", Kind::Firecracker),
+    ("firecracker-async", Kind::FirecrackerAsync),
+    ("qemu", Kind::Qemu),
+    ("qemu-tcg", Kind::QemuTcg),
+];
+
+impl Kind {
+    /// Whether a thread of this name runs a vCPU.
+    pub fn is_vcpu(self, thread: &str) -> bool {
+        match self {
+            Self::Ringvm | Self::CloudHypervisor => thread.starts_with("vcpu"),
+            Self::Firecracker | Self::FirecrackerAsync => thread.starts_with("fc_vcpu"),
+            Self::Qemu | Self::QemuTcg => thread.starts_with("CPU "),
+        }
+    }
+
+    /// Whether it needs /dev/kvm.
+    pub fn needs_kvm(self) -> bool {
+        self != Self::QemuTcg
+    }
+}
+
+/// A VMM that takes part.
+#[derive(Clone, Debug)]
+pub struct Contestant {
+    /// Which.
+    pub kind: Kind,
+    /// Its name in the table.
+    pub name: String,
+    /// Its program.
+    pub path: PathBuf,
+}
+
+impl Contestant {
+    /// Reads `KIND=PATH`.
+    ///
+    /// # Errors
+    /// An unknown kind, or no path.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let names = || KINDS.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
+        let (name, path) =
+            text.split_once('=').ok_or_else(|| format!("expected KIND=PATH, KIND being one of {}", names()))?;
+        let Some(&(_, kind)) = KINDS.iter().find(|(known, _)| *known == name) else {
+            return Err(format!("unknown VMM {name}: expected one of {}", names()));
+        };
+        Ok(Self { kind, name: name.to_owned(), path: PathBuf::from(path) })
+    }
+
+    /// The ringvm to measure: the given one, or the one beside this program.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn ringvm(path: Option<&Path>) -> Result<Self> {
+        let path = match path {
+            Some(path) => path.to_owned(),
+            None => env::current_exe().context("finding this program")?.with_file_name("ringvm"),
+        };
+        if !path.is_file() {
+            bail!("no ringvm at {}: build it with `cargo build --release`, or give --ringvm PATH", path.display());
+        }
+        Ok(Self { kind: Kind::Ringvm, name: "ringvm".to_owned(), path })
+    }
+
+    /// The command line for a VM, writing what files it needs into `dir`.
+    ///
+    /// # Errors
+    /// A file that can't be written.
+    pub fn command(&self, vm: &Vm<'_>, dir: &Path) -> Result<Vec<OsString>> {
+        let mut words = vec![self.path.clone().into_os_string()];
+        match self.kind {
+            Kind::Ringvm => words.extend(ringvm(vm)),
+            Kind::CloudHypervisor => words.extend(cloud_hypervisor(vm)),
+            Kind::Firecracker => words.extend(firecracker(vm, dir, "Sync")?),
+            Kind::FirecrackerAsync => words.extend(firecracker(vm, dir, "Async")?),
+            Kind::Qemu => words.extend(qemu(vm, "kvm", "host")),
+            Kind::QemuTcg => words.extend(qemu(vm, "tcg", "max")),
+        }
+        Ok(words)
+    }
+}
+
+/// A VM with one disk.
+#[derive(Clone, Copy, Debug)]
+pub struct Vm<'a> {
+    /// The guest's image.
+    pub kernel: &'a Path,
+    /// What it is to do.
+    pub command_line: &'a str,
+    /// vCPUs.
+    pub cpus: u16,
+    /// RAM in MiB.
+    pub memory: u32,
+    /// The disk.
+    pub disk: &'a Path,
+    /// O_DIRECT.
+    pub direct: bool,
+    /// Queues of the disk.
+    pub queues: u16,
+    /// Descriptors per queue.
+    pub queue_size: u16,
+}
+
+/// Puts a command line together from words and `format!`ted options.
+fn words<const N: usize>(words: [&str; N]) -> Vec<OsString> {
+    words.into_iter().map(OsString::from).collect()
+}
+
+fn on(flag: bool) -> &'static str {
+    if flag { "on" } else { "off" }
+}
+
+fn ringvm(vm: &Vm<'_>) -> Vec<OsString> {
+    let disk = format!(
+        "path={},direct={},queues={},queue-size={}",
+        vm.disk.display(),
+        on(vm.direct),
+        vm.queues,
+        vm.queue_size
+    );
+    words([
+        "run",
+        "--kernel",
+        &vm.kernel.to_string_lossy(),
+        "--cmdline",
+        vm.command_line,
+        "--cpus",
+        &vm.cpus.to_string(),
+        "--memory",
+        &format!("{}M", vm.memory),
+        "--disk",
+        &disk,
+        "--serial",
+        "stdio",
+    ])
+}
+
+fn cloud_hypervisor(vm: &Vm<'_>) -> Vec<OsString> {
+    let disk = format!(
+        "path={},image_type=raw,direct={},num_queues={},queue_size={}",
+        vm.disk.display(),
+        on(vm.direct),
+        vm.queues,
+        vm.queue_size
+    );
+    words([
+        "--kernel",
+        &vm.kernel.to_string_lossy(),
+        "--cmdline",
+        vm.command_line,
+        "--cpus",
+        &format!("boot={}", vm.cpus),
+        "--memory",
+        &format!("size={}M", vm.memory),
+        "--disk",
+        &disk,
+        "--serial",
+        "tty",
+        "--console",
+        "off",
+    ])
+}
+
+fn firecracker(vm: &Vm<'_>, dir: &Path, engine: &str) -> Result<Vec<OsString>> {
+    let config = json!({
+        "boot-source": { "kernel_image_path": vm.kernel, "boot_args": vm.command_line },
+        "machine-config": { "vcpu_count": vm.cpus, "mem_size_mib": vm.memory },
+        "drives": [{
+            "drive_id": "disk",
+            "path_on_host": vm.disk,
+            "is_root_device": false,
+            "is_read_only": false,
+            "io_engine": engine,
+        }],
+    });
+    let path = dir.join(format!("firecracker-{engine}.json"));
+    fs::write(&path, config.to_string()).with_context(|| format!("writing {}", path.display()))?;
+    Ok(words(["--no-api", "--enable-pci", "--config-file", &path.to_string_lossy()]))
+}
+
+fn qemu(vm: &Vm<'_>, accelerator: &str, cpu: &str) -> Vec<OsString> {
+    // QEMU doubles commas in option values.
+    let disk = vm.disk.to_string_lossy().replace(',', ",,");
+    let cache = if vm.direct { "none" } else { "writeback" };
+    words([
+        "-M",
+        "q35",
+        "-accel",
+        accelerator,
+        "-cpu",
+        cpu,
+        "-smp",
+        &vm.cpus.to_string(),
+        "-m",
+        &vm.memory.to_string(),
+        "-nodefaults",
+        "-no-user-config",
+        "-no-reboot",
+        "-display",
+        "none",
+        "-serial",
+        "stdio",
+        "-kernel",
+        &vm.kernel.to_string_lossy(),
+        "-append",
+        vm.command_line,
+        "-object",
+        "iothread,id=io0",
+        "-drive",
+        &format!("file={disk},format=raw,if=none,id=disk,cache={cache},aio=io_uring,discard=unmap"),
+        "-device",
+        &format!(
+            "virtio-blk-pci,drive=disk,iothread=io0,disable-legacy=on,num-queues={},queue-size={}",
+            vm.queues, vm.queue_size
+        ),
+    ])
+}

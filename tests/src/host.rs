@@ -1,0 +1,163 @@
+//! What a test needs of the host. Nothing is skipped silently: what is missing fails the test by name, unless the caller
+//! allowed that name (RINGVM_ALLOW_MISSING=kvm,lab or `tests/run --allow-missing kvm,lab`); then the test says that it
+//! was skipped and why.
+
+use std::env;
+use std::fmt;
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::thread;
+
+use crate::lab::kernel::KernelPackage;
+use crate::paths;
+
+/// The variable that lists the names that may be missing.
+pub const ALLOW_MISSING: &str = "RINGVM_ALLOW_MISSING";
+
+/// Something a test can't do without.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// /dev/kvm, to be opened for reading and writing.
+    Kvm,
+    /// io_uring, not switched off by the kernel or a sandbox.
+    IoUring,
+    /// The nested lab: QEMU, the guest's tools and the Debian kernel package.
+    Lab,
+}
+
+impl Need {
+    const ALL: [Need; 3] = [Need::Kvm, Need::IoUring, Need::Lab];
+
+    /// The name by which its absence is allowed.
+    pub fn name(self) -> &'static str {
+        match self {
+            Need::Kvm => "kvm",
+            Need::IoUring => "io-uring",
+            Need::Lab => "lab",
+        }
+    }
+
+    /// Why the host does not have it, if so.
+    pub fn missing(self) -> Option<String> {
+        match self {
+            Need::Kvm => {
+                let opened = OpenOptions::new().read(true).write(true).open("/dev/kvm");
+                opened.err().map(|e| format!("opening /dev/kvm: {e}"))
+            }
+            Need::IoUring => io_uring::IoUring::new(8).err().map(|e| format!("setting up an io_uring: {e}")),
+            Need::Lab => missing_of_lab(),
+        }
+    }
+}
+
+impl fmt::Display for Need {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// The programs of the host that the lab uses or packs, beside the libraries that `ldd` names.
+pub(crate) const LAB_PROGRAMS: [&str; 14] = [
+    "qemu-system-x86_64",
+    "busybox",
+    "fio",
+    "tmux",
+    "lsblk",
+    "fstrim",
+    "setpriv",
+    "mke2fs",
+    "mkfs.ext4",
+    "e2fsck",
+    "depmod",
+    "ldd",
+    "lz4",
+    "xz",
+];
+
+fn missing_of_lab() -> Option<String> {
+    let absent: Vec<_> = LAB_PROGRAMS.into_iter().filter(|name| program(name).is_none()).collect();
+    if !absent.is_empty() {
+        return Some(format!("not installed: {}; tests/run installs them", absent.join(", ")));
+    }
+    KernelPackage::find().err().map(|e| e.to_string())
+}
+
+/// The path of a program, looked up in PATH and where Debian keeps the administrator's programs.
+pub fn program(name: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path)
+        .chain(["/usr/sbin", "/sbin", "/usr/bin", "/bin"].map(PathBuf::from))
+        .map(|dir| dir.join(name))
+        .find(|candidate| candidate.is_file())
+}
+
+/// True when the host has what the calling test needs, false when its absence was allowed by name.
+///
+/// # Panics
+/// When it is missing and was not allowed: the test fails and names it.
+pub fn need(need: Need) -> bool {
+    let allowed = allowed();
+    let Some(why) = need.missing() else { return true };
+    let test = current_test();
+    assert!(
+        allowed.contains(&need),
+        "{test} needs `{need}`, which this host lacks: {why}. To run the other tests without it, allow that by name: \
+         tests/run --allow-missing {need} (or {ALLOW_MISSING}={need})"
+    );
+    say(&format!("skipped {test}: needs `{need}`, allowed to be missing: {why}"));
+    record_skip(&test, need, &why);
+    false
+}
+
+fn allowed() -> Vec<Need> {
+    let list = env::var(ALLOW_MISSING).unwrap_or_default();
+    list.split(',')
+        .map(str::trim)
+        .filter(|name| !name.is_empty())
+        .map(|name| {
+            Need::ALL.into_iter().find(|need| need.name() == name).unwrap_or_else(|| {
+                panic!("{ALLOW_MISSING} names `{name}`; the names are {}", Need::ALL.map(Need::name).join(", "))
+            })
+        })
+        .collect()
+}
+
+/// The name of the running test, as libtest names its threads.
+pub fn current_test() -> String {
+    thread::current().name().unwrap_or("main").to_owned()
+}
+
+/// A line for the person who runs the tests, which libtest does not capture.
+pub fn say(line: &str) {
+    // Written in one piece past the capturing of `eprintln!`; when stderr is closed there is nobody to tell.
+    let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
+}
+
+/// `tests/run` repeats the skipped tests at its end from this file.
+fn record_skip(test: &str, need: Need, why: &str) {
+    let path: &Path = &paths::lab().join("skipped");
+    let opened = std::fs::create_dir_all(paths::lab()).and_then(|()| OpenOptions::new().create(true).append(true).open(path));
+    if let Ok(mut file) = opened {
+        // The line on stderr above has said it already.
+        let _ = writeln!(file, "{test}: {need}: {why}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_is_found_outside_path_too() {
+        assert!(program("sh").is_some());
+        assert!(program("no-such-program-of-anyone").is_none());
+    }
+
+    #[test]
+    fn every_need_has_a_name_of_its_own() {
+        for a in Need::ALL {
+            assert_eq!(Need::ALL.iter().filter(|b| b.name() == a.name()).count(), 1, "{a}");
+        }
+    }
+}

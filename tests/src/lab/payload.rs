@@ -1,0 +1,121 @@
+//! What the lab's machines are made of: L1's kernel, initramfs and root disk, which carries the binary under test and the
+//! guest's kernel and initramfs.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::kernel::KernelPackage;
+use super::tree::{Tree, run};
+use crate::{Error, Result, host, paths};
+
+/// Where L1's root disk has the guest's bzImage.
+pub(crate) const BZIMAGE: &str = "/k/bzImage";
+/// The same kernel as ELF.
+pub(crate) const VMLINUX: &str = "/k/vmlinux";
+/// The guest's initramfs.
+pub(crate) const INITRAMFS: &str = "/k/guest.cpio";
+/// The same with fio and its libraries, which are some 80 MB.
+pub(crate) const INITRAMFS_FIO: &str = "/k/guest-fio.cpio";
+
+/// Sparse; images of the tests are in it.
+const ROOT_SIZE: &str = "8G";
+
+/// The parts of an L1 machine, in one folder of the host.
+#[derive(Debug)]
+pub(crate) struct Payload {
+    pub(crate) kernel: PathBuf,
+    pub(crate) initramfs: PathBuf,
+    pub(crate) root_disk: PathBuf,
+}
+
+impl Payload {
+    /// Builds everything anew in `folder`.
+    pub(crate) fn build(folder: &Path) -> Result<Payload> {
+        let package = KernelPackage::find()?;
+        let ringvm = paths::ringvm()?;
+        let helpers = [("bin/lab-agent", paths::helper("lab-agent")?), ("bin/without-io-uring", paths::helper("without-io-uring")?)];
+        if folder.exists() {
+            fs::remove_dir_all(folder).map_err(Error::file("emptying", folder))?;
+        }
+        let scratch = folder.join("scratch");
+        fs::create_dir_all(&scratch).map_err(Error::file("creating", &scratch))?;
+
+        let initramfs = folder.join("l1.cpio");
+        l1_initramfs(&package, &scratch)?.write_cpio(&initramfs)?;
+
+        let (guest, fio) = (scratch.join("guest.cpio"), scratch.join("guest-fio.cpio"));
+        let mut tree = guest_initramfs(&package, &scratch)?;
+        tree.write_cpio(&guest)?;
+        tree.tool("fio")?;
+        tree.write_cpio(&fio)?;
+
+        let mut root = Tree::default();
+        root.copy(BZIMAGE, &package.bzimage(), 0o644);
+        root.copy(VMLINUX, &package.unpack_vmlinux(&scratch)?, 0o644);
+        root.copy(INITRAMFS, &guest, 0o644);
+        root.copy(INITRAMFS_FIO, &fio, 0o644);
+        l1_root(&mut root, &ringvm, &helpers)?;
+        let staging = scratch.join("root");
+        root.write_folder(&staging)?;
+        let root_disk = folder.join("root.img");
+        let mke2fs = host::program("mke2fs").unwrap_or_else(|| PathBuf::from("mke2fs"));
+        run(Command::new(mke2fs)
+            .args(["-q", "-F", "-t", "ext4", "-E", "root_owner=0:0,lazy_itable_init=1,lazy_journal_init=1", "-d"])
+            .args([&staging, &root_disk])
+            .arg(ROOT_SIZE))?;
+        fs::remove_dir_all(&scratch).map_err(Error::file("removing", &scratch))?;
+        Ok(Payload { kernel: package.bzimage(), initramfs, root_disk })
+    }
+}
+
+fn l1_initramfs(package: &KernelPackage, scratch: &Path) -> Result<Tree> {
+    let mut tree = Tree::default();
+    tree.busybox()?;
+    tree.console();
+    tree.folder("proc");
+    tree.text("init", include_str!("init/l1-initramfs.sh"), 0o755);
+    package.add_modules(&mut tree, &["virtio_pci", "virtio_blk", "ext4", "virtio_console", "kvm_amd"], scratch)?;
+    Ok(tree)
+}
+
+fn l1_root(tree: &mut Tree, ringvm: &Path, helpers: &[(&str, PathBuf)]) -> Result<()> {
+    tree.busybox()?;
+    for tool in ["tmux", "e2fsck", "setpriv"] {
+        tree.tool(tool)?;
+    }
+    tree.copy_folder("usr/lib/locale/C.utf8", Path::new("/usr/lib/locale/C.utf8"))?;
+    for terminal in ["s/screen", "d/dumb"] {
+        let from = ["/usr/share/terminfo", "/lib/terminfo"].map(|dir| Path::new(dir).join(terminal));
+        let from = from.iter().find(|path| path.exists());
+        let from = from.ok_or_else(|| Error::Missing(format!("no terminfo entry {terminal}; install ncurses-base")))?;
+        tree.copy(&format!("usr/share/terminfo/{terminal}"), from, 0o644);
+    }
+    tree.binary("bin/ringvm", ringvm)?;
+    for (path, helper) in helpers {
+        tree.binary(path, helper)?;
+    }
+    for folder in ["dev", "proc", "sys", "run", "tmp", "scratch", "etc"] {
+        tree.folder(folder);
+    }
+    tree.text("etc/passwd", "root:x:0:0:root:/:/bin/sh\n", 0o644);
+    tree.text("init", include_str!("init/l1.sh"), 0o755);
+    Ok(())
+}
+
+fn guest_initramfs(package: &KernelPackage, scratch: &Path) -> Result<Tree> {
+    let mut tree = Tree::default();
+    tree.busybox()?;
+    tree.console();
+    for folder in ["dev", "proc", "sys", "run", "tmp", "mnt", "etc"] {
+        tree.folder(folder);
+    }
+    tree.text("init", include_str!("init/l2.sh"), 0o755);
+    tree.text("etc/passwd", "root:x:0:0:root:/:/bin/sh\n", 0o644);
+    package.add_modules(&mut tree, &["virtio_pci", "virtio_blk", "virtio_rng", "ext4"], scratch)?;
+    // By names that busybox has no applet for, or by their path: its shell prefers its own.
+    for tool in ["mkfs.ext4", "e2fsck", "lsblk", "fstrim"] {
+        tree.tool(tool)?;
+    }
+    Ok(tree)
+}

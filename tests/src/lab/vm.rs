@@ -1,0 +1,236 @@
+//! A guest of the lab in a line: `vm().cpus(2).disk(disk(&image).queues(2))`, and what that is as ringvm's command line.
+
+use super::payload;
+
+/// In which form the stock kernel is given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kernel {
+    /// As Debian packs it.
+    BzImage,
+    /// The ELF image within, entered as ringvm sees fit: by its PVH note.
+    Elf,
+    /// The ELF image, entered by the Linux 64-bit protocol.
+    ElfLinux64,
+}
+
+/// An image file on L1's own disk.
+#[derive(Clone, Debug)]
+pub struct Image {
+    /// Its path in L1.
+    pub path: String,
+}
+
+/// A disk of a guest.
+#[derive(Clone, Debug)]
+pub struct Disk {
+    path: String,
+    options: Vec<(&'static str, String)>,
+}
+
+/// A disk that serves this image.
+pub fn disk(image: &Image) -> Disk {
+    Disk { path: image.path.clone(), options: Vec::new() }
+}
+
+impl Disk {
+    fn with(mut self, key: &'static str, value: impl ToString) -> Disk {
+        self.options.push((key, value.to_string()));
+        self
+    }
+
+    /// This many virtqueues.
+    pub fn queues(self, count: u16) -> Disk {
+        self.with("queues", count)
+    }
+
+    /// Virtqueues of this many entries.
+    pub fn queue_size(self, entries: u16) -> Disk {
+        self.with("queue-size", entries)
+    }
+
+    /// Opened with O_DIRECT.
+    pub fn direct(self) -> Disk {
+        self.with("direct", "on")
+    }
+
+    /// Refuses writes.
+    pub fn readonly(self) -> Disk {
+        self.with("readonly", "on")
+    }
+
+    /// What GET_ID answers.
+    pub fn serial(self, serial: &str) -> Disk {
+        self.with("serial", serial)
+    }
+
+    fn option(&self) -> String {
+        let options = self.options.iter().map(|(key, value)| format!(",{key}={value}"));
+        format!("path={}{}", self.path, options.collect::<String>())
+    }
+
+    /// The same as a table of the configuration file.
+    fn toml(&self) -> String {
+        let mut text = format!("[[disk]]\npath = {:?}\n", self.path);
+        for (key, value) in &self.options {
+            let value = match value.as_str() {
+                "on" => "true".to_owned(),
+                number if number.parse::<u32>().is_ok() => number.to_owned(),
+                other => format!("{other:?}"),
+            };
+            text.push_str(&format!("{key} = {value}\n"));
+        }
+        text
+    }
+}
+
+/// A guest to be started.
+#[derive(Clone, Debug)]
+pub struct Vm {
+    kernel: Kernel,
+    fio: bool,
+    by_hand: bool,
+    pub(crate) verbose: bool,
+    pub(crate) config_file: bool,
+    no_reboot: bool,
+    cpus: u32,
+    memory: String,
+    disks: Vec<Disk>,
+    extra: Vec<String>,
+}
+
+/// A guest with one vCPU, 512 MiB, the bzImage, and no disk.
+pub fn vm() -> Vm {
+    Vm {
+        kernel: Kernel::BzImage,
+        fio: false,
+        by_hand: false,
+        verbose: false,
+        config_file: false,
+        no_reboot: false,
+        cpus: 1,
+        memory: "512M".into(),
+        disks: Vec::new(),
+        extra: Vec::new(),
+    }
+}
+
+impl Vm {
+    /// The kernel in this form.
+    pub fn kernel(mut self, kernel: Kernel) -> Vm {
+        self.kernel = kernel;
+        self
+    }
+
+    /// This many vCPUs.
+    pub fn cpus(mut self, count: u32) -> Vm {
+        self.cpus = count;
+        self
+    }
+
+    /// This much memory, as the command line has it.
+    pub fn memory(mut self, size: &str) -> Vm {
+        self.memory = size.into();
+        self
+    }
+
+    /// One more disk: /dev/vda, /dev/vdb, ... in the order of the calls.
+    pub fn disk(mut self, disk: Disk) -> Vm {
+        self.disks.push(disk);
+        self
+    }
+
+    /// With fio in the guest, which takes an initramfs of 80 MB.
+    pub fn fio(mut self) -> Vm {
+        self.fio = true;
+        self
+    }
+
+    /// `--no-reboot`.
+    pub fn no_reboot(mut self) -> Vm {
+        self.no_reboot = true;
+        self
+    }
+
+    /// One more argument of `ringvm run`.
+    pub fn arg(mut self, argument: &str) -> Vm {
+        self.extra.push(argument.into());
+        self
+    }
+
+    /// Described by a file for `--config` instead of options.
+    pub fn from_config_file(mut self) -> Vm {
+        self.config_file = true;
+        self
+    }
+
+    /// With a shell for a person on the console, instead of one that the harness drives.
+    pub fn by_hand(mut self) -> Vm {
+        self.by_hand = true;
+        self
+    }
+
+    fn kernel_path(&self) -> &'static str {
+        match self.kernel {
+            Kernel::BzImage => payload::BZIMAGE,
+            Kernel::Elf | Kernel::ElfLinux64 => payload::VMLINUX,
+        }
+    }
+
+    fn initramfs(&self) -> &'static str {
+        if self.fio { payload::INITRAMFS_FIO } else { payload::INITRAMFS }
+    }
+
+    fn cmdline(&self) -> String {
+        let loud = if self.verbose { "ignore_loglevel earlyprintk=ttyS0" } else { "quiet" };
+        let shell = if self.by_hand { "hand" } else { "driven" };
+        format!("console=ttyS0 panic=-1 {loud} lab.shell={shell} lab.disks={}", self.disks.len())
+    }
+
+    /// The arguments of `ringvm` for this guest.
+    pub fn args(&self) -> Vec<String> {
+        let mut args = vec!["run".to_owned()];
+        let mut option = |name: &str, value: &str| args.extend([name.to_owned(), value.to_owned()]);
+        option("--kernel", self.kernel_path());
+        option("--initramfs", self.initramfs());
+        option("--cmdline", &self.cmdline());
+        option("--cpus", &self.cpus.to_string());
+        option("--memory", &self.memory);
+        option("--serial", "stdio");
+        for disk in &self.disks {
+            option("--disk", &disk.option());
+        }
+        if self.kernel == Kernel::ElfLinux64 {
+            args.extend(["--boot".into(), "linux".into()]);
+        }
+        if self.no_reboot {
+            args.push("--no-reboot".into());
+        }
+        args.extend(self.extra.iter().cloned());
+        args
+    }
+
+    /// The same as a configuration file.
+    pub fn toml(&self) -> String {
+        let mut text = format!(
+            "kernel = {:?}\ninitramfs = {:?}\ncmdline = {:?}\nserial = \"stdio\"\ncpus = {}\nmemory = {:?}\nno-reboot = {}\n",
+            self.kernel_path(),
+            self.initramfs(),
+            self.cmdline(),
+            self.cpus,
+            self.memory,
+            self.no_reboot
+        );
+        if self.kernel == Kernel::ElfLinux64 {
+            text.push_str("boot = \"linux\"\n");
+        }
+        for disk in &self.disks {
+            text.push_str(&disk.toml());
+        }
+        text
+    }
+}
+
+/// A word for the shell, quoted.
+pub(crate) fn quote(word: &str) -> String {
+    format!("'{}'", word.replace('\'', r"'\''"))
+}

@@ -1,0 +1,12 @@
+//! The harness of the integration tests: what the host must offer ([`host`]), real VMs on the host's own KVM
+//! ([`native`]), and the nested lab, where a stock Debian guest runs under real AMD SVM ([`lab`]).
+//!
+//! A test that starts a VM is a few lines; everything that more than one of them needs is here.
+
+pub mod error;
+pub mod host;
+pub mod lab;
+pub mod native;
+pub mod paths;
+
+pub use error::{Error, Result};

@@ -1,0 +1,158 @@
+//! The arrows of the architecture, read from `cargo metadata` and the sources: `vmm -> backends <- vhost-daemons`, and what
+//! each may not see.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use cargo_metadata::{DependencyKind, Metadata, MetadataCommand, Package, PackageId};
+use ringvm_tests::paths;
+
+const BACKENDS: &str = "ringvm-backends";
+const BENCH: &str = "ringvm-bench";
+const DAEMONS: &str = "ringvm-vhost-daemons";
+const TESTS: &str = "ringvm-tests";
+const VMM: &str = "ringvm";
+
+/// Crates of the rust-vmm project and their kin, whose types meet at our seams: two versions of one don't fit together.
+const ONE_VERSION: [&str; 17] = [
+    "acpi_tables",
+    "event-manager",
+    "io-uring",
+    "kvm-bindings",
+    "kvm-ioctls",
+    "linux-loader",
+    "seccompiler",
+    "vfio-bindings",
+    "vhost",
+    "vhost-user-backend",
+    "virtio-bindings",
+    "virtio-queue",
+    "virtio-vsock",
+    "vm-allocator",
+    "vm-memory",
+    "vm-superio",
+    "vmm-sys-util",
+];
+
+/// tokio-uring 0.5, whose last release is of 2024, is built on io-uring 0.6; ours is 0.7. No type of it crosses a seam.
+const TWO_BY_UPSTREAM: [&str; 1] = ["io-uring"];
+
+fn metadata() -> Metadata {
+    MetadataCommand::new()
+        .manifest_path(paths::workspace().join("Cargo.toml"))
+        .other_options(["--locked", "--offline", "--filter-platform", "x86_64-unknown-linux-gnu"].map(String::from).to_vec())
+        .exec()
+        .expect("cargo metadata of the workspace")
+}
+
+/// Which packages of ours each package of ours names as a dependency of any kind.
+fn arrows(metadata: &Metadata) -> BTreeMap<&str, BTreeSet<&str>> {
+    let ours: BTreeSet<&str> = metadata.workspace_packages().iter().map(|package| package.name.as_str()).collect();
+    let of = |package: &&Package| -> BTreeSet<&str> {
+        let names = ours.iter().copied();
+        names.filter(|name| package.dependencies.iter().any(|dependency| dependency.name == *name)).collect()
+    };
+    metadata.workspace_packages().iter().map(|package| (package.name.as_str(), of(package))).collect()
+}
+
+/// All packages that end up in a build of this one: dependencies of dependencies, not those for tests.
+fn closure<'a>(metadata: &'a Metadata, name: &str) -> BTreeSet<&'a str> {
+    let resolve = metadata.resolve.as_ref().expect("cargo metadata resolves");
+    let nodes: BTreeMap<&PackageId, _> = resolve.nodes.iter().map(|node| (&node.id, node)).collect();
+    let packages = metadata.workspace_packages();
+    let root = packages.iter().find(|package| package.name.as_str() == name).expect("a package of ours");
+    let mut seen = BTreeSet::new();
+    let mut open = vec![&root.id];
+    while let Some(id) = open.pop() {
+        let Some(node) = nodes.get(id) else { continue };
+        for dependency in &node.deps {
+            let built = dependency.dep_kinds.iter().any(|kind| kind.kind != DependencyKind::Development);
+            if built && seen.insert(&dependency.pkg) {
+                open.push(&dependency.pkg);
+            }
+        }
+    }
+    seen.into_iter().map(|id| metadata[id].name.as_str()).collect()
+}
+
+#[test]
+fn the_arrows_are_those_of_the_architecture() {
+    let metadata = metadata();
+    let arrows = arrows(&metadata);
+    let set = |names: &[&'static str]| -> BTreeSet<&str> { names.iter().copied().collect() };
+    assert_eq!(arrows.keys().copied().collect::<BTreeSet<_>>(), set(&[BACKENDS, BENCH, DAEMONS, TESTS, VMM]));
+    assert_eq!(arrows[BACKENDS], set(&[]), "backends know nobody");
+    assert_eq!(arrows[VMM], set(&[BACKENDS]));
+    assert!(arrows[DAEMONS].is_subset(&set(&[BACKENDS])), "{:?}", arrows[DAEMONS]);
+    assert!(arrows[BENCH].is_subset(&set(&[BACKENDS, DAEMONS, VMM])), "{:?}", arrows[BENCH]);
+    assert!(!arrows[TESTS].contains(TESTS));
+}
+
+#[test]
+fn each_package_sees_only_what_is_its_own() {
+    let metadata = metadata();
+    for (package, hidden) in [
+        (BACKENDS, &["kvm-ioctls", "kvm-bindings", "vhost", "vhost-user-backend"][..]),
+        (DAEMONS, &["kvm-ioctls", "kvm-bindings"]),
+        (VMM, &["vhost-user-backend"]),
+    ] {
+        let closure = closure(&metadata, package);
+        assert!(!closure.is_empty() || package == DAEMONS, "{package} is built of something");
+        for name in hidden {
+            assert!(!closure.contains(name), "{package} depends on {name}, if only by way of another crate");
+        }
+    }
+    for package in metadata.workspace_packages() {
+        let names_it = package.dependencies.iter().any(|dependency| dependency.name == "kvm-ioctls");
+        assert_eq!(names_it, package.name.as_str() == VMM, "{} and kvm-ioctls", package.name);
+    }
+}
+
+#[test]
+fn only_the_kvm_module_mentions_kvm_ioctls() {
+    let workspace = paths::workspace();
+    let kvm = workspace.join("vmm/src/kvm");
+    let (mut inside, mut scanned) = (0, 0);
+    for folder in ["vmm", "backends", "vhost-daemons", "bench"] {
+        for file in sources(&workspace.join(folder)) {
+            let text = fs::read_to_string(&file).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
+            scanned += 1;
+            if !text.contains("kvm_ioctls") {
+                continue;
+            }
+            assert!(file.starts_with(&kvm), "{} mentions kvm_ioctls", file.display());
+            inside += 1;
+        }
+    }
+    assert!(inside > 0 && scanned > inside, "{inside} of {scanned} files: the scan looks in the wrong place");
+}
+
+fn sources(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
+    let mut files = Vec::new();
+    for path in entries.map(|entry| entry.expect("an entry of the sources").path()) {
+        if path.is_dir() && !path.ends_with("target") {
+            files.extend(sources(&path));
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            files.push(path);
+        }
+    }
+    files
+}
+
+#[test]
+fn there_is_one_version_of_each_rust_vmm_crate() {
+    let metadata = metadata();
+    let mut versions: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
+    for package in &metadata.packages {
+        if ONE_VERSION.contains(&package.name.as_str()) {
+            versions.entry(package.name.as_str()).or_default().insert(package.version.to_string());
+        }
+    }
+    assert!(versions.contains_key("vm-memory") && versions.contains_key("kvm-ioctls"), "{versions:?}");
+    for (name, versions) in versions {
+        let allowed = if TWO_BY_UPSTREAM.contains(&name) { 2 } else { 1 };
+        assert!(versions.len() <= allowed, "{name} in versions {versions:?}");
+    }
+}

@@ -1,0 +1,11 @@
+//! Tests in the nested lab: a stock Debian kernel under real AMD SVM. They share one L1 and run one after the other; one
+//! file per capability.
+
+mod boot;
+mod console;
+mod devices;
+mod durability;
+mod filesystem;
+mod fio;
+mod host_failures;
+mod lifecycle;

@@ -1,0 +1,276 @@
+//! The machine and its disk on the host's own KVM, with the embedded guest at native speed.
+//!
+//! The guest checks what it reads against a model of its own; what is looked at here is what it says, how `ringvm` ends and
+//! what is left of it.
+
+use std::fs;
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::LazyLock;
+use std::time::{Duration, Instant};
+
+use ringvm_tests::host::{Need, need};
+use ringvm_tests::native::{self, Ended, LIMIT, RingVm};
+use ringvm_tests::paths;
+use rustix::process::Signal;
+use tempfile::{NamedTempFile, TempDir};
+
+/// The guest's image, written once.
+static GUEST: LazyLock<(TempDir, PathBuf)> = LazyLock::new(|| {
+    let dir = TempDir::new_in(paths::target()).expect("the target folder is writable");
+    let path = ringvm_bench::guest::write_to(dir.path()).expect("the target folder is writable");
+    (dir, path)
+});
+
+/// Whether this host can run these tests; if not, and that was allowed, they end here.
+fn ready() -> bool {
+    need(Need::Kvm) && need(Need::IoUring)
+}
+
+/// An image on a disk, full of holes.
+fn image(megabytes: u64) -> NamedTempFile {
+    let image = NamedTempFile::new_in(paths::target()).expect("the target folder is writable");
+    image.as_file().set_len(megabytes << 20).expect("the target folder has room for holes");
+    image
+}
+
+/// The guest with its job and further options of `ringvm run`.
+fn guest(job: &str, options: &[&str]) -> RingVm {
+    let kernel = GUEST.1.to_str().expect("a path of ours is text");
+    let fixed = ["run", "--kernel", kernel, "--cmdline", job, "--memory", "256M", "--serial", "stdio"];
+    native::ringvm(fixed.iter().chain(options)).expect("the binary is built")
+}
+
+fn disk(image: &NamedTempFile, more: &str) -> String {
+    format!("path={},{more}", image.path().display())
+}
+
+/// Runs a job that must succeed, and returns what the guest said.
+fn succeed(job: &str, options: &[&str]) -> String {
+    let ended = guest(job, options).run().expect("it ends");
+    assert_success(&ended);
+    ended.stdout
+}
+
+fn assert_success(ended: &Ended) {
+    let done = ended.stdout.contains("ringvm-guest: done") && !ended.stdout.contains("FAILED");
+    assert!(done && ended.code() == 0, "code {}: {}{}", ended.code(), ended.stdout, ended.stderr);
+}
+
+/// The number behind `key=` in the guest's last result.
+fn figure(said: &str, key: &str) -> u64 {
+    let result = said.lines().rfind(|line| line.contains(": result ")).unwrap_or_else(|| panic!("no result in {said}"));
+    let value = result.split_whitespace().find_map(|word| word.strip_prefix(key)?.strip_prefix('='));
+    value.and_then(|value| value.parse().ok()).unwrap_or_else(|| panic!("no {key} in {result}"))
+}
+
+#[test]
+fn random_operations_match_the_guests_model() {
+    if !ready() {
+        return;
+    }
+    for queues in [1, 2] {
+        for mode in ["poll=1", "irq=1"] {
+            for direct in ["off", "on"] {
+                let image = image(64);
+                let job = format!("job=verify queues={queues} cpus={queues} depth=16 ops=3000 {mode}");
+                let disk = disk(&image, &format!("queues={queues},direct={direct}"));
+                let said = succeed(&job, &["--cpus", &queues.to_string(), "--disk", &disk]);
+                for kind in ["reads", "writes", "discards", "write_zeroes", "flushes", "sectors_checked", "indirect"] {
+                    assert!(figure(&said, kind) > 0, "{kind} in {said}");
+                }
+                assert_eq!(figure(&said, "irqs") > 0, mode == "irq=1", "{said}");
+            }
+        }
+    }
+}
+
+#[test]
+fn every_ring_feature_can_be_left_out() {
+    if !ready() {
+        return;
+    }
+    for words in ["event_idx=0", "indirect=0", "event_idx=0 indirect=0 irq=1", "queue_size=16", "flush=0", "wce=0"] {
+        let image = image(64);
+        let said = succeed(&format!("job=verify depth=4 ops=1000 {words}"), &["--disk", &disk(&image, "queues=1")]);
+        assert!(figure(&said, "sectors_checked") > 0);
+    }
+}
+
+#[test]
+fn two_disks_over_two_io_threads() {
+    if !ready() {
+        return;
+    }
+    let (one, two) = (image(64), image(64));
+    let job = "depth=8 ops=1000 irq=1 job=verify disk=0 job=verify disk=1";
+    let (one, two) = (disk(&one, "queues=2"), disk(&two, "queues=1,direct=on"));
+    let said = succeed(job, &["--disk", &one, "--disk", &two, "--io-threads", "2"]);
+    assert_eq!(said.matches("result job=verify").count(), 2, "{said}");
+}
+
+#[test]
+fn pitfalls_17_and_24_reset_in_the_middle_of_io() {
+    if !ready() {
+        return;
+    }
+    for direct in ["off", "on"] {
+        let image = image(64);
+        let job = "job=reset rounds=20 queues=2 cpus=2 depth=16 ops=200";
+        let said = succeed(job, &["--cpus", "2", "--disk", &disk(&image, &format!("queues=2,direct={direct}"))]);
+        assert!(figure(&said, "abandoned") > 0, "resets met requests in flight: {said}");
+    }
+}
+
+#[test]
+fn a_malicious_guest_gets_errors_or_needs_reset_and_the_device_comes_back() {
+    if !ready() {
+        return;
+    }
+    let image = image(64);
+    let said = succeed("job=hostile kind=all", &["--disk", &disk(&image, "queues=2")]);
+    assert!(said.matches("hostile kind=").count() > 40, "{said}");
+    assert_eq!(image.as_file().metadata().expect("it is ours").len(), 64 << 20, "the image keeps its size");
+}
+
+#[test]
+fn many_vcpus_come_up() {
+    if !ready() {
+        return;
+    }
+    for cpus in ["1", "2", "64"] {
+        let said = succeed(&format!("job=info cpus={cpus}"), &["--cpus", cpus]);
+        assert!(said.contains(&format!("info madt cpus={cpus} ")), "{said}");
+    }
+}
+
+#[test]
+fn pitfall_60_exit_codes_tell_how_a_guest_ended() {
+    if !ready() {
+        return;
+    }
+    let image = image(64);
+    let disk = disk(&image, "queues=1");
+    let code = |job: &str, more: &[&str]| {
+        let options: Vec<_> = ["--disk", &disk].iter().chain(more).copied().collect();
+        let ended = guest(job, &options).run().expect("it ends");
+        (ended.code(), ended.stderr)
+    };
+    assert_eq!(code("job=none", &[]).0, 0);
+    assert_eq!(code("job=reboot via=keyboard", &["--no-reboot"]).0, 5);
+    assert_eq!(code("job=reboot via=acpi", &["--no-reboot"]).0, 5);
+    let (crashed, why) = code("job=crash", &[]);
+    assert!(crashed == 4 && why.contains("triple fault"), "{crashed} {why}");
+    assert_eq!(code("job=rand-write time=100ms job=crash", &[]).0, 4, "in the middle of a busy life");
+}
+
+#[test]
+fn pitfall_57_signals_end_it_with_the_disks_flushed() {
+    if !ready() {
+        return;
+    }
+    for signal in [Signal::TERM, Signal::INT] {
+        let image = image(64);
+        let mut running =
+            guest("job=rand-write time=60s depth=32", &["--disk", &disk(&image, "queues=1")]).start().expect("it starts");
+        running.expect("start job=rand-write", LIMIT).expect("the guest comes up");
+        std::thread::sleep(Duration::from_millis(200));
+        running.signal(signal).expect("it is there");
+        let ended = running.end(LIMIT).expect("it ends");
+        assert_eq!(ended.code(), 0, "{}", ended.stderr);
+        // The lock is gone with the process: the image can be used at once.
+        succeed("job=verify ops=200 depth=4", &["--disk", &disk(&image, "queues=1")]);
+    }
+}
+
+/// What a process holds: descriptors, threads, mappings and resident memory in KiB.
+fn holdings(pid: u32) -> (usize, usize, usize, u64) {
+    let count = |what: &str| fs::read_dir(format!("/proc/{pid}/{what}")).map_or(0, Iterator::count);
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default().lines().count();
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let anonymous = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+    let anonymous = anonymous.and_then(|rest| rest.split_whitespace().next()).and_then(|n| n.parse().ok());
+    (count("fd"), count("task"), maps, anonymous.expect("Linux says RssAnon"))
+}
+
+#[test]
+fn a_thousand_starts_and_stops_leak_nothing() {
+    if !ready() {
+        return;
+    }
+    let image = image(64);
+    let mut running = guest("job=read ops=64 depth=8 job=reboot", &["--disk", &disk(&image, "queues=2"), "--cpus", "2"])
+        .start()
+        .expect("it starts");
+    let pid = running.pid();
+    let mut early = None;
+    let limit = Duration::from_secs(300);
+    let start = Instant::now();
+    for count in 1..=1000 {
+        running.expect_count("ringvm-guest: hello", count, limit.saturating_sub(start.elapsed())).expect("it boots again");
+        // The first lives warm caches and grow buffers to their size.
+        if count == 50 {
+            early = Some(holdings(pid));
+        }
+    }
+    let (early, late) = (early.expect("fifty is less than a thousand"), holdings(pid));
+    running.signal(Signal::TERM).expect("it is there");
+    assert_eq!(running.end(LIMIT).expect("it ends").code(), 0);
+    println!("descriptors, threads, mappings, KiB: {early:?} after 50 starts, {late:?} after 1000");
+    // A machine may be caught half built; a leak would be a thousand of anything.
+    assert!(late.0 <= early.0 + 20 && late.1 <= early.1 + 8 && late.2 <= early.2 + 60, "{early:?} -> {late:?}");
+    assert!(late.3 <= early.3 + 1024, "memory: {early:?} -> {late:?}");
+}
+
+#[test]
+fn pitfall_56_serial_output_without_a_reader_is_bounded() {
+    if !ready() {
+        return;
+    }
+    // A pipe that nobody reads, full from the start: the guest's lines must neither stop it for ever nor fill memory.
+    let (reader, mut writer) = std::io::pipe().expect("pipes can be made");
+    rustix::io::ioctl_fionbio(&writer, true).expect("a pipe can be made non-blocking");
+    while writer.write(&[b'x'; 4096]).is_ok() {}
+    rustix::io::ioctl_fionbio(&writer, false).expect("and blocking again");
+    let started = Command::new(paths::ringvm().expect("the binary is built"))
+        .args(["run", "--memory", "64M", "--cmdline", "job=info job=info job=info", "--kernel"])
+        .arg(&GUEST.1)
+        .stdin(Stdio::null())
+        .stdout(writer)
+        .spawn();
+    let mut child = started.expect("it starts");
+    let deadline = Instant::now() + LIMIT;
+    let status = loop {
+        match child.try_wait().expect("it is ours") {
+            Some(status) => break status,
+            None if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(5)),
+            None => {
+                child.kill().expect("it is ours");
+                panic!("the guest hangs on a console that nobody reads");
+            }
+        }
+    };
+    drop(reader);
+    assert_eq!(status.code(), Some(0));
+}
+
+#[test]
+fn a_closed_stdout_is_said_before_the_guest_starts() {
+    if !ready() {
+        return;
+    }
+    let (reader, writer) = std::io::pipe().expect("pipes can be made");
+    drop(reader);
+    let child = Command::new(paths::ringvm().expect("the binary is built"))
+        .args(["run", "--memory", "64M", "--cmdline", "job=info", "--kernel"])
+        .arg(&GUEST.1)
+        .stdin(Stdio::null())
+        .stdout(writer)
+        .stderr(Stdio::piped())
+        .output()
+        .expect("it starts");
+    let said = String::from_utf8_lossy(&child.stderr).into_owned();
+    assert!(child.status.code() == Some(2) && said.contains("standard output"), "{:?} {said}", child.status);
+    assert_eq!(said.lines().count(), 1, "{said}");
+}

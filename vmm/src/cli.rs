@@ -1,0 +1,224 @@
+//! The command line of `ringvm`. Options override or add to those of the configuration file, and both end up in one
+//! [`Config`].
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use ringvm_backends::block::BlockOptions;
+
+use crate::config::{BootProtocol, Config, ConfigError, MemoryConfig, Serial, TripleFault};
+use crate::keyval;
+
+const RUN_EXAMPLES: &str = "\
+Examples:
+  Boot a kernel with an initramfs; the console is this terminal (Ctrl-A x ends it):
+    ringvm run --kernel vmlinuz --initramfs initrd.img --memory 1G --cpus 2
+
+  A disk of four queues that bypasses the page cache, and an entropy device:
+    ringvm run --kernel vmlinuz --cmdline 'console=ttyS0 root=/dev/vda' \\
+        --disk path=disk.img,direct=on,queues=4 --rng on
+
+  The same from a file; options given here override it, disks are added:
+    ringvm run --config vm.toml --memory size=4G,hugepages=2M
+
+Exit codes:
+  0  the guest powered off, or SIGTERM, SIGINT or Ctrl-A x ended it and its disks were flushed
+  1  ringvm failed (a bug)
+  2  the configuration can't work; nothing was started
+  3  the host failed (KVM, io_uring, memory, a disk)
+  4  the guest crashed
+  5  the guest rebooted under --no-reboot
+
+SIGUSR1 prints the statistics of every device on standard error.";
+
+/// An event-driven virtual machine monitor for Linux/KVM.
+#[derive(Debug, Parser)]
+#[command(name = "ringvm", version, propagate_version = true, disable_help_subcommand = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// Say more on standard error: -v what happens, -vv how. RUST_LOG overrides it.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a virtual machine
+    #[command(after_help = RUN_EXAMPLES)]
+    Run(Box<RunArgs>),
+    /// Say what this host offers and what to do about what is missing
+    Check,
+}
+
+/// A switch with a value, as `--rng on`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnOff {
+    /// Yes.
+    On,
+    /// No.
+    Off,
+}
+
+/// The options of `ringvm run`.
+#[derive(Args, Debug, Default)]
+pub struct RunArgs {
+    /// Read the configuration from a TOML file; its keys are the names of these options
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Kernel to boot: an ELF vmlinux or a bzImage (vmlinuz)
+    #[arg(long, value_name = "FILE", help_heading = "Boot")]
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM file system
+    #[arg(long, value_name = "FILE", help_heading = "Boot")]
+    pub initramfs: Option<PathBuf>,
+    /// Kernel command line [default: console=ttyS0]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, help_heading = "Boot")]
+    pub cmdline: Option<String>,
+    /// How the kernel is entered [default: auto]
+    #[arg(long, value_name = "PROTOCOL", help_heading = "Boot")]
+    pub boot: Option<BootProtocol>,
+    /// Number of vCPUs [default: 1]
+    #[arg(long, value_name = "N", help_heading = "Machine")]
+    pub cpus: Option<u32>,
+    /// Guest memory: SIZE or size=SIZE,hugepages=2M|1G,prefault=on,ksm=on [default: 512M]
+    #[arg(long, value_name = "OPTIONS", help_heading = "Machine")]
+    pub memory: Option<String>,
+    /// Serial port: stdio, file=PATH or null [default: stdio]
+    #[arg(long, value_name = "WHERE", help_heading = "Machine")]
+    pub serial: Option<String>,
+    /// Entropy device (virtio-rng) [default: off]
+    #[arg(long, value_name = "SWITCH", num_args = 0..=1, default_missing_value = "on", help_heading = "Machine")]
+    pub rng: Option<OnOff>,
+    /// Add a disk (virtio-blk); may be repeated. Keys: path, direct=on|off, readonly=on|off, queues=N, queue-size=N,
+    /// serial=TEXT, block-size=BYTES, storage=raw|null, size=SIZE (null storage only)
+    #[arg(long, value_name = "OPTIONS", help_heading = "Devices")]
+    pub disk: Vec<String>,
+    /// Number of I/O threads [default: one per queue, at most one per host CPU]
+    #[arg(long, value_name = "N", help_heading = "Devices")]
+    pub io_threads: Option<usize>,
+    /// Host CPUs of the I/O threads, e.g. 0,1
+    #[arg(long, value_name = "CPUS", value_delimiter = ',', help_heading = "Devices")]
+    pub io_affinity: Vec<usize>,
+    /// Longest time in microseconds that an I/O thread polls before it sleeps; 0 never polls
+    #[arg(long, value_name = "MICROSECONDS", help_heading = "Devices")]
+    pub poll_us: Option<u64>,
+    /// Exit with code 5 when the guest reboots
+    #[arg(long, help_heading = "Ending")]
+    pub no_reboot: bool,
+    /// What a triple fault does: exit with code 4, or reset as on hardware [default: exit]
+    #[arg(long, value_name = "ACTION", help_heading = "Ending")]
+    pub on_triple_fault: Option<TripleFault>,
+    /// Print the statistics of every device on standard error at exit
+    #[arg(long, help_heading = "Ending")]
+    pub stats: bool,
+}
+
+impl RunArgs {
+    /// The configuration: the file's, if one is named, with these options over it.
+    ///
+    /// # Errors
+    /// When either says something that can't be.
+    pub fn into_config(self) -> Result<Config, ConfigError> {
+        let mut config = match &self.config {
+            Some(path) => Config::read(path)?,
+            None => Config::default(),
+        };
+        let option = |name: &str, text: &str, reason: String| ConfigError::Option(format!("--{name} {text}: {reason}"));
+        config.kernel = self.kernel.or(config.kernel);
+        config.initramfs = self.initramfs.or(config.initramfs);
+        config.cmdline = self.cmdline.or(config.cmdline);
+        set(&mut config.boot, self.boot);
+        set(&mut config.cpus, self.cpus);
+        if let Some(text) = &self.memory {
+            config.memory = text.parse::<MemoryConfig>().map_err(|error| option("memory", text, error.to_string()))?;
+        }
+        if let Some(text) = &self.serial {
+            config.serial = text.parse::<Serial>().map_err(|error| option("serial", text, error))?;
+        }
+        set(&mut config.rng, self.rng.map(|rng| rng == OnOff::On));
+        for text in &self.disk {
+            let disk = keyval::from_str::<BlockOptions>(text, Some("path"));
+            config.disk.push(disk.map_err(|error| option("disk", text, error.to_string()))?);
+        }
+        config.io_threads = self.io_threads.or(config.io_threads);
+        if !self.io_affinity.is_empty() {
+            config.io_affinity = self.io_affinity;
+        }
+        config.poll_us = self.poll_us.or(config.poll_us);
+        config.no_reboot |= self.no_reboot;
+        set(&mut config.on_triple_fault, self.on_triple_fault);
+        config.stats |= self.stats;
+        config.validate()?;
+        Ok(config)
+    }
+}
+
+fn set<T>(target: &mut T, value: Option<T>) {
+    if let Some(value) = value {
+        *target = value;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(args: &[&str]) -> Result<Config, String> {
+        let cli = Cli::try_parse_from(["ringvm", "run"].iter().chain(args)).map_err(|error| error.to_string())?;
+        let Command::Run(args) = cli.command else { unreachable!("run was given") };
+        args.into_config().map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn options_override_and_add_to_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vm.toml");
+        std::fs::write(&path, "kernel = \"a\"\ncpus = 4\nmemory = \"1G\"\nrng = true\n[[disk]]\npath = \"x\"\n").unwrap();
+        let path = path.to_str().unwrap();
+        let merged = config(&["--config", path, "--cpus", "2", "--disk", "y,queues=2", "--rng", "off"]).unwrap();
+        assert_eq!((merged.cpus, merged.memory.size, merged.rng), (2, 1 << 30, false));
+        assert_eq!(merged.disk.iter().map(|disk| disk.queues).collect::<Vec<_>>(), [1, 2]);
+        assert_eq!(merged.kernel.as_deref(), Some(std::path::Path::new("a")));
+    }
+
+    #[test]
+    fn the_command_line_says_everything_the_file_can() {
+        let config = config(&[
+            "--kernel", "k", "--initramfs", "i", "--cmdline", "-x", "--boot", "pvh", "--cpus", "3", "--memory",
+            "size=1G,hugepages=1G,prefault=on", "--serial", "null", "--rng", "--disk", "path=/x,direct=on",
+            "--io-threads", "2", "--io-affinity", "0,1", "--poll-us", "7", "--no-reboot", "--on-triple-fault", "reset",
+            "--stats",
+        ])
+        .unwrap();
+        assert!(config.rng && config.no_reboot && config.stats && config.memory.prefault && config.disk[0].direct);
+        assert_eq!((config.io_affinity, config.poll_us, config.cmdline.as_deref()), (vec![0, 1], Some(7), Some("-x")));
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        for (args, expected) in [
+            (&[][..], "there is no kernel"),
+            (&["--kernel", "k", "--memory", "0"], "without memory"),
+            (&["--kernel", "k", "--memory", "lots"], "--memory lots: size: `lots` is not a size"),
+            (&["--kernel", "k", "--disk", "path=x,dirct=on"], "--disk path=x,dirct=on: there is no key `dirct`"),
+            (&["--kernel", "k", "--disk", "queues=2"], "path= is missing"),
+            (&["--kernel", "k", "--serial", "tty"], "--serial tty: `tty` is not one of"),
+            (&["--kernel", "k", "--cpus", "0"], "0 vCPUs"),
+            (&["--kernel", "k", "--cpus", "many"], "invalid value 'many'"),
+            (&["--kernel", "k", "--nonsense"], "unexpected argument '--nonsense'"),
+            (&["--kernel", "k", "--kernel", "l"], "cannot be used multiple times"),
+        ] {
+            let error = config(args).unwrap_err();
+            assert!(error.contains(expected), "{args:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+}

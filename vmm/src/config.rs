@@ -1,0 +1,473 @@
+//! The configuration of a machine: one structure behind the command line and the TOML file.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use ringvm_backends::block::BlockOptions;
+use ringvm_backends::reactor::ReactorOptions;
+use serde::de::{self, Deserializer, MapAccess, Visitor};
+use serde::Deserialize;
+use thiserror::Error;
+
+use crate::keyval;
+
+/// Everything that can be said about a machine.
+#[derive(Clone, Debug, Deserialize, PartialEq)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct Config {
+    /// Kernel: an ELF vmlinux or a bzImage.
+    pub kernel: Option<PathBuf>,
+    /// Initramfs.
+    pub initramfs: Option<PathBuf>,
+    /// Command line of the kernel; without one, the serial port becomes the console.
+    pub cmdline: Option<String>,
+    /// How the kernel is entered.
+    pub boot: BootProtocol,
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// Guest memory.
+    pub memory: MemoryConfig,
+    /// Disks, in the order of their PCI slots.
+    pub disk: Vec<BlockOptions>,
+    /// Serial port.
+    pub serial: Serial,
+    /// Whether there is an entropy device.
+    pub rng: bool,
+    /// Number of I/O threads; without one, as many as there are queues, at most one per host CPU.
+    pub io_threads: Option<usize>,
+    /// Host CPUs of the I/O threads.
+    pub io_affinity: Vec<usize>,
+    /// Longest time in microseconds that an I/O thread polls before it sleeps; 0 never polls.
+    pub poll_us: Option<u64>,
+    /// Exit instead of rebooting.
+    pub no_reboot: bool,
+    /// What a triple fault of the guest does.
+    pub on_triple_fault: TripleFault,
+    /// Print statistics at exit.
+    pub stats: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            kernel: None,
+            initramfs: None,
+            cmdline: None,
+            boot: BootProtocol::Auto,
+            cpus: 1,
+            memory: MemoryConfig::default(),
+            disk: Vec::new(),
+            serial: Serial::Stdio,
+            rng: false,
+            io_threads: None,
+            io_affinity: Vec::new(),
+            poll_us: None,
+            no_reboot: false,
+            on_triple_fault: TripleFault::Exit,
+            stats: false,
+        }
+    }
+}
+
+/// How a kernel is entered.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum BootProtocol {
+    /// By its PVH entry point if it has one, else by the Linux 64-bit protocol.
+    #[default]
+    Auto,
+    /// By its PVH entry point.
+    Pvh,
+    /// By the Linux 64-bit protocol.
+    Linux,
+}
+
+/// What a triple fault does. Hardware resets; a person in front of it rather wants to know.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum TripleFault {
+    /// It is a crash: ringvm ends with exit code 4.
+    #[default]
+    Exit,
+    /// It is a reset, as on hardware.
+    Reset,
+}
+
+/// Guest memory. As an option: `1G` or `size=1G,hugepages=2M,prefault=on,ksm=on`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemoryConfig {
+    /// Size in bytes.
+    pub size: u64,
+    /// Size of the host's pages behind it, if not the usual.
+    pub hugepages: Option<HugePages>,
+    /// Take all of it from the host before the guest starts.
+    pub prefault: bool,
+    /// Let the kernel merge equal pages; the memory is private then, no other process can map it.
+    pub ksm: bool,
+}
+
+impl Default for MemoryConfig {
+    fn default() -> Self {
+        Self { size: 512 << 20, hugepages: None, prefault: false, ksm: false }
+    }
+}
+
+/// Sizes of huge pages.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+pub enum HugePages {
+    /// 2 MiB.
+    #[serde(rename = "2M")]
+    TwoMib,
+    /// 1 GiB.
+    #[serde(rename = "1G")]
+    OneGib,
+}
+
+impl HugePages {
+    /// In bytes.
+    #[must_use]
+    pub fn bytes(self) -> u64 {
+        match self {
+            Self::TwoMib => 2 << 20,
+            Self::OneGib => 1 << 30,
+        }
+    }
+}
+
+impl MemoryConfig {
+    /// Size of the pages it is made of.
+    #[must_use]
+    pub fn page(&self) -> u64 {
+        self.hugepages.map_or(4096, HugePages::bytes)
+    }
+}
+
+/// The keys of [`MemoryConfig`], as option and as table.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct MemoryKeys {
+    size: ByteSize,
+    hugepages: Option<HugePages>,
+    #[serde(default)]
+    prefault: bool,
+    #[serde(default)]
+    ksm: bool,
+}
+
+impl From<MemoryKeys> for MemoryConfig {
+    fn from(keys: MemoryKeys) -> Self {
+        Self { size: keys.size.0, hugepages: keys.hugepages, prefault: keys.prefault, ksm: keys.ksm }
+    }
+}
+
+impl std::str::FromStr for MemoryConfig {
+    type Err = keyval::Error;
+
+    fn from_str(text: &str) -> Result<Self, keyval::Error> {
+        keyval::from_str::<MemoryKeys>(text, Some("size")).map(Self::from)
+    }
+}
+
+impl<'de> Deserialize<'de> for MemoryConfig {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Either;
+        impl<'de> Visitor<'de> for Either {
+            type Value = MemoryConfig;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a size like \"1G\", or a table with a size")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<MemoryConfig, E> {
+                text.parse().map_err(E::custom)
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<MemoryConfig, A::Error> {
+                MemoryKeys::deserialize(de::value::MapAccessDeserializer::new(map)).map(MemoryConfig::from)
+            }
+        }
+        deserializer.deserialize_any(Either)
+    }
+}
+
+/// A number of bytes: `4096`, `512M`, `1G`; the units are powers of 1024.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ByteSize(pub u64);
+
+/// Reads a number of bytes.
+///
+/// # Errors
+/// One line about what is wrong.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let shift = match &text[digits..] {
+        "" => 0,
+        "K" | "k" | "KiB" => 10,
+        "M" | "m" | "MiB" => 20,
+        "G" | "g" | "GiB" => 30,
+        "T" | "t" | "TiB" => 40,
+        _ => return Err(format!("`{text}` is not a size like 4096, 512M or 1G")),
+    };
+    let number: u64 = text[..digits].parse().map_err(|_| format!("`{text}` is not a size like 4096, 512M or 1G"))?;
+    number.checked_mul(1 << shift).ok_or_else(|| format!("`{text}` is more than 64 bits of bytes"))
+}
+
+impl<'de> Deserialize<'de> for ByteSize {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Size;
+        impl Visitor<'_> for Size {
+            type Value = ByteSize;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a size like 4096 or \"512M\"")
+            }
+
+            fn visit_u64<E: de::Error>(self, bytes: u64) -> Result<ByteSize, E> {
+                Ok(ByteSize(bytes))
+            }
+
+            fn visit_i64<E: de::Error>(self, bytes: i64) -> Result<ByteSize, E> {
+                u64::try_from(bytes).map(ByteSize).map_err(|_| E::invalid_value(de::Unexpected::Signed(bytes), &self))
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<ByteSize, E> {
+                parse_size(text).map(ByteSize).map_err(E::custom)
+            }
+        }
+        deserializer.deserialize_any(Size)
+    }
+}
+
+/// What is behind the serial port.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Serial {
+    /// Standard input and output.
+    #[default]
+    Stdio,
+    /// A file that is written anew.
+    File(PathBuf),
+    /// Nothing.
+    Null,
+}
+
+impl std::str::FromStr for Serial {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match (text, text.strip_prefix("file=")) {
+            ("stdio", _) => Ok(Self::Stdio),
+            ("null", _) => Ok(Self::Null),
+            (_, Some("")) => Err("`file=` needs a path, e.g. file=console.log".into()),
+            (_, Some(path)) => Ok(Self::File(path.into())),
+            _ => Err(format!("`{text}` is not one of stdio, file=PATH, null")),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Serial {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
+    }
+}
+
+/// A configuration that can't work.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// The file can't be read.
+    #[error("configuration {}: reading it: {source}", .path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What came back.
+        source: std::io::Error,
+    },
+    /// The file is malformed or says something unknown.
+    #[error("configuration {}{}: {message}", .path.display(), .line.map(|line| format!(", line {line}")).unwrap_or_default())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// The line, counted from one.
+        line: Option<usize>,
+        /// What is wrong.
+        message: String,
+    },
+    /// An option that can't be, alone or together with another.
+    #[error("{0}")]
+    Option(String),
+}
+
+impl Config {
+    /// Reads a configuration file.
+    ///
+    /// # Errors
+    /// When it can't be read, or says something that is not known.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: path.to_path_buf(), source })?;
+        toml::from_str(&text).map_err(|error| ConfigError::Parse {
+            path: path.to_path_buf(),
+            line: error.span().map(|span| text[..span.start.min(text.len())].matches('\n').count() + 1),
+            message: error.message().replace('\n', " "),
+        })
+    }
+
+    /// Looks for what can't work, as far as that can be told without the host.
+    ///
+    /// # Errors
+    /// For the first thing found.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let refuse = |message: String| Err(ConfigError::Option(message));
+        if self.kernel.is_none() {
+            return refuse("there is no kernel to boot; name one with --kernel, or `kernel = …` in the configuration".into());
+        }
+        if self.cpus == 0 {
+            return refuse("a machine of 0 vCPUs can't run; use --cpus 1 or more".into());
+        }
+        if self.memory.size == 0 {
+            return refuse("a machine without memory can't run; use --memory 512M or so".into());
+        }
+        if self.memory.ksm && self.memory.hugepages.is_some() {
+            return refuse("--memory: ksm=on and hugepages exclude each other, the kernel merges only small pages; drop one".into());
+        }
+        if self.io_threads == Some(0) {
+            return refuse("--io-threads 0 would leave nobody to serve the disks; use 1 or more, or leave it out".into());
+        }
+        if let Some(threads) = self.io_threads
+            && threads > MAX_IO_THREADS
+        {
+            return refuse(format!("--io-threads {threads} is more than {MAX_IO_THREADS}, one per CPU is enough"));
+        }
+        if let Some(poll) = self.poll_us
+            && poll > MAX_POLL_US
+        {
+            return refuse(format!("--poll-us {poll} is more than {MAX_POLL_US}, a second; 0 never polls"));
+        }
+        for (index, disk) in self.disk.iter().enumerate() {
+            disk.validate().map_err(|error| ConfigError::Option(error.to_string()))?;
+            let same = |other: &&BlockOptions| other.path.is_some() && other.path == disk.path && !(other.readonly && disk.readonly);
+            if let Some(other) = self.disk[..index].iter().find(same) {
+                let path = other.path.as_deref().unwrap_or(Path::new("")).display();
+                return refuse(format!("disk {path}: given twice; give it once, or readonly=on both times"));
+            }
+        }
+        if self.disk.len() + usize::from(self.rng) > MAX_DEVICES {
+            return refuse(format!("{} devices are more than the {MAX_DEVICES} slots of the PCI bus", self.disk.len()));
+        }
+        Ok(())
+    }
+
+    /// The command line of the kernel.
+    #[must_use]
+    pub fn effective_cmdline(&self) -> &str {
+        match (&self.cmdline, &self.serial) {
+            (Some(cmdline), _) => cmdline,
+            (None, Serial::Null) => "",
+            (None, _) => DEFAULT_CMDLINE,
+        }
+    }
+
+    /// The I/O threads, or `None` if no device needs any.
+    #[must_use]
+    pub fn reactor_options(&self) -> Option<ReactorOptions> {
+        let queues = self.disk.iter().map(|disk| usize::from(disk.queues)).sum::<usize>() + usize::from(self.rng);
+        if queues == 0 {
+            return None;
+        }
+        let default = ReactorOptions::default();
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        Some(ReactorOptions {
+            count: self.io_threads.unwrap_or(queues.min(cpus)),
+            affinity: self.io_affinity.clone(),
+            poll: self.poll_us.map_or(default.poll, Duration::from_micros),
+        })
+    }
+}
+
+const DEFAULT_CMDLINE: &str = "console=ttyS0";
+const MAX_IO_THREADS: usize = 256;
+const MAX_POLL_US: u64 = 1_000_000;
+/// Slots of bus 0, less the host bridge.
+const MAX_DEVICES: usize = crate::pci::SLOTS - 1;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, String> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vm.toml");
+        std::fs::write(&path, text).unwrap();
+        Config::read(&path).and_then(|config| config.validate().map(|()| config)).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_file_says_everything_the_command_line_can() {
+        let config = parse(
+            r#"
+            kernel = "vmlinuz"
+            initramfs = "initrd"
+            cmdline = "console=ttyS0 quiet"
+            boot = "linux"
+            cpus = 2
+            memory = { size = "1G", hugepages = "2M", prefault = true }
+            serial = "file=/tmp/console"
+            rng = true
+            io-threads = 2
+            io-affinity = [0, 1]
+            poll-us = 0
+            no-reboot = true
+            on-triple-fault = "reset"
+            stats = true
+            [[disk]]
+            path = "/x.img"
+            direct = true
+            queues = 4
+            [[disk]]
+            path = "/y.img"
+            readonly = true
+            "#,
+        )
+        .unwrap();
+        assert_eq!((config.cpus, config.boot, config.disk.len()), (2, BootProtocol::Linux, 2));
+        assert_eq!((config.memory.size, config.memory.hugepages), (1 << 30, Some(HugePages::TwoMib)));
+        assert_eq!(config.serial, Serial::File("/tmp/console".into()));
+        assert!(config.disk[0].direct && config.disk[0].queues == 4 && config.disk[1].readonly);
+        let options = config.reactor_options().unwrap();
+        assert_eq!((options.count, options.poll), (2, Duration::ZERO));
+        assert_eq!(parse("kernel = \"k\"\nmemory = \"64M\"").unwrap().memory.size, 64 << 20);
+        assert_eq!(parse("kernel = \"k\"\nmemory = \"64M\"").unwrap().effective_cmdline(), "console=ttyS0");
+    }
+
+    #[test]
+    fn mistakes_are_named_with_their_line() {
+        for (text, expected) in [
+            ("kernel = \"k\"\ncpu = 2", "line 2: unknown field `cpu`"),
+            ("kernel = \"k\"\n\n[[disk]]\npath = \"x\"\ndirct = true", "line 5: unknown field `dirct`"),
+            ("kernel = ", "line 1"),
+            ("cpus = 1", "there is no kernel"),
+            ("kernel = \"k\"\ncpus = 0", "0 vCPUs"),
+            ("kernel = \"k\"\nmemory = \"0\"", "without memory"),
+            ("kernel = \"k\"\nmemory = \"1X\"", "`1X` is not a size"),
+            ("kernel = \"k\"\nserial = \"com2\"", "`com2` is not one of stdio, file=PATH, null"),
+            ("kernel = \"k\"\nmemory = { size = 1048576, ksm = true, hugepages = \"2M\" }", "exclude each other"),
+            ("kernel = \"k\"\nio-threads = 0", "--io-threads 0"),
+            ("kernel = \"k\"\n[[disk]]\npath = \"x\"\n[[disk]]\npath = \"x\"", "given twice"),
+        ] {
+            let error = parse(text).unwrap_err();
+            assert!(error.contains(expected) && !error.contains('\n'), "{text}: {error}");
+        }
+        let error = Config::read(Path::new("/nonexistent/vm.toml")).unwrap_err().to_string();
+        assert!(error.contains("No such file"), "{error}");
+    }
+
+    #[test]
+    fn sizes_are_read_or_refused() {
+        for (text, bytes) in [("0", 0), ("4096", 4096), ("1K", 1024), ("512M", 512 << 20), ("2GiB", 2 << 30), ("1t", 1 << 40)] {
+            assert_eq!(parse_size(text), Ok(bytes));
+        }
+        for text in ["", "G", "-1", "1.5G", "1GB", " 1G", "99999999999T", "1G1"] {
+            assert!(parse_size(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,82 @@
+//! What vCPUs, devices, the console and signals tell the main thread.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+
+/// Why a machine stops.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// The guest powered off.
+    PowerOff,
+    /// The guest asked for a reset.
+    Reset,
+    /// The guest ran into a triple fault.
+    TripleFault {
+        /// The vCPU.
+        vcpu: u32,
+    },
+    /// KVM can't go on with the guest.
+    GuestCrash(String),
+    /// The host failed the machine.
+    HostFailure(String),
+    /// A thread of ours panicked.
+    Panic(String),
+    /// A signal asked `ringvm` to end.
+    Signal(&'static str),
+    /// The console's escape (Ctrl-A x) asked `ringvm` to end.
+    ConsoleEscape,
+}
+
+/// What the main thread is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The machine stops.
+    End(Ending),
+    /// Statistics are wanted on stderr (SIGUSR1).
+    Statistics,
+}
+
+/// Where events are sent. The first ending of a machine decides; of later ones only signals matter.
+#[derive(Clone)]
+pub struct Events {
+    sender: Sender<Event>,
+    ended: Arc<AtomicBool>,
+}
+
+impl Events {
+    /// A channel for the main thread.
+    #[must_use]
+    pub fn channel() -> (Self, Receiver<Event>) {
+        let (sender, receiver) = unbounded();
+        (Self { sender, ended: Arc::default() }, receiver)
+    }
+
+    /// Reports the end of the machine.
+    pub fn end(&self, ending: Ending) {
+        self.ended.store(true, Ordering::SeqCst);
+        self.send(Event::End(ending));
+    }
+
+    /// Asks for statistics.
+    pub fn statistics(&self) {
+        self.send(Event::Statistics);
+    }
+
+    /// Whether the machine is at its end: a vCPU must not go on then.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::SeqCst)
+    }
+
+    /// Makes the channel ready for the next machine of this process. No thread of the last one may be left.
+    pub fn rearm(&self) {
+        self.ended.store(false, Ordering::SeqCst);
+    }
+
+    fn send(&self, event: Event) {
+        // The receiver is gone only when the process is about to exit.
+        drop(self.sender.send(event));
+    }
+}

@@ -1,0 +1,75 @@
+//! The signal that breaks KVM_RUN.
+//!
+//! Its handler only sets `immediate_exit` of the vCPU that the interrupted thread runs: a signal that comes while the
+//! thread is outside of KVM_RUN then makes the next KVM_RUN return at once, so that none is ever lost.
+#![allow(unsafe_code, reason = "a signal handler that writes to the mapped kvm_run")]
+
+use std::cell::Cell;
+use std::io;
+use std::ptr;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::thread::JoinHandle;
+
+use kvm_ioctls::VcpuFd;
+use std::os::unix::thread::JoinHandleExt;
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+
+thread_local! {
+    /// `immediate_exit` of the vCPU of this thread. Constant, without a destructor: a handler may look at it any time.
+    static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(ptr::null_mut()) };
+}
+
+/// Installs the handler, once per process.
+pub(super) fn install() -> io::Result<()> {
+    static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
+    INSTALLED
+        .get_or_init(|| register_signal_handler(SIGRTMIN(), kicked).map_err(|error| error.errno()))
+        .map_err(io::Error::from_raw_os_error)
+}
+
+extern "C" fn kicked(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    let flag = IMMEDIATE_EXIT.get();
+    if !flag.is_null() {
+        // SAFETY: the pointer is into the kvm_run mapping of the vCPU that this very thread holds (see `Armed`).
+        unsafe { AtomicU8::from_ptr(flag) }.store(1, Ordering::SeqCst);
+    }
+}
+
+/// A vCPU that signals to this thread stop. Disarms when dropped, and owns the vCPU so that it can't be gone before.
+pub(super) struct Armed {
+    vcpu: VcpuFd,
+}
+
+impl Armed {
+    /// Makes signals to this thread stop `vcpu`.
+    pub(super) fn new(mut vcpu: VcpuFd) -> Self {
+        let flag = &raw mut vcpu.get_kvm_run().immediate_exit;
+        IMMEDIATE_EXIT.set(flag);
+        Self { vcpu }
+    }
+
+    /// Lets the vCPU run again. Look for commands after this, not before.
+    pub(super) fn clear(&mut self) {
+        let flag = IMMEDIATE_EXIT.get();
+        // SAFETY: as in `kicked`; `self` is alive.
+        unsafe { AtomicU8::from_ptr(flag) }.store(0, Ordering::SeqCst);
+    }
+
+    /// The vCPU.
+    pub(super) fn vcpu(&mut self) -> &mut VcpuFd {
+        &mut self.vcpu
+    }
+}
+
+impl Drop for Armed {
+    fn drop(&mut self) {
+        IMMEDIATE_EXIT.set(ptr::null_mut());
+    }
+}
+
+/// Breaks the thread out of KVM_RUN.
+pub(super) fn kick<T>(thread: &JoinHandle<T>) {
+    // SAFETY: a thread that was not joined has a valid pthread_t, even after its end (glibc 2.34 and later, musl).
+    unsafe { libc::pthread_kill(thread.as_pthread_t() as libc::pthread_t, SIGRTMIN()) };
+}

@@ -1,0 +1,251 @@
+//! vCPUs: one thread each, which runs the guest and hands its exits to the buses.
+
+use std::io;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, bounded};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+
+use super::cpuid::{self, Template, Topology};
+use super::error::{KvmError, call};
+use super::regs::{Entry, set_boot_registers};
+use super::signal::{self, Armed};
+use super::vm::{Kvm, Vm};
+use super::msr;
+use crate::bus::Buses;
+use crate::events::{Ending, Events};
+
+/// Exits need little stack.
+const STACK: usize = 256 << 10;
+/// How long a vCPU may take to stop: an exit may have to wait for a disk to drain.
+const STOP_LIMIT: Duration = Duration::from_secs(60);
+/// A signal that came before the thread was ready is repeated after this.
+const KICK_INTERVAL: Duration = Duration::from_millis(50);
+
+const KVM_SYSTEM_EVENT_SHUTDOWN: u32 = 1;
+const KVM_SYSTEM_EVENT_RESET: u32 = 2;
+
+/// What a vCPU thread is told.
+enum Command {
+    /// Leave the guest and end.
+    Stop,
+}
+
+/// The vCPUs of a machine, created and set up but not running.
+pub struct Vcpus {
+    vm: Arc<Vm>,
+    fds: Vec<VcpuFd>,
+}
+
+impl Vcpus {
+    /// Creates `cpus` vCPUs; the first starts at `entry`, the others wait for INIT and SIPI.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn new(kvm: &Kvm, vm: &Arc<Vm>, cpus: u32, entry: Entry) -> Result<Self, KvmError> {
+        let limit = kvm.max_vcpus();
+        if cpus == 0 || cpus > limit {
+            return Err(KvmError::Cpus { wanted: cpus, limit });
+        }
+        let fds = (0..cpus)
+            .map(|id| vm.fd.create_vcpu(u64::from(id)).map_err(call(format!("creating vCPU {id}"))))
+            .collect::<Result<Vec<_>, _>>()?;
+        let topology =
+            Topology { cpus, tsc_deadline: kvm.tsc_deadline(), tsc_khz: fds[0].get_tsc_khz().ok().filter(|&khz| khz > 0) };
+        let template = Template::new(&kvm.supported_cpuid, cpuid::host, &topology);
+        for (id, fd) in (0..).zip(&fds) {
+            fd.set_cpuid2(&template.for_vcpu(id)?).map_err(call(format!("setting the CPUID of vCPU {id}")))?;
+            msr::set_boot_msrs(fd);
+        }
+        set_boot_registers(&fds[0], &vm.memory, entry)?;
+        Ok(Self { vm: Arc::clone(vm), fds })
+    }
+
+    /// Lets them run, each on a thread of its own.
+    ///
+    /// # Errors
+    /// When the host has no thread left; those already started are stopped.
+    pub fn start(self, buses: &Arc<Buses>, events: &Events) -> Result<Vec<VcpuThread>, KvmError> {
+        let mut threads = Vec::with_capacity(self.fds.len());
+        for (id, fd) in (0..).zip(self.fds) {
+            let (commands, receiver) = bounded(1);
+            let (running, ended) = bounded::<()>(0);
+            let runner =
+                Runner { id, vm: Arc::clone(&self.vm), buses: Arc::clone(buses), events: events.clone(), commands: receiver };
+            let spawned = thread::Builder::new().name(format!("vcpu{id}")).stack_size(STACK).spawn(move || {
+                let _running = running;
+                runner.run(fd);
+            });
+            match spawned {
+                Ok(thread) => threads.push(VcpuThread { id, thread, commands, ended }),
+                Err(source) => {
+                    VcpuThread::stop_all(threads)?;
+                    return Err(KvmError::Call { what: format!("starting the thread of vCPU {id}"), source });
+                }
+            }
+        }
+        Ok(threads)
+    }
+}
+
+/// A running vCPU.
+pub struct VcpuThread {
+    id: u32,
+    thread: JoinHandle<()>,
+    commands: Sender<Command>,
+    /// Disconnected when the thread is at its end.
+    ended: Receiver<()>,
+}
+
+impl VcpuThread {
+    /// Stops vCPUs and waits for their threads.
+    ///
+    /// # Errors
+    /// When one does not stop in time.
+    pub fn stop_all(threads: Vec<Self>) -> Result<(), KvmError> {
+        for thread in &threads {
+            // Full: it was told before. Disconnected: it has ended.
+            drop(thread.commands.try_send(Command::Stop));
+            signal::kick(&thread.thread);
+        }
+        let deadline = Instant::now() + STOP_LIMIT;
+        for VcpuThread { id, thread, ended, .. } in threads {
+            while let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(KICK_INTERVAL) {
+                if Instant::now() > deadline {
+                    let source = io::Error::from(io::ErrorKind::TimedOut);
+                    return Err(KvmError::Call { what: format!("stopping vCPU {id}"), source });
+                }
+                signal::kick(&thread);
+            }
+            // A panic was reported as an event already.
+            drop(thread.join());
+        }
+        Ok(())
+    }
+}
+
+/// What the thread of a vCPU works with.
+struct Runner {
+    id: u32,
+    /// Keeps the memory mapped for as long as the guest may run.
+    #[allow(dead_code, reason = "held, not used")]
+    vm: Arc<Vm>,
+    buses: Arc<Buses>,
+    events: Events,
+    commands: Receiver<Command>,
+}
+
+impl Runner {
+    fn run(self, fd: VcpuFd) {
+        let _guard = PanicGuard { id: self.id, events: &self.events };
+        let mut armed = Armed::new(fd);
+        loop {
+            armed.clear();
+            match self.commands.try_recv() {
+                Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return,
+                Err(TryRecvError::Empty) => {}
+            }
+            if self.events.has_ended() {
+                // The guest is not run on; `Stop` is on its way.
+                drop(self.commands.recv());
+                return;
+            }
+            if let Err(ending) = self.run_guest(&mut armed) {
+                self.events.end(ending);
+            }
+        }
+    }
+
+    /// Runs the guest until a signal, or until the machine is at its end.
+    fn run_guest(&self, armed: &mut Armed) -> Result<(), Ending> {
+        let vcpu = armed.vcpu();
+        while !self.events.has_ended() {
+            match vcpu.run() {
+                Ok(VcpuExit::MmioRead(address, data)) => self.buses.mmio.read(address, data),
+                Ok(VcpuExit::MmioWrite(address, data)) => self.buses.mmio.write(address, data),
+                Ok(VcpuExit::IoIn(port, _) | VcpuExit::IoOut(port, _)) => self.port_io(vcpu, port),
+                Ok(VcpuExit::Hlt | VcpuExit::Intr) => {}
+                Ok(VcpuExit::Shutdown) => return Err(Ending::TripleFault { vcpu: self.id }),
+                Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => return Err(Ending::PowerOff),
+                Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => return Err(Ending::Reset),
+                Ok(VcpuExit::InternalError) => return Err(Ending::GuestCrash(self.internal_error(vcpu))),
+                Ok(VcpuExit::FailEntry(reason, cpu)) => {
+                    return Err(Ending::HostFailure(format!(
+                        "vCPU {}: the CPU refused to enter the guest (reason {reason:#x}, host CPU {cpu})",
+                        self.id
+                    )));
+                }
+                Ok(VcpuExit::MemoryFault { gpa, size, .. }) => {
+                    return Err(Ending::HostFailure(format!(
+                        "vCPU {}: the host has no memory behind guest address {gpa:#x} ({size} bytes)",
+                        self.id
+                    )));
+                }
+                Ok(exit) => {
+                    return Err(Ending::GuestCrash(format!("vCPU {}: KVM stopped it with {exit:?}", self.id)));
+                }
+                Err(error) => match error.errno() {
+                    libc::EINTR => return Ok(()),
+                    // A vCPU that waits for its SIPI was woken without one.
+                    libc::EAGAIN => {}
+                    _ => {
+                        return Err(Ending::HostFailure(format!(
+                            "vCPU {}: running the guest: {}",
+                            self.id,
+                            io::Error::from(error)
+                        )));
+                    }
+                },
+            }
+        }
+        Ok(())
+    }
+
+    /// Port I/O. A string instruction comes as one exit: every element of it goes to the same port.
+    #[allow(unsafe_code, reason = "the size of an element is only in the mapped kvm_run")]
+    fn port_io(&self, vcpu: &mut VcpuFd, port: u16) {
+        let run = vcpu.get_kvm_run();
+        let base = std::ptr::from_mut(run).cast::<u8>();
+        // SAFETY: the exit was KVM_EXIT_IO, so `io` is the active member of the union.
+        let io = unsafe { run.__bindgen_anon_1.io };
+        let len = usize::from(io.size) * io.count as usize;
+        // SAFETY: KVM puts the data at this offset, inside of the mapping of kvm_run, and nothing else refers to it.
+        let data = unsafe { std::slice::from_raw_parts_mut(base.add(io.data_offset as usize), len) };
+        for element in data.chunks_exact_mut(usize::from(io.size).max(1)) {
+            if u32::from(io.direction) == kvm_bindings::KVM_EXIT_IO_IN {
+                self.buses.pio.read(u64::from(port), element);
+            } else {
+                self.buses.pio.write(u64::from(port), element);
+            }
+        }
+    }
+
+    #[allow(unsafe_code, reason = "the reason is only in the mapped kvm_run")]
+    fn internal_error(&self, vcpu: &mut VcpuFd) -> String {
+        // SAFETY: the exit was KVM_EXIT_INTERNAL_ERROR, so `internal` is the active member of the union.
+        let suberror = unsafe { vcpu.get_kvm_run().__bindgen_anon_1.internal.suberror };
+        let what = match suberror {
+            1 => "met an instruction it can't emulate",
+            2 => "was interrupted in delivering an exception",
+            3 => "met an unexpected exit while delivering an event",
+            _ => "failed inside",
+        };
+        let rip = vcpu.get_regs().map_or_else(|_| "?".into(), |regs| format!("{:#x}", regs.rip));
+        format!("vCPU {}: KVM {what} (suberror {suberror}) at rip {rip}", self.id)
+    }
+}
+
+struct PanicGuard<'a> {
+    id: u32,
+    events: &'a Events,
+}
+
+impl Drop for PanicGuard<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.events.end(Ending::Panic(format!("the thread of vCPU {} panicked", self.id)));
+        }
+    }
+}

@@ -1,0 +1,22 @@
+//! RingVM: an event-driven virtual machine monitor for Linux/KVM.
+//!
+//! vCPU threads run the guest and hand its exits to the [`bus`]; what a virtqueue asks for is served by the I/O threads of
+//! `ringvm_backends`, which a doorbell reaches without leaving the kernel. This crate is the machine around that.
+
+pub mod boot;
+pub mod bus;
+pub mod check;
+pub mod cli;
+pub mod config;
+pub mod events;
+pub mod exit;
+pub mod keyval;
+pub mod kvm;
+pub mod legacy;
+pub mod machine;
+pub mod pci;
+pub mod platform;
+pub mod run;
+pub mod signals;
+pub mod summary;
+pub mod virtio_pci;

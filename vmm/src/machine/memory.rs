@@ -1,0 +1,106 @@
+//! Guest RAM: one sealed memfd, shared, so that other processes can map it and nobody can shrink it under us.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+
+use ringvm_backends::device::GuestMemory;
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::mm::{Advice, madvise};
+use thiserror::Error;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+
+use crate::config::{HugePages, MemoryConfig};
+
+/// Name of the memfd; it tells guest RAM apart in /proc/PID/smaps.
+pub const MEMFD_NAME: &str = "ringvm-memory";
+
+/// Guest memory could not be had.
+#[derive(Debug, Error)]
+pub enum MemoryError {
+    /// A call failed.
+    #[error("guest memory: {what}: {source}; {advice}")]
+    Host {
+        /// What was tried.
+        what: String,
+        /// What came back.
+        source: io::Error,
+        /// What to do.
+        advice: &'static str,
+    },
+    /// The regions can't be put together.
+    #[error("guest memory: {0}")]
+    Regions(#[from] vm_memory::GuestRegionCollectionError),
+}
+
+const ASK_LESS: &str = "ask for less with --memory, or free some on the host";
+const ASK_HUGE: &str = "reserve huge pages (sysctl vm.nr_hugepages, or hugepages= at boot), or leave the option out";
+
+/// Allocates memory for the guest-physical ranges `ram`.
+///
+/// # Errors
+/// When the host does not have it.
+pub fn allocate(config: &MemoryConfig, ram: &[Range<u64>]) -> Result<GuestMemory, MemoryError> {
+    let size: u64 = ram.iter().map(|range| range.end - range.start).sum();
+    // Kernel same-page merging only looks at private memory, and then no other process can share it.
+    let file = if config.ksm { None } else { Some(Arc::new(sealed_memfd(size, config.hugepages)?)) };
+    let mut offset = 0;
+    let mut regions = Vec::with_capacity(ram.len());
+    for range in ram {
+        let len = range.end - range.start;
+        regions.push(map(range, file.as_ref().map(|file| FileOffset::from_arc(Arc::clone(file), offset)), config)?);
+        offset += len;
+    }
+    Ok(Arc::new(GuestMemoryMmap::from_regions(regions)?))
+}
+
+fn sealed_memfd(size: u64, huge: Option<HugePages>) -> Result<File, MemoryError> {
+    let page = match huge {
+        None => MemfdFlags::empty(),
+        Some(HugePages::TwoMib) => MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB,
+        Some(HugePages::OneGib) => MemfdFlags::HUGETLB | MemfdFlags::HUGE_1GB,
+    };
+    let advice = if huge.is_some() { ASK_HUGE } else { ASK_LESS };
+    let host = |what: &str, source: rustix::io::Errno| MemoryError::Host { what: what.into(), source: source.into(), advice };
+    let fd = memfd_create(MEMFD_NAME, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | page)
+        .map_err(|error| host("creating a memfd", error))?;
+    ftruncate(&fd, size).map_err(|error| host(&format!("sizing a memfd to {size} bytes"), error))?;
+    fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
+        .map_err(|error| host("sealing a memfd", error))?;
+    Ok(fd.into())
+}
+
+#[allow(unsafe_code, reason = "advice on a mapping is given by address")]
+fn map(range: &Range<u64>, file: Option<FileOffset>, config: &MemoryConfig) -> Result<GuestRegionMmap, MemoryError> {
+    let len = (range.end - range.start) as usize;
+    let advice = if config.hugepages.is_some() { ASK_HUGE } else { ASK_LESS };
+    let mut builder = MmapRegionBuilder::new(len).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
+    builder = match file {
+        // Huge pages are reserved at once: an unreserved one that is not there later is a SIGBUS.
+        Some(file) if config.hugepages.is_some() => builder.with_file_offset(file).with_mmap_flags(libc::MAP_SHARED),
+        Some(file) => builder.with_file_offset(file).with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE),
+        None => builder.with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE),
+    };
+    let region = builder.with_hugetlbfs(config.hugepages.is_some()).build().map_err(|error| MemoryError::Host {
+        what: format!("mapping {len} bytes"),
+        source: io::Error::other(error),
+        advice,
+    })?;
+    let advise = |what: &str, kind: Advice| {
+        // SAFETY: the range is exactly the mapping made above; neither advice changes what it holds.
+        unsafe { madvise(region.as_ptr().cast(), len, kind) }.map_err(|error| MemoryError::Host {
+            what: format!("{what} {len} bytes"),
+            source: error.into(),
+            advice,
+        })
+    };
+    if config.ksm {
+        advise("offering the kernel to merge", Advice::LinuxMergeable)?;
+    }
+    if config.prefault {
+        advise("prefaulting", Advice::LinuxPopulateWrite)?;
+    }
+    Ok(GuestRegionMmap::new(region, GuestAddress(range.start)).expect("a range of the address map does not wrap"))
+}

@@ -1,0 +1,321 @@
+//! `ringvm run`: the life of the process, from a configuration to an exit code.
+//!
+//! Everything that can be wrong is looked for in the order of what it costs, before the guest starts.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use crossbeam_channel::Receiver;
+use ringvm_backends::block::{BlockDevice, OpenError};
+use ringvm_backends::device::{Device, DeviceError};
+use ringvm_backends::reactor::ReactorPool;
+use ringvm_backends::rng::RngDevice;
+use rustix::stdio::{stdin, stdout};
+use rustix::termios::isatty;
+use rustix::thread::CpuSet;
+use thiserror::Error;
+use tracing::{info, warn};
+
+use crate::boot::{BootError, BootSource, Initramfs, Kernel};
+use crate::config::{Config, Serial, TripleFault};
+use crate::events::{Ending, Event, Events};
+use crate::exit::Exit;
+use crate::kvm::{Kvm, KvmError};
+use crate::legacy::console::{Console, Streams};
+use crate::legacy::terminal::RawMode;
+use crate::machine::{Blueprint, Machine, MachineError, Running};
+use crate::signals::SignalThread;
+use crate::summary::summary;
+
+/// Why a machine did not run, or did not end well.
+#[derive(Debug, Error)]
+pub enum RunError {
+    /// More memory than there is.
+    #[error("--memory: {wanted} MiB are more than this host has, {available} MiB; ask for less")]
+    Memory {
+        /// What was asked for, in MiB.
+        wanted: u64,
+        /// What there is, in MiB.
+        available: u64,
+    },
+    /// A CPU that this process may not use.
+    #[error("--io-affinity: CPU {cpu} is not one of those this process may use, {allowed:?}; choose among them")]
+    Affinity {
+        /// The CPU asked for.
+        cpu: usize,
+        /// Those there are.
+        allowed: Vec<usize>,
+    },
+    /// The kernel or initramfs is none.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// A disk can't be opened.
+    #[error(transparent)]
+    Disk(#[from] OpenError),
+    /// KVM can't be used.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// The I/O threads can't be started.
+    #[error("starting the I/O threads: {source}{}", advice(.source))]
+    Reactor {
+        /// What came back.
+        source: io::Error,
+    },
+    /// The serial port has no other end.
+    #[error("--serial {what}: {source}; {advice}")]
+    Serial {
+        /// What it was to be.
+        what: String,
+        /// What came back.
+        source: io::Error,
+        /// What to do.
+        advice: &'static str,
+    },
+    /// The host ran out of something.
+    #[error("{what}: {source}")]
+    Host {
+        /// What was tried.
+        what: &'static str,
+        /// What came back.
+        source: io::Error,
+    },
+    /// The machine can't be built or stopped.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// A disk could not be flushed at the end.
+    #[error("at the end: {0}; what the guest wrote last may be lost")]
+    Flush(DeviceError),
+    /// The guest crashed.
+    #[error("{0}")]
+    GuestCrash(String),
+    /// The host failed while the guest ran.
+    #[error("{0}")]
+    HostFailure(String),
+    /// We did.
+    #[error("{0}; this is a bug of ringvm")]
+    Internal(String),
+}
+
+fn advice(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::ENOSYS) => "; the kernel has no io_uring, 5.19 or later with CONFIG_IO_URING is needed",
+        Some(libc::EPERM | libc::EACCES) => {
+            "; io_uring is disabled here (sysctl kernel.io_uring_disabled, or a seccomp filter of the container)"
+        }
+        Some(libc::ENOMEM) => "; raise the limit of locked memory (ulimit -l)",
+        Some(libc::EMFILE | libc::ENFILE) => "; raise the limit of open files (ulimit -n)",
+        Some(libc::EINVAL) => "; a newer kernel is needed, 5.19 or later",
+        _ => "; see `ringvm check`",
+    }
+}
+
+impl RunError {
+    /// The exit code it means.
+    #[must_use]
+    pub fn exit(&self) -> Exit {
+        match self {
+            Self::Memory { .. } | Self::Affinity { .. } | Self::Boot(_) | Self::Disk(_) | Self::Serial { .. } => Exit::Configuration,
+            Self::Kvm(KvmError::Cpus { .. }) => Exit::Configuration,
+            Self::Machine(MachineError::Layout(_) | MachineError::Boot(_) | MachineError::Pci(_)) => Exit::Configuration,
+            Self::Machine(MachineError::Kvm(KvmError::Cpus { .. })) => Exit::Configuration,
+            Self::Machine(MachineError::Bus(_)) | Self::Internal(_) => Exit::Internal,
+            Self::Reactor { .. } | Self::Kvm(_) | Self::Machine(_) | Self::Host { .. } => Exit::Host,
+            Self::Flush(_) | Self::HostFailure(_) => Exit::Host,
+            Self::GuestCrash(_) => Exit::GuestCrash,
+        }
+    }
+}
+
+/// Runs a machine until it ends.
+///
+/// # Errors
+/// See [`RunError`]; each knows its exit code.
+pub fn run(config: &Config) -> Result<Exit, RunError> {
+    check_memory(config)?;
+    check_affinity(config)?;
+    let kernel = config.kernel.as_deref().ok_or_else(|| RunError::Internal("a configuration without a kernel".into()))?;
+    let kernel = Kernel::open(kernel, config.boot)?;
+    let initramfs = config.initramfs.as_deref().map(Initramfs::open).transpose()?;
+    let kvm = Kvm::open()?;
+    check_cpus(config, &kvm)?;
+    let devices = open_devices(config)?;
+    let (events, receiver) = Events::channel();
+    let console = open_console(config, &events)?;
+    let blueprint = Blueprint {
+        kvm: &kvm,
+        cpus: config.cpus,
+        memory: &config.memory,
+        boot: BootSource { kernel: &kernel, initramfs: initramfs.as_ref(), cmdline: config.effective_cmdline() },
+        console: console.as_ref(),
+        events: &events,
+    };
+    let machine = Machine::build(&blueprint, devices)?;
+    let signals =
+        SignalThread::start(events.clone()).map_err(|source| RunError::Host { what: "listening to signals", source })?;
+    let raw = match config.serial {
+        Serial::Stdio => {
+            RawMode::enter().map_err(|source| RunError::Host { what: "putting the terminal into raw mode", source })?
+        }
+        Serial::File(_) | Serial::Null => None,
+    };
+    let result = run_machines(config, &blueprint, machine, &receiver);
+    drop(signals);
+    if let Some(console) = console {
+        console.finish();
+    }
+    drop(raw);
+    result
+}
+
+/// Runs machine after machine, until one ends otherwise than by a reboot.
+fn run_machines(
+    config: &Config,
+    blueprint: &Blueprint<'_>,
+    mut machine: Machine,
+    receiver: &Receiver<Event>,
+) -> Result<Exit, RunError> {
+    loop {
+        let running = machine.start()?;
+        let ending = wait(&running, receiver);
+        info!(?ending, "the machine stops");
+        let stats = config.stats.then(|| running.stats());
+        let mut devices = running.stop()?;
+        if restarts(config, &ending) {
+            // A signal that came meanwhile must not be lost.
+            let signal = receiver.try_iter().find(|event| {
+                matches!(event, Event::End(Ending::Signal(_) | Ending::ConsoleEscape))
+            });
+            if signal.is_none() {
+                blueprint.events.rearm();
+                machine = Machine::build(blueprint, devices)?;
+                continue;
+            }
+        }
+        if let Some(stats) = stats {
+            eprint!("{}", summary(&stats));
+        }
+        let flushed = flush(&mut devices);
+        let exit = conclude(config, ending)?;
+        flushed.map_err(RunError::Flush)?;
+        return Ok(exit);
+    }
+}
+
+/// Waits for the machine's end.
+fn wait(running: &Running, receiver: &Receiver<Event>) -> Ending {
+    for event in receiver {
+        match event {
+            Event::End(ending) => return ending,
+            Event::Statistics => eprint!("{}", summary(&running.stats())),
+        }
+    }
+    Ending::Panic("nobody is left to report the end of the machine".into())
+}
+
+fn restarts(config: &Config, ending: &Ending) -> bool {
+    match ending {
+        Ending::Reset => !config.no_reboot,
+        Ending::TripleFault { .. } => config.on_triple_fault == TripleFault::Reset && !config.no_reboot,
+        _ => false,
+    }
+}
+
+/// What an ending means for the one who started ringvm.
+fn conclude(config: &Config, ending: Ending) -> Result<Exit, RunError> {
+    match ending {
+        Ending::PowerOff | Ending::Signal(_) | Ending::ConsoleEscape => Ok(Exit::Success),
+        // A signal came in the middle of a reboot.
+        Ending::Reset => Ok(if config.no_reboot { Exit::Reboot } else { Exit::Success }),
+        Ending::TripleFault { .. } if config.on_triple_fault == TripleFault::Reset => {
+            Ok(if config.no_reboot { Exit::Reboot } else { Exit::Success })
+        }
+        Ending::TripleFault { vcpu } => Err(RunError::GuestCrash(format!(
+            "vCPU {vcpu}: the guest crashed with a triple fault (--on-triple-fault reset would reboot it)"
+        ))),
+        Ending::GuestCrash(what) => Err(RunError::GuestCrash(what)),
+        Ending::HostFailure(what) => Err(RunError::HostFailure(what)),
+        Ending::Panic(what) => Err(RunError::Internal(what)),
+    }
+}
+
+/// Flushes every device, and returns the first failure.
+fn flush(devices: &mut [Box<dyn Device>]) -> Result<(), DeviceError> {
+    let mut result = Ok(());
+    for device in devices {
+        if let Err(error) = device.flush() {
+            warn!("{error}");
+            result = result.and(Err(error));
+        }
+    }
+    result
+}
+
+fn check_memory(config: &Config) -> Result<(), RunError> {
+    let system = rustix::system::sysinfo();
+    let total = (system.totalram as u64).saturating_mul(u64::from(system.mem_unit));
+    if config.memory.size > total {
+        return Err(RunError::Memory { wanted: config.memory.size >> 20, available: total >> 20 });
+    }
+    Ok(())
+}
+
+fn check_affinity(config: &Config) -> Result<(), RunError> {
+    if config.io_affinity.is_empty() {
+        return Ok(());
+    }
+    let set = rustix::thread::sched_getaffinity(None)
+        .map_err(|error| RunError::Host { what: "asking for the CPUs of this process", source: error.into() })?;
+    let may_use = |cpu: usize| cpu < CpuSet::MAX_CPU && set.is_set(cpu);
+    match config.io_affinity.iter().find(|&&cpu| !may_use(cpu)) {
+        Some(&cpu) => Err(RunError::Affinity { cpu, allowed: (0..CpuSet::MAX_CPU).filter(|&cpu| may_use(cpu)).collect() }),
+        None => Ok(()),
+    }
+}
+
+fn check_cpus(config: &Config, kvm: &Kvm) -> Result<(), KvmError> {
+    let limit = kvm.max_vcpus();
+    if config.cpus > limit { Err(KvmError::Cpus { wanted: config.cpus, limit }) } else { Ok(()) }
+}
+
+fn open_devices(config: &Config) -> Result<Vec<Box<dyn Device>>, RunError> {
+    let Some(options) = config.reactor_options() else { return Ok(Vec::new()) };
+    let pool = ReactorPool::new(&options).map_err(|source| RunError::Reactor { source })?;
+    let mut devices: Vec<Box<dyn Device>> = Vec::new();
+    for (index, disk) in config.disk.iter().enumerate() {
+        devices.push(Box::new(BlockDevice::open(&format!("disk{index}"), disk, &pool)?));
+    }
+    if config.rng {
+        devices.push(Box::new(RngDevice::new("rng0", &pool)));
+    }
+    Ok(devices)
+}
+
+fn open_console(config: &Config, events: &Events) -> Result<Option<Console>, RunError> {
+    let streams = match &config.serial {
+        Serial::Null => return Ok(None),
+        Serial::File(path) => {
+            let output = File::create(path).map_err(|source| RunError::Serial {
+                what: format!("file={}", path.display()),
+                source,
+                advice: "name a file that can be written",
+            })?;
+            Streams { output, name: path.display().to_string(), input: None, escape: false }
+        }
+        Serial::Stdio => {
+            let dup = |fd: &dyn AsFd| fd.as_fd().try_clone_to_owned();
+            let serial = |source| RunError::Serial {
+                what: "stdio".into(),
+                source,
+                advice: "open standard output, or use --serial file=PATH or --serial null",
+            };
+            crate::legacy::stdio::check_output().map_err(serial)?;
+            let output: OwnedFd = dup(&stdout()).map_err(serial)?;
+            // Without a standard input there is just no input.
+            let input = dup(&stdin()).ok().map(File::from);
+            Streams { output: output.into(), name: "standard output".into(), input, escape: isatty(stdin()) }
+        }
+    };
+    let console = Console::start(streams, events.clone());
+    Ok(Some(console.map_err(|source| RunError::Host { what: "starting the console thread", source })?))
+}

@@ -1,0 +1,63 @@
+//! Signals of the process, turned into events on a thread of their own.
+
+use std::io;
+use std::thread::{self, JoinHandle};
+
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1};
+use signal_hook::iterator::{Handle, Signals};
+
+use crate::events::{Ending, Events};
+
+const STACK: usize = 64 << 10;
+
+/// Listens until it is dropped.
+pub struct SignalThread {
+    handle: Handle,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl SignalThread {
+    /// Starts to listen: SIGTERM, SIGINT, SIGQUIT and SIGHUP end the machine, SIGUSR1 asks for statistics.
+    ///
+    /// # Errors
+    /// When the host has no thread or descriptor left.
+    pub fn start(events: Events) -> io::Result<Self> {
+        let mut wanted = vec![SIGTERM, SIGINT, SIGQUIT, SIGUSR1];
+        if !is_ignored(SIGHUP) {
+            // nohup(1) means that it shall go on.
+            wanted.push(SIGHUP);
+        }
+        let mut signals = Signals::new(wanted)?;
+        let handle = signals.handle();
+        let thread = thread::Builder::new().name("signals".into()).stack_size(STACK).spawn(move || {
+            for signal in signals.forever() {
+                match signal {
+                    SIGUSR1 => events.statistics(),
+                    SIGINT => events.end(Ending::Signal("SIGINT")),
+                    SIGQUIT => events.end(Ending::Signal("SIGQUIT")),
+                    SIGHUP => events.end(Ending::Signal("SIGHUP")),
+                    _ => events.end(Ending::Signal("SIGTERM")),
+                }
+            }
+        })?;
+        Ok(Self { handle, thread: Some(thread) })
+    }
+}
+
+impl Drop for SignalThread {
+    fn drop(&mut self) {
+        self.handle.close();
+        if let Some(thread) = self.thread.take() {
+            drop(thread.join());
+        }
+    }
+}
+
+#[allow(unsafe_code, reason = "asking for a signal's action has no safe wrapper")]
+fn is_ignored(signal: i32) -> bool {
+    let mut action = std::mem::MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: the room is that of a sigaction, and none is set.
+    let asked = unsafe { libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr()) };
+    // SAFETY: zeroed is a valid sigaction, and the call filled it in.
+    asked == 0 && unsafe { action.assume_init() }.sa_sigaction == libc::SIG_IGN
+}

@@ -1,0 +1,416 @@
+//! The common configuration structure and the life of a device behind it (virtio 1.3, 4.1.4.3, 2.1 and 3.1).
+//!
+//! Nothing a driver writes is trusted to come in order: what comes too early, too late or twice changes nothing. What a
+//! running queue was given is frozen from DRIVER_OK until reset.
+
+use std::sync::Arc;
+
+use ringvm_backends::device::{Device, GuestMemory, QueueParts, QueueState, RingConfig};
+use ringvm_backends::interrupt::Interrupt;
+use tracing::{debug, warn};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::signals::{ISR_CONFIG, ISR_QUEUE, Signals};
+
+/// Device status bits.
+pub(super) mod status {
+    pub(in crate::virtio_pci) const ACKNOWLEDGE: u8 = 1;
+    pub(in crate::virtio_pci) const DRIVER: u8 = 2;
+    pub(in crate::virtio_pci) const DRIVER_OK: u8 = 4;
+    pub(in crate::virtio_pci) const FEATURES_OK: u8 = 8;
+    pub(in crate::virtio_pci) const FAILED: u8 = 0x80;
+}
+
+const VERSION_1: u64 = 1 << 32;
+/// "No vector" in a vector register.
+pub(super) const NO_VECTOR: u16 = 0xffff;
+
+/// What raises the interrupts of a function at this moment: MSI-X, or INTx while that is off.
+pub(super) trait Vectors {
+    /// Whether MSI-X is on.
+    fn msix_enabled(&self) -> bool;
+    /// The event of a vector, if there is one of that number.
+    fn event(&self, vector: u16) -> Option<Arc<EventFd>>;
+}
+
+/// One queue as its driver sets it up.
+struct Queue {
+    max_size: u16,
+    ring: RingConfig,
+    enabled: bool,
+    vector: u16,
+    kick: EventFd,
+    running: bool,
+    /// Where it goes on, or starts.
+    from: QueueState,
+}
+
+impl Queue {
+    fn new(max_size: u16, kick: EventFd) -> Self {
+        Self {
+            max_size,
+            ring: RingConfig { size: max_size, ..Default::default() },
+            enabled: false,
+            vector: NO_VECTOR,
+            kick,
+            running: false,
+            from: QueueState::default(),
+        }
+    }
+
+    fn reset(&mut self) {
+        // Destructured so that no field is forgotten; the kick is the doorbell's and stays.
+        let Self { max_size, ring, enabled, vector, kick: _, running, from } = self;
+        *ring = RingConfig { size: *max_size, ..Default::default() };
+        (*enabled, *vector, *running, *from) = (false, NO_VECTOR, false, QueueState::default());
+    }
+}
+
+/// The transport's state and the device.
+pub(super) struct Transport {
+    device: Box<dyn Device>,
+    memory: GuestMemory,
+    signals: Arc<Signals>,
+    queues: Vec<Queue>,
+    device_feature_select: u32,
+    driver_feature_select: u32,
+    driver_features: u64,
+    config_vector: u16,
+    queue_select: u16,
+    /// The function may not access memory (bus mastering is off): queues wait.
+    may_run: bool,
+}
+
+impl Transport {
+    pub(super) fn new(device: Box<dyn Device>, memory: GuestMemory, signals: Arc<Signals>) -> std::io::Result<Self> {
+        let queues = device
+            .info()
+            .queue_sizes
+            .iter()
+            .map(|&size| Ok(Queue::new(size, EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?)))
+            .collect::<std::io::Result<_>>()?;
+        Ok(Self {
+            device,
+            memory,
+            signals,
+            queues,
+            device_feature_select: 0,
+            driver_feature_select: 0,
+            driver_features: 0,
+            config_vector: NO_VECTOR,
+            queue_select: 0,
+            may_run: false,
+        })
+    }
+
+    pub(super) fn device(&self) -> &dyn Device {
+        self.device.as_ref()
+    }
+
+    /// The doorbells, in the order of the queues.
+    pub(super) fn kicks(&self) -> impl Iterator<Item = &EventFd> {
+        self.queues.iter().map(|queue| &queue.kick)
+    }
+
+    /// A doorbell that did not go through the kernel.
+    pub(super) fn kick(&self, index: usize) {
+        if let Some(queue) = self.queues.get(index) {
+            // EAGAIN: it is rung already.
+            drop(queue.kick.write(1));
+        }
+    }
+
+    fn has(&self, bits: u8) -> bool {
+        self.signals.status() & bits == bits
+    }
+
+    fn selected(&self) -> Option<&Queue> {
+        self.queues.get(usize::from(self.queue_select))
+    }
+
+    /// Reads the common configuration structure. Fields answer to accesses of their own size, 64-bit ones to halves too.
+    pub(super) fn read_common(&self, offset: u64, data: &mut [u8]) {
+        let queue = self.selected();
+        let of_queue = |get: fn(&Queue) -> u64| queue.map_or(0, get);
+        let value = match (offset, data.len()) {
+            (0x00, 4) => u64::from(self.device_feature_select),
+            (0x04, 4) => half(self.device.info().features, self.device_feature_select),
+            (0x08, 4) => u64::from(self.driver_feature_select),
+            (0x0c, 4) => half(self.driver_features, self.driver_feature_select),
+            (0x10, 2) => u64::from(self.config_vector),
+            (0x12, 2) => self.queues.len() as u64,
+            (0x14, 1) => u64::from(self.signals.status()),
+            // Devices do not change their configuration by themselves, so there is one generation.
+            (0x15, 1) => 0,
+            (0x16, 2) => u64::from(self.queue_select),
+            (0x18, 2) => of_queue(|queue| u64::from(queue.ring.size)),
+            (0x1a, 2) => queue.map_or(u64::from(NO_VECTOR), |queue| u64::from(queue.vector)),
+            (0x1c, 2) => of_queue(|queue| u64::from(queue.enabled)),
+            (0x1e, 2) => queue.map_or(0, |_| u64::from(self.queue_select)),
+            (0x20, 4 | 8) => of_queue(|queue| queue.ring.desc),
+            (0x24, 4) => of_queue(|queue| queue.ring.desc >> 32),
+            (0x28, 4 | 8) => of_queue(|queue| queue.ring.avail),
+            (0x2c, 4) => of_queue(|queue| queue.ring.avail >> 32),
+            (0x30, 4 | 8) => of_queue(|queue| queue.ring.used),
+            (0x34, 4) => of_queue(|queue| queue.ring.used >> 32),
+            _ => 0,
+        };
+        data.fill(0);
+        let len = data.len().min(8);
+        data[..len].copy_from_slice(&value.to_le_bytes()[..len]);
+    }
+
+    /// Writes the common configuration structure. Returns whether the device was reset.
+    pub(super) fn write_common(&mut self, offset: u64, data: &[u8], vectors: &dyn Vectors) -> bool {
+        let mut bytes = [0; 8];
+        let len = data.len().min(8);
+        bytes[..len].copy_from_slice(&data[..len]);
+        let value = u64::from_le_bytes(bytes);
+        match (offset, data.len()) {
+            (0x00, 4) => self.device_feature_select = value as u32,
+            (0x08, 4) => self.driver_feature_select = value as u32,
+            (0x0c, 4) => self.write_features(value as u32),
+            (0x10, 2) => {
+                self.config_vector = checked_vector(value as u16, vectors);
+                self.update_config_interrupt(vectors);
+            }
+            (0x14, 1) => return self.write_status(value as u8, vectors),
+            (0x16, 2) => self.queue_select = value as u16,
+            _ => self.write_queue(offset, data.len(), value, vectors),
+        }
+        false
+    }
+
+    fn write_features(&mut self, value: u32) {
+        if self.has(status::FEATURES_OK) {
+            return;
+        }
+        match self.driver_feature_select {
+            0 => self.driver_features = self.driver_features & !0xffff_ffff | u64::from(value),
+            1 => self.driver_features = self.driver_features & 0xffff_ffff | u64::from(value) << 32,
+            _ => {}
+        }
+    }
+
+    /// Writes a field of the selected queue.
+    fn write_queue(&mut self, offset: u64, len: usize, value: u64, vectors: &dyn Vectors) {
+        // PITFALLS 1: nothing of a queue changes once it may be in use.
+        if self.has(status::DRIVER_OK) {
+            return;
+        }
+        let Some(queue) = self.queues.get_mut(usize::from(self.queue_select)) else { return };
+        let low = |field: &mut u64| *field = *field & !0xffff_ffff | value & 0xffff_ffff;
+        let high = |field: &mut u64| *field = *field & 0xffff_ffff | value << 32;
+        match (offset, len) {
+            (0x18, 2) => {
+                let size = value as u16;
+                if size.is_power_of_two() && size <= queue.max_size {
+                    queue.ring.size = size;
+                }
+            }
+            (0x1a, 2) => queue.vector = checked_vector(value as u16, vectors),
+            // A queue can't be disabled again but by a reset.
+            (0x1c, 2) if value == 1 => queue.enabled = true,
+            (0x20, 8) => queue.ring.desc = value,
+            (0x20, 4) => low(&mut queue.ring.desc),
+            (0x24, 4) => high(&mut queue.ring.desc),
+            (0x28, 8) => queue.ring.avail = value,
+            (0x28, 4) => low(&mut queue.ring.avail),
+            (0x2c, 4) => high(&mut queue.ring.avail),
+            (0x30, 8) => queue.ring.used = value,
+            (0x30, 4) => low(&mut queue.ring.used),
+            (0x34, 4) => high(&mut queue.ring.used),
+            _ => {}
+        }
+    }
+
+    /// Writes the device status; returns whether that was a reset.
+    fn write_status(&mut self, value: u8, vectors: &dyn Vectors) -> bool {
+        if value == 0 {
+            self.reset();
+            return true;
+        }
+        let old = self.signals.status();
+        let driver_bits =
+            status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK | status::FAILED;
+        let added = value & driver_bits & !old;
+        self.signals.add_status(added & (status::ACKNOWLEDGE | status::FAILED));
+        if added & status::DRIVER != 0 && self.has(status::ACKNOWLEDGE) {
+            self.signals.add_status(status::DRIVER);
+        }
+        if added & status::FEATURES_OK != 0 && self.has(status::DRIVER) && self.accept_features() {
+            self.signals.add_status(status::FEATURES_OK);
+        }
+        if added & status::DRIVER_OK != 0 && self.has(status::FEATURES_OK) {
+            self.signals.add_status(status::DRIVER_OK);
+            self.update_config_interrupt(vectors);
+            self.update_queues(vectors);
+        }
+        false
+    }
+
+    fn accept_features(&mut self) -> bool {
+        let (offered, chosen) = (self.device.info().features, self.driver_features);
+        let name = &self.device.info().name;
+        if chosen & VERSION_1 == 0 {
+            debug!(device = %name, features = format_args!("{chosen:#x}"), "a driver without VERSION_1 is refused");
+            return false;
+        }
+        if chosen & !offered != 0 {
+            debug!(device = %name, features = format_args!("{:#x}", chosen & !offered), "features never offered are refused");
+            return false;
+        }
+        match self.device.ack_features(chosen) {
+            Ok(()) => true,
+            Err(error) => {
+                debug!(%error, "the device refuses its driver's features");
+                false
+            }
+        }
+    }
+
+    /// Whether the function may access memory (bus mastering).
+    pub(super) fn set_may_run(&mut self, may_run: bool, vectors: &dyn Vectors) {
+        if self.may_run != may_run {
+            self.may_run = may_run;
+            self.update_queues(vectors);
+        }
+    }
+
+    /// MSI-X was switched on or off: running queues get their interrupts anew.
+    pub(super) fn interrupts_switched(&mut self, vectors: &dyn Vectors) {
+        self.update_config_interrupt(vectors);
+        self.stop_queues();
+        self.update_queues(vectors);
+    }
+
+    fn update_config_interrupt(&self, vectors: &dyn Vectors) {
+        self.signals.set_config_interrupt(self.interrupt(self.config_vector, ISR_CONFIG, vectors));
+    }
+
+    /// Starts or stops the queues, as the driver and the bus have it now.
+    fn update_queues(&mut self, vectors: &dyn Vectors) {
+        if !self.may_run {
+            self.stop_queues();
+            return;
+        }
+        if !self.has(status::DRIVER_OK) {
+            return;
+        }
+        // Indices are kept as they are, gaps and all (PITFALLS 16).
+        for index in 0..self.queues.len() {
+            let queue = &self.queues[index];
+            if queue.enabled && !queue.running {
+                let call = self.interrupt(queue.vector, ISR_QUEUE, vectors);
+                self.start_queue(index, call);
+            }
+        }
+    }
+
+    fn start_queue(&mut self, index: usize, call: Interrupt) {
+        let queue = &mut self.queues[index];
+        let signals = Arc::clone(&self.signals);
+        let name = self.device.info().name.clone();
+        let parts = queue.kick.try_clone().map(|kick| QueueParts {
+            ring: queue.ring,
+            mem: Arc::clone(&self.memory),
+            kick,
+            call,
+            fault: Interrupt::Call(Arc::new(move || {
+                warn!(device = %name, queue = index, "the driver broke its ring; the device needs a reset");
+                signals.need_reset();
+            })),
+            from: queue.from,
+        });
+        let started = match parts {
+            Ok(parts) => self.device.start_queue(index as u16, parts).map_err(|error| error.to_string()),
+            Err(error) => Err(format!("{}: queue {index}: duplicating its doorbell: {error}", self.device.info().name)),
+        };
+        match started {
+            Ok(()) => queue.running = true,
+            Err(error) => {
+                warn!("{error}; the device needs a reset");
+                self.signals.need_reset();
+            }
+        }
+    }
+
+    /// Stops what runs and remembers where it stands.
+    pub(super) fn stop_queues(&mut self) {
+        for (index, queue) in (0..).zip(&mut self.queues) {
+            if std::mem::take(&mut queue.running)
+                && let Some(state) = self.device.stop_queue(index)
+            {
+                queue.from = state;
+            }
+        }
+    }
+
+    /// Returns to the state after power-on; what is in flight is waited for.
+    pub(super) fn reset(&mut self) {
+        self.stop_queues();
+        self.device.reset();
+        self.signals.reset();
+        for queue in &mut self.queues {
+            queue.reset();
+        }
+        let Self {
+            device: _,
+            memory: _,
+            signals: _,
+            queues: _,
+            device_feature_select,
+            driver_feature_select,
+            driver_features,
+            config_vector,
+            queue_select,
+            may_run: _,
+        } = self;
+        (*device_feature_select, *driver_feature_select, *driver_features) = (0, 0, 0);
+        (*config_vector, *queue_select) = (NO_VECTOR, 0);
+    }
+
+    /// Reads the device configuration space.
+    pub(super) fn read_device(&self, offset: u64, data: &mut [u8]) {
+        self.device.read_config(offset as u32, data);
+    }
+
+    /// Writes the device configuration space.
+    pub(super) fn write_device(&mut self, offset: u64, data: &[u8]) {
+        if let Err(error) = self.device.write_config(offset as u32, data) {
+            debug!(%error, "a write to configuration space is ignored");
+        }
+    }
+
+    /// The device without its transport, in its initial state.
+    pub(super) fn into_device(mut self) -> Box<dyn Device> {
+        self.reset();
+        self.device
+    }
+
+    fn interrupt(&self, vector: u16, isr: u8, vectors: &dyn Vectors) -> Interrupt {
+        if !vectors.msix_enabled() {
+            return self.signals.intx(isr);
+        }
+        vectors.event(vector).map_or(Interrupt::None, Interrupt::Event)
+    }
+
+    /// Whether any queue runs, for tests.
+    #[cfg(test)]
+    pub(super) fn running(&self) -> bool {
+        self.queues.iter().any(|queue| queue.running)
+    }
+}
+
+fn half(features: u64, select: u32) -> u64 {
+    match select {
+        0 => features & 0xffff_ffff,
+        1 => features >> 32,
+        _ => 0,
+    }
+}
+
+/// A vector register reads back NO_VECTOR if the vector can't be had (4.1.5.1.2).
+fn checked_vector(vector: u16, vectors: &dyn Vectors) -> u16 {
+    if vectors.event(vector).is_some() { vector } else { NO_VECTOR }
+}
