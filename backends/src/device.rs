@@ -189,6 +189,10 @@ pub trait Device: Send {
     /// Returns the device to its state before `ack_features`. All queues are stopped first.
     fn reset(&mut self);
 
+    /// Says how to tell the driver that the configuration space has changed by itself. Devices whose space never does ignore
+    /// it.
+    fn on_config_change(&mut self, _notify: Interrupt) {}
+
     /// Makes everything that was acknowledged durable, e.g. before the process ends.
     ///
     /// # Errors

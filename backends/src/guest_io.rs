@@ -37,6 +37,12 @@ impl GuestIo {
         }
     }
 
+    /// Appends what is left of another list.
+    pub(crate) fn append(&mut self, other: &Self) {
+        self.iov.extend_from_slice(other.pieces());
+        self.len += other.len;
+    }
+
     /// Bytes left.
     #[must_use]
     pub fn len(&self) -> u64 {
@@ -129,6 +135,23 @@ impl GuestIo {
         done
     }
 
+    /// Copies bytes into guest memory `offset` bytes behind the front; returns how many fitted.
+    pub fn copy_from_at(&self, mut offset: u64, buf: &[u8]) -> usize {
+        let mut done = 0;
+        for piece in self.pieces() {
+            let part = slice(piece);
+            let skip = offset.min(part.len() as u64) as usize;
+            offset -= skip as u64;
+            let count = (part.len() - skip).min(buf.len() - done);
+            if count > 0 {
+                // The offset is within the piece, so this is a part of it.
+                part.offset(skip).expect("within the piece").copy_from(&buf[done..done + count]);
+                done += count;
+            }
+        }
+        done
+    }
+
     /// Copies exactly `N` bytes from the front and consumes them, or returns `None` and consumes nothing.
     pub fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
         let mut bytes = [0; N];
@@ -180,8 +203,11 @@ mod tests {
         let mut buffers = [vec![0; 3], vec![0; 2]];
         let io = over(&mut buffers);
         assert_eq!(io.copy_from(&[9; 7]), 5);
+        assert_eq!(io.copy_from_at(2, &[7; 2]), 2);
+        assert_eq!(io.copy_from_at(4, &[8; 2]), 1);
+        assert_eq!(io.copy_from_at(5, &[1]), 0);
         drop(io);
-        assert_eq!(buffers, [vec![9; 3], vec![9; 2]]);
+        assert_eq!(buffers, [vec![9, 9, 7], vec![7, 8]]);
     }
 
     #[test]

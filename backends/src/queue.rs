@@ -228,6 +228,18 @@ impl Queue {
         Ok(true)
     }
 
+    /// Takes back the last [`Self::pop`], if it was of `head` and the driver has not rewritten the entry since: the chain is
+    /// available again, as if never seen.
+    pub fn unpop(&mut self, head: u16) -> bool {
+        let last = self.next_avail.wrapping_sub(1);
+        if self.avail_word(2 + usize::from(last & (self.size - 1))).load(Ordering::Relaxed) != head {
+            return false;
+        }
+        self.in_flight[usize::from(head / 64)] &= !(1 << (head % 64));
+        self.next_avail = last;
+        true
+    }
+
     /// Gives a chain back with the number of bytes written into it. The driver learns of it at the next [`Self::notify`].
     pub fn complete(&mut self, head: u16, len: u32) {
         let (word, bit) = (usize::from(head / 64), 1 << (head % 64));

@@ -2,7 +2,9 @@
 
 use crate::device::{DeviceError, QueueParts, QueueState};
 use crate::queue::Queue;
-use crate::reactor::{Reactor, ReactorPool};
+use crate::reactor::{Reactor, ReactorPool, Task};
+use crate::receiver::{Receiver, Source};
+use crate::service::Service;
 use crate::stats::{DeviceStats, QueueStats};
 use crate::worker::{Handler, Worker};
 
@@ -12,7 +14,7 @@ pub(crate) struct Queues {
     pool: ReactorPool,
     places: Vec<Option<Place>>,
     /// What earlier runs of each queue counted.
-    ended: Vec<QueueStats>,
+    ended: Vec<Option<QueueStats>>,
 }
 
 /// The thread that serves a queue, and the queue's number there.
@@ -22,23 +24,42 @@ struct Place {
 }
 
 impl Queues {
-    /// `count` queues, none running; `ops` names the kinds of request that are counted.
-    pub(crate) fn new(name: &str, count: usize, ops: &[&'static str], pool: ReactorPool) -> Self {
-        Self {
-            name: name.to_owned(),
-            pool,
-            places: (0..count).map(|_| None).collect(),
-            ended: vec![QueueStats::new(ops); count],
-        }
+    /// `count` queues, none running.
+    pub(crate) fn new(name: &str, count: usize, pool: ReactorPool) -> Self {
+        let name = name.to_owned();
+        Self { name, pool, places: (0..count).map(|_| None).collect(), ended: (0..count).map(|_| None).collect() }
     }
 
-    /// Starts a queue on the thread with the least to do. The handler is built there, and may be bound to it.
+    /// Starts a queue whose chains are requests. The handler is built on the thread that serves it, and may be bound to it.
     pub(crate) fn start<H: Handler + 'static>(
         &mut self,
         index: u16,
         parts: QueueParts,
         features: u64,
         handler: impl FnOnce() -> H + Send + 'static,
+    ) -> Result<(), DeviceError> {
+        self.attach(index, parts, features, H::OPS, move |service| Box::new(Worker::new(service, handler())))
+    }
+
+    /// Starts a queue whose chains wait for frames. The source is built on the thread that serves it.
+    pub(crate) fn start_receiver<S: Source + 'static>(
+        &mut self,
+        index: u16,
+        parts: QueueParts,
+        features: u64,
+        source: impl FnOnce() -> S + Send + 'static,
+    ) -> Result<(), DeviceError> {
+        self.attach(index, parts, features, S::OPS, move |service| Box::new(Receiver::new(service, source())))
+    }
+
+    /// Starts a queue on the thread with the least to do.
+    fn attach(
+        &mut self,
+        index: u16,
+        parts: QueueParts,
+        features: u64,
+        ops: &'static [&'static str],
+        build: impl FnOnce(Service) -> Box<dyn Task> + Send + 'static,
     ) -> Result<(), DeviceError> {
         let refuse = |reason| DeviceError::Queue { device: self.name.clone(), index, reason };
         let place = self.places.get_mut(usize::from(index)).ok_or_else(|| refuse("does not exist"))?;
@@ -54,7 +75,7 @@ impl Queues {
         let name = format!("{}.{index}", self.name);
         let reactor = self.pool.least_loaded();
         let task = reactor
-            .attach(kick, move |task| Box::new(Worker::new(name, queue, handler(), fault, task)))
+            .attach(kick, move |task| build(Service::new(name, queue, fault, task, ops)))
             .map_err(|source| DeviceError::Host { device: self.name.clone(), what: "starting a queue", source })?;
         *place = Some(Place { reactor: reactor.index(), task });
         Ok(())
@@ -64,7 +85,10 @@ impl Queues {
     pub(crate) fn stop(&mut self, index: u16) -> Option<QueueState> {
         let place = self.places.get_mut(usize::from(index))?.take()?;
         let (state, stats) = self.reactor(&place).detach(place.task)?;
-        self.ended[usize::from(index)].merge(&stats);
+        match &mut self.ended[usize::from(index)] {
+            Some(ended) => ended.merge(&stats),
+            none => *none = Some(stats),
+        }
         Some(state)
     }
 
@@ -77,12 +101,16 @@ impl Queues {
 
     /// What the queues have counted.
     pub(crate) fn stats(&self) -> DeviceStats {
-        let queues = self.ended.iter().zip(&self.places).map(|(ended, place)| {
-            let mut total = ended.clone();
-            if let Some(running) = place.as_ref().and_then(|place| self.reactor(place).stats(place.task)) {
-                total.merge(&running);
-            }
-            total
+        let queues = (0..).zip(self.ended.iter().zip(&self.places)).filter_map(|(index, (ended, place))| {
+            let running = place.as_ref().and_then(|place| self.reactor(place).stats(place.task));
+            let total = match (ended.clone(), running) {
+                (Some(mut total), Some(running)) => {
+                    total.merge(&running);
+                    Some(total)
+                }
+                (ended, running) => ended.or(running),
+            };
+            Some((index, total?))
         });
         DeviceStats { name: self.name.clone(), queues: queues.collect() }
     }

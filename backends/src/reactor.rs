@@ -25,32 +25,27 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::device::QueueState;
 use crate::ring::{Ring, Token};
+use crate::service::Service;
 use crate::stats::QueueStats;
 
 /// What a reactor runs: one queue of some device. Called from one thread only.
 pub trait Task {
-    /// Takes what the driver has made available and pushes operations. Returns whether there was anything.
+    /// What every queue has.
+    fn service(&mut self) -> &mut Service;
+    /// Goes on where it can, and pushes operations. Returns whether there was anything to do.
     fn turn(&mut self, ring: &mut Ring) -> bool;
     /// An operation pushed for `slot` has ended.
     fn completed(&mut self, slot: u32, result: i32, now: Instant, ring: &mut Ring);
-    /// Publishes what has completed since the last call, with at most one interrupt.
-    fn publish(&mut self);
     /// Whether `turn` would find something. Cheap: this is what polling looks at.
     fn ready(&self) -> bool;
-    /// Asks the driver for kicks; returns whether something came meanwhile.
+    /// Asks the driver for kicks, if its next chain is what is waited for; returns whether it has come meanwhile.
     fn arm(&mut self) -> bool;
-    /// A kick woke the thread.
-    fn kicked(&mut self);
-    /// Polling has ended, with work for this queue or in vain.
-    fn polled(&mut self, hit: bool);
-    /// Takes nothing new from now on.
-    fn stop(&mut self);
+    /// Nothing new is taken from now on: ends what would wait for others.
+    fn stop(&mut self, ring: &mut Ring);
     /// Whether nothing is in flight.
     fn is_idle(&self) -> bool;
-    /// Where the queue stands.
-    fn state(&self) -> QueueState;
-    /// What it has counted.
-    fn stats(&self) -> QueueStats;
+    /// The queue leaves, with nothing in flight: chains that are held go back to the driver's side of the ring.
+    fn give_back(&mut self) {}
 }
 
 /// How many I/O threads there are, and how they behave.
@@ -304,7 +299,7 @@ impl Core {
             self.submit();
         }
         for seat in self.seats.iter_mut().flatten() {
-            seat.task.publish();
+            seat.task.service().publish();
         }
         worked
     }
@@ -327,7 +322,7 @@ impl Core {
             // Reading the clock costs as much as looking at a few queues.
             for _ in 0..8 {
                 if let Some(seat) = self.seats.iter_mut().flatten().find(|seat| seat.task.ready()) {
-                    seat.task.polled(true);
+                    seat.task.service().stats.poll_hits += 1;
                     self.window.hit();
                     return true;
                 }
@@ -342,7 +337,7 @@ impl Core {
             }
             if start.elapsed() >= window {
                 self.window.missed();
-                self.seats.iter_mut().flatten().for_each(|seat| seat.task.polled(false));
+                self.seats.iter_mut().flatten().for_each(|seat| seat.task.service().stats.poll_misses += 1);
                 return false;
             }
         }
@@ -359,7 +354,7 @@ impl Core {
             // Readiness is an edge: clearing it waits for the next write, the counter itself is never read.
             while let Poll::Ready(Ok(mut guard)) = seat.kick.poll_read_ready(cx) {
                 guard.clear_ready();
-                seat.task.kicked();
+                seat.task.service().stats.kicks += 1;
                 woken = true;
             }
         }
@@ -394,13 +389,14 @@ impl Core {
                 if let Some(Some(seat)) = self.seats.get_mut(task as usize)
                     && seat.leaving.is_none()
                 {
-                    seat.task.stop();
+                    seat.task.service().stop();
+                    seat.task.stop(&mut self.ring);
                     seat.leaving = Some(reply);
                 }
             }
             Command::Stats { task, reply } => {
-                if let Some(Some(seat)) = self.seats.get(task as usize) {
-                    drop(reply.send(seat.task.stats()));
+                if let Some(Some(seat)) = self.seats.get_mut(task as usize) {
+                    drop(reply.send(seat.task.service().stats.clone()));
                 }
             }
         }
@@ -414,9 +410,11 @@ impl Core {
                 && seat.task.is_idle()
                 && let Some(mut seat) = place.take()
             {
-                seat.task.publish();
+                seat.task.give_back();
+                let service = seat.task.service();
+                service.publish();
                 if let Some(reply) = seat.leaving.take() {
-                    drop(reply.send((seat.task.state(), seat.task.stats())));
+                    drop(reply.send((service.position(), service.stats.clone())));
                 }
             }
         }

@@ -31,6 +31,9 @@ pub struct Token {
     pub slot: u32,
 }
 
+/// Whose completion it is that an operation was cancelled: nobody's.
+const CANCEL: Token = Token { task: u32::MAX, slot: u32::MAX };
+
 impl Token {
     fn pack(self) -> u64 {
         u64::from(self.task) << 32 | u64::from(self.slot)
@@ -105,6 +108,19 @@ impl Ring {
         self.push(token, entry);
     }
 
+    /// Reads from what has no offset into the pieces, at most [`MAX_PIECES`] of them, or completes with EAGAIN at once.
+    ///
+    /// # Safety
+    /// As for [`Self::read`].
+    pub unsafe fn read_now(&mut self, token: Token, fd: BorrowedFd<'_>, pieces: &[libc::iovec]) {
+        // O_NONBLOCK alone would not do: io_uring waits on behalf of such files.
+        let entry = opcode::Readv::new(types::Fd(fd.as_raw_fd()), pieces.as_ptr(), pieces.len().min(MAX_PIECES) as u32)
+            .offset(u64::MAX)
+            .rw_flags(libc::RWF_NOWAIT)
+            .build();
+        self.push(token, entry);
+    }
+
     /// Writes the pieces at `offset`; with `durable`, the completion means that they are on stable storage.
     ///
     /// # Safety
@@ -148,6 +164,18 @@ impl Ring {
         *self.pause = types::Timespec::from(pause);
         let entry = opcode::Timeout::new(&raw const *self.pause).build();
         self.push(token, entry);
+    }
+
+    /// Completes with the events when any of `events` (poll(2)), an error or a hang-up is there.
+    pub fn poll(&mut self, token: Token, fd: BorrowedFd<'_>, events: u32) {
+        let entry = opcode::PollAdd::new(types::Fd(fd.as_raw_fd()), events).build();
+        self.push(token, entry);
+    }
+
+    /// Ends the operation pushed for `token`, if it waits; it completes with ECANCELED then, and as usual if it does not.
+    pub fn cancel(&mut self, token: Token) {
+        let entry = opcode::AsyncCancel::new(token.pack()).build();
+        self.push(CANCEL, entry);
     }
 
     fn push(&mut self, token: Token, entry: squeue::Entry) {
@@ -221,10 +249,10 @@ impl Ring {
     /// Takes one batch of completions into `into`, which is emptied first.
     pub fn reap(&mut self, into: &mut Vec<(Token, i32)>) {
         into.clear();
-        into.extend(
-            self.ring.completion().map(|entry: cqueue::Entry| (Token::unpack(entry.user_data()), entry.result())),
-        );
-        self.in_flight -= into.len();
+        let entries = self.ring.completion();
+        self.in_flight -= entries.len();
+        into.extend(entries.map(|entry: cqueue::Entry| (Token::unpack(entry.user_data()), entry.result())));
+        into.retain(|(token, _)| *token != CANCEL);
     }
 
     /// Operations pushed and not reaped.

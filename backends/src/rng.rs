@@ -3,11 +3,12 @@
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
 use crate::device::{Device, DeviceError, DeviceInfo, QueueParts, QueueState};
+use crate::io::Io;
 use crate::queue::{Chain, RING_FEATURES};
 use crate::queues::Queues;
 use crate::reactor::ReactorPool;
 use crate::stats::DeviceStats;
-use crate::worker::{Handler, Io, Outcome, Step};
+use crate::worker::{Handler, Outcome, Step};
 
 const QUEUE_SIZE: u16 = 64;
 const OPS: &[&str] = &["read"];
@@ -35,7 +36,7 @@ impl RngDevice {
                 config_len: 0,
             },
             features: 0,
-            queues: Queues::new(name, 1, OPS, pool.clone()),
+            queues: Queues::new(name, 1, pool.clone()),
         }
     }
 }

@@ -58,6 +58,12 @@ impl QueueStats {
 
     /// Counts one completed request of the kind with index `op`.
     pub fn record(&mut self, op: usize, bytes: u64, ok: bool, latency_ns: u64) {
+        self.count(op, bytes, ok);
+        self.latency.saturating_record(latency_ns.max(1));
+    }
+
+    /// Counts what has no latency: it came from outside.
+    pub fn count(&mut self, op: usize, bytes: u64, ok: bool) {
         let entry = &mut self.ops[op];
         entry.count += 1;
         if ok {
@@ -65,12 +71,16 @@ impl QueueStats {
         } else {
             entry.errors += 1;
         }
-        self.latency.saturating_record(latency_ns.max(1));
     }
 
-    /// Adds what another queue of the same kind of device, or an earlier run of the same one, counted.
+    /// Adds what another queue, or another run of the same one, counted.
     pub fn merge(&mut self, other: &Self) {
-        for (mine, theirs) in self.ops.iter_mut().zip(&other.ops) {
+        for theirs in &other.ops {
+            let place = self.ops.iter().position(|mine| mine.name == theirs.name).unwrap_or_else(|| {
+                self.ops.push(OpStats { name: theirs.name, ..OpStats::default() });
+                self.ops.len() - 1
+            });
+            let mine = &mut self.ops[place];
             mine.count += theirs.count;
             mine.bytes += theirs.bytes;
             mine.errors += theirs.errors;
@@ -90,17 +100,17 @@ impl QueueStats {
 pub struct DeviceStats {
     /// Name of the device.
     pub name: String,
-    /// One entry per queue.
-    pub queues: Vec<QueueStats>,
+    /// Each queue that has ever run, with its index.
+    pub queues: Vec<(u16, QueueStats)>,
 }
 
 impl DeviceStats {
-    /// All queues together; `None` for a device without any.
+    /// All queues together; `None` if none has ever run.
     #[must_use]
     pub fn total(&self) -> Option<QueueStats> {
         let (first, rest) = self.queues.split_first()?;
-        let mut total = first.clone();
-        rest.iter().for_each(|queue| total.merge(queue));
+        let mut total = first.1.clone();
+        rest.iter().for_each(|(_, queue)| total.merge(queue));
         Some(total)
     }
 }

@@ -14,10 +14,14 @@ pub fn summary(devices: &[DeviceStats]) -> String {
         // Writing to a string does not fail.
         _ = writeln!(text, "{name}: {}", line(&total));
         for op in total.ops.iter().filter(|op| op.count > 0) {
-            _ = writeln!(text, "{name}: {}: {} operations, {} bytes, {} errors", op.name, op.count, op.bytes, op.errors);
+            _ = writeln!(
+                text,
+                "{name}: {}: {} operations, {} bytes, {} errors",
+                op.name, op.count, op.bytes, op.errors
+            );
         }
         if device.queues.len() > 1 {
-            for (index, queue) in device.queues.iter().enumerate() {
+            for (index, queue) in &device.queues {
                 _ = writeln!(text, "{name}: queue {index}: {}", line(queue));
             }
         }
@@ -29,7 +33,8 @@ pub fn summary(devices: &[DeviceStats]) -> String {
 }
 
 fn line(stats: &QueueStats) -> String {
-    let (operations, errors) = stats.ops.iter().fold((0, 0), |(count, errors), op| (count + op.count, errors + op.errors));
+    let (operations, errors) =
+        stats.ops.iter().fold((0, 0), |(count, errors), op| (count + op.count, errors + op.errors));
     let latency = |quantile: f64| duration(stats.latency.value_at_quantile(quantile));
     let times = if stats.latency.is_empty() {
         "no latencies".to_owned()

@@ -9,9 +9,10 @@ use virtio_bindings::virtio_blk::VIRTIO_BLK_S_OK;
 use super::options::SERIAL_LEN;
 use super::request::{Header, IOERR, KINDS, Kind, Limits, Refusal, Segment, UNSUPP};
 use crate::guest_io::GuestIo;
+use crate::io::Io;
 use crate::queue::Chain;
 use crate::storage::{Progress, Storage};
-use crate::worker::{Handler, Io, Outcome, Step};
+use crate::worker::{Handler, Outcome, Step};
 
 /// Serves the requests of one queue from a storage.
 pub(crate) struct BlockHandler<S> {

@@ -27,7 +27,7 @@ use config::{CONFIG_LEN, WRITEBACK};
 use handler::BlockHandler;
 use options::{Backing, SERIAL_LEN};
 pub use options::{BlockOptions, OpenError, StorageKind};
-use request::{KINDS, Limits, SECTOR};
+use request::{Limits, SECTOR};
 
 /// Most sectors of a discard or write-zeroes segment: 2 GiB, so that one request can't hold a queue for long.
 const MAX_SEGMENT_SECTORS: u32 = 1 << 22;
@@ -98,7 +98,7 @@ impl BlockDevice {
             config: config::config_space(&geometry, &limits, seg_max, options.queues),
             features: 0,
             writeback: Arc::new(AtomicBool::new(true)),
-            queues: Queues::new(name, usize::from(options.queues), KINDS, pool.clone()),
+            queues: Queues::new(name, usize::from(options.queues), pool.clone()),
         })
     }
 

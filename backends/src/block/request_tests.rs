@@ -9,13 +9,14 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::handler::BlockHandler;
 use super::options::SERIAL_LEN;
-use super::request::Limits;
+use super::request::{KINDS, Limits};
 use crate::device::{GuestMemory, QueueState};
 use crate::driver::{Buffer, Driver};
 use crate::interrupt::Interrupt;
 use crate::queue::{Queue, RING_FEATURES};
 use crate::reactor::Task;
 use crate::ring::Ring;
+use crate::service::Service;
 use crate::storage::Geometry;
 use crate::storage::raw::Raw;
 use crate::worker::Worker;
@@ -68,7 +69,8 @@ fn fuzz_block_request() {
             }));
             let queue =
                 Queue::new(mem.clone(), &driver.ring(), RING_FEATURES, QueueState::default(), Interrupt::None).unwrap();
-            let mut worker = Worker::new("fuzzed.0".into(), queue, handler, fault, 0);
+            let service = Service::new("fuzzed.0".into(), queue, fault, 0, KINDS);
+            let mut worker = Worker::new(service, handler);
             for (i, (sector, count, flags)) in segments.iter().take(64).enumerate() {
                 let bytes = [&(sector % 80).to_le_bytes()[..], &(count % 80).to_le_bytes(), &(flags % 3).to_le_bytes()];
                 mem.write_slice(&bytes.concat(), GuestAddress(0x8000 + 16 * i as u64)).unwrap();
@@ -105,7 +107,7 @@ fn fuzz_block_request() {
                 for (token, result) in &batch {
                     worker.completed(token.slot, *result, Instant::now(), &mut ring);
                 }
-                worker.publish();
+                worker.service().publish();
                 if !worked && batch.is_empty() && ring.in_flight() == 0 {
                     break;
                 }

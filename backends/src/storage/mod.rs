@@ -10,7 +10,7 @@ pub mod raw;
 use std::io;
 
 use crate::guest_io::GuestIo;
-use crate::worker::Io;
+use crate::io::Io;
 
 /// The fixed properties of a storage, sizes in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

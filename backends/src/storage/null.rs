@@ -5,7 +5,7 @@ use std::io;
 
 use super::{Geometry, Progress, Storage};
 use crate::guest_io::GuestIo;
-use crate::worker::Io;
+use crate::io::Io;
 
 /// A disk of the given geometry without contents.
 #[derive(Clone, Copy, Debug)]

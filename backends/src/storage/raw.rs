@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use super::{Geometry, Progress, Storage};
 use crate::guest_io::GuestIo;
-use crate::worker::Io;
+use crate::io::Io;
 
 /// Most bytes bounced at once.
 const MAX_BOUNCE: u64 = 1 << 20;

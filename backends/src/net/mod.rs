@@ -1,0 +1,275 @@
+//! The network device (virtio 1.3, section 5.1): features, configuration space and the start and stop of its queues.
+
+mod control;
+mod features;
+mod frame;
+pub mod options;
+mod receive;
+mod transmit;
+
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
+use virtio_bindings::virtio_net::VIRTIO_NET_S_LINK_UP;
+
+use crate::device::{Device, DeviceError, DeviceInfo, QueueParts, QueueState};
+use crate::interrupt::Interrupt;
+use crate::port::Port;
+use crate::queue::RING_FEATURES;
+use crate::queues::Queues;
+use crate::reactor::ReactorPool;
+use crate::stats::DeviceStats;
+use control::{Control, ControlHandler, RxMode};
+use frame::{HEADER_LEN, MAX_FRAME};
+pub use options::{Mac, NetOptions, OpenError};
+use receive::ReceiveSource;
+use transmit::TransmitHandler;
+
+/// Bytes of `struct virtio_net_config` up to and with `duplex`.
+const CONFIG_LEN: usize = 17;
+
+/// Descriptors of the control queue.
+const CONTROL_SIZE: u16 = 64;
+
+/// Ethernet addresses, type and a VLAN tag.
+const FRAME_OVERHEAD: u64 = 18;
+
+/// What a port without a speed of its own is said to have, in Mbit/s: drivers only show it.
+const SPEED: u32 = 10_000;
+const FULL_DUPLEX: u8 = 1;
+
+/// A NIC.
+pub struct NetDevice {
+    info: DeviceInfo,
+    port: Arc<dyn Port>,
+    control: Arc<Control>,
+    /// The address it had at first.
+    mac: [u8; 6],
+    mtu: Option<u16>,
+    max_pairs: u16,
+    features: u64,
+    queues: Queues,
+    /// The port is gone for good.
+    down: Arc<AtomicBool>,
+    config_changed: Arc<Mutex<Interrupt>>,
+}
+
+/// What a queue of some index is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    Receive(u16),
+    Transmit(u16),
+    Control,
+}
+
+impl NetDevice {
+    /// Opens a NIC whose queues will be spread over the threads of `pool`.
+    ///
+    /// # Errors
+    /// Anything that is wrong with the options or the port, in one line.
+    pub fn open(name: &str, options: &NetOptions, pool: &ReactorPool) -> Result<Self, OpenError> {
+        let port = options.open()?;
+        let mac = options.mac_or_random().map_err(|source| OpenError::Host {
+            net: name.to_owned(),
+            what: "making a MAC address",
+            source,
+        })?;
+        Ok(Self::over(name, port, mac, options, pool))
+    }
+
+    fn over(name: &str, port: Arc<dyn Port>, mac: [u8; 6], options: &NetOptions, pool: &ReactorPool) -> Self {
+        let pairs = port.pairs() as u16;
+        let mtu = options.mtu.or(port.mtu());
+        let mut features = RING_FEATURES | features::offered(port.offloads());
+        for bit in [
+            features::MAC,
+            features::MRG_RXBUF,
+            features::STATUS,
+            features::SPEED_DUPLEX,
+            features::CTRL_VQ,
+            features::CTRL_RX,
+            features::CTRL_MAC_ADDR,
+        ] {
+            features |= 1 << bit;
+        }
+        features |= u64::from(mtu.is_some()) << features::MTU;
+        features |= u64::from(pairs > 1) << features::MQ;
+        let mut queue_sizes = vec![options.queue_size; usize::from(pairs) * 2];
+        queue_sizes.push(CONTROL_SIZE);
+        let control = Control {
+            port: Arc::clone(&port),
+            mac: Mutex::new(mac),
+            active: Arc::new(AtomicU16::new(pairs)),
+            receivers: Mutex::new((0..pairs).map(|_| None).collect()),
+            rx: Mutex::new(RxMode::default()),
+        };
+        let count = queue_sizes.len();
+        let mut device = Self {
+            info: DeviceInfo {
+                device_type: VIRTIO_ID_NET,
+                name: name.to_owned(),
+                features,
+                queue_sizes,
+                config_len: CONFIG_LEN as u32,
+            },
+            port,
+            control: Arc::new(control),
+            mac,
+            mtu,
+            max_pairs: pairs,
+            features: 0,
+            queues: Queues::new(name, count, pool.clone()),
+            down: Arc::new(AtomicBool::new(false)),
+            config_changed: Arc::new(Mutex::new(Interrupt::None)),
+        };
+        device.reset();
+        device
+    }
+
+    fn has(&self, feature: u32) -> bool {
+        self.features & 1 << feature != 0
+    }
+
+    /// The control queue follows the last pair that the driver can use (5.1.2).
+    fn role(&self, index: u16) -> Option<Role> {
+        let pairs = if self.has(features::MQ) { self.max_pairs } else { 1 };
+        match index {
+            _ if index < pairs * 2 && index.is_multiple_of(2) => Some(Role::Receive(index / 2)),
+            _ if index < pairs * 2 => Some(Role::Transmit(index / 2)),
+            _ if index == pairs * 2 && self.has(features::CTRL_VQ) => Some(Role::Control),
+            _ => None,
+        }
+    }
+
+    /// The longest frame that may come, header included.
+    fn frame_len(&self) -> u64 {
+        let plain = self.mtu.map_or(MAX_FRAME, |mtu| u64::from(mtu) + FRAME_OVERHEAD);
+        let longest = if features::guest_offloads(self.features).any_segmentation() { MAX_FRAME } else { plain };
+        longest + HEADER_LEN as u64
+    }
+
+    fn receive_source(&self, pair: u16) -> ReceiveSource {
+        let (down, changed) = (Arc::clone(&self.down), Arc::clone(&self.config_changed));
+        ReceiveSource {
+            pair,
+            ends: self.port.ends(usize::from(pair)),
+            frame_len: self.frame_len(),
+            merges: self.has(features::MRG_RXBUF),
+            agreed: features::guest_offloads(self.features),
+            active: Arc::clone(&self.control.active),
+            gone: Interrupt::Call(Arc::new(move || {
+                if !down.swap(true, Ordering::AcqRel) {
+                    let changed = changed.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                    changed.raise();
+                }
+            })),
+        }
+    }
+
+    fn config(&self) -> [u8; CONFIG_LEN] {
+        let mut space = [0; CONFIG_LEN];
+        let mut put = |at: usize, bytes: &[u8]| space[at..at + bytes.len()].copy_from_slice(bytes);
+        let status = if self.down.load(Ordering::Acquire) { 0 } else { VIRTIO_NET_S_LINK_UP as u16 };
+        put(0, &*self.control.mac.lock().unwrap_or_else(PoisonError::into_inner));
+        put(6, &status.to_le_bytes());
+        put(8, &self.max_pairs.to_le_bytes());
+        put(10, &self.mtu.unwrap_or(0).to_le_bytes());
+        put(12, &SPEED.to_le_bytes());
+        put(16, &[FULL_DUPLEX]);
+        space
+    }
+
+    fn host_error(&self, what: &'static str, source: std::io::Error) -> DeviceError {
+        DeviceError::Host { device: self.info.name.clone(), what, source }
+    }
+}
+
+impl Device for NetDevice {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn ack_features(&mut self, features: u64) -> Result<(), DeviceError> {
+        self.info.check_features(features)?;
+        if let Some(reason) = features::missing_premise(features) {
+            return Err(DeviceError::Features { device: self.info.name.clone(), features, reason });
+        }
+        // Nothing is given to the guest unfinished that it did not agree to.
+        if !self.down.load(Ordering::Acquire) {
+            self.port
+                .set_offloads(features::guest_offloads(features))
+                .map_err(|source| self.host_error("setting the port's offloads", source))?;
+        }
+        self.features = features;
+        Ok(())
+    }
+
+    fn read_config(&self, offset: u32, data: &mut [u8]) {
+        crate::device::read_space(&self.config(), offset, data);
+    }
+
+    fn write_config(&mut self, offset: u32, data: &[u8]) -> Result<(), DeviceError> {
+        // The address is changed through the control queue (5.1.4.3).
+        Err(DeviceError::Config { device: self.info.name.clone(), offset, len: data.len() })
+    }
+
+    fn start_queue(&mut self, index: u16, parts: QueueParts) -> Result<(), DeviceError> {
+        let reason = "is none of those that go with the negotiated features";
+        let role = self.role(index);
+        let role = role.ok_or_else(|| DeviceError::Queue { device: self.info.name.clone(), index, reason })?;
+        match role {
+            Role::Receive(pair) => {
+                let kick =
+                    parts.kick.try_clone().map_err(|source| self.host_error("duplicating a doorbell", source))?;
+                let source = self.receive_source(pair);
+                self.queues.start_receiver(index, parts, self.features, move || source)?;
+                let mut receivers = self.control.receivers.lock().unwrap_or_else(PoisonError::into_inner);
+                receivers[usize::from(pair)] = Some(kick);
+                Ok(())
+            }
+            Role::Transmit(pair) => {
+                let pair = usize::from(pair);
+                let agreed = features::host_offloads(self.features);
+                let handler =
+                    TransmitHandler { ends: self.port.ends(pair), port: Arc::clone(&self.port), pair, agreed };
+                self.queues.start(index, parts, self.features, move || handler)
+            }
+            Role::Control => {
+                let control = Arc::clone(&self.control);
+                let handler = ControlHandler { control, accepted: self.features, max_pairs: self.max_pairs };
+                self.queues.start(index, parts, self.features, move || handler)
+            }
+        }
+    }
+
+    fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
+        if let Some(Role::Receive(pair)) = self.role(index) {
+            self.control.receivers.lock().unwrap_or_else(PoisonError::into_inner)[usize::from(pair)] = None;
+        }
+        self.queues.stop(index)
+    }
+
+    fn reset(&mut self) {
+        self.queues.stop_all();
+        self.features = 0;
+        *self.control.mac.lock().unwrap_or_else(PoisonError::into_inner) = self.mac;
+        self.control.receivers.lock().unwrap_or_else(PoisonError::into_inner).fill_with(|| None);
+        self.control.reset_filter();
+        // A driver serves one pair until it says otherwise; frames spread over others would be lost.
+        let single = self.control.set_pairs(1).and_then(|()| self.port.set_offloads(crate::port::Offloads::default()));
+        if let Err(error) = single
+            && !self.down.load(Ordering::Acquire)
+        {
+            tracing::warn!(device = %self.info.name, %error, "bringing the port back to its first state");
+        }
+    }
+
+    fn on_config_change(&mut self, notify: Interrupt) {
+        *self.config_changed.lock().unwrap_or_else(PoisonError::into_inner) = notify;
+    }
+
+    fn stats(&self) -> DeviceStats {
+        self.queues.stats()
+    }
+}

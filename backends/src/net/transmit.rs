@@ -1,0 +1,106 @@
+//! The transmit queues: each chain is a header and a frame (virtio 1.3, 5.1.6.2).
+#![allow(unsafe_code, reason = "pushes buffers that its own request keeps alive")]
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use super::frame::{HEADER_LEN, MAX_FRAME, MIN_FRAME, is_sound};
+use crate::guest_io::GuestIo;
+use crate::io::Io;
+use crate::port::{Ends, Offloads, Port};
+use crate::queue::Chain;
+use crate::worker::{Handler, Outcome, Step};
+
+/// What is counted, in the order of [`TransmitHandler::OPS`].
+#[derive(Clone, Copy)]
+enum Op {
+    Sent,
+    /// No frame, no header, or a header that lies.
+    Malformed,
+    /// Nobody at the other end, or an interface that is down or gone.
+    Unreachable,
+    /// The port took it for broken.
+    Refused,
+}
+
+/// Sends what the driver transmits on one queue.
+pub(super) struct TransmitHandler {
+    pub(super) port: Arc<dyn Port>,
+    pub(super) pair: usize,
+    pub(super) ends: Ends,
+    /// What the driver may leave to the other side.
+    pub(super) agreed: Offloads,
+}
+
+/// A frame on its way.
+#[derive(Default)]
+pub(super) struct Transmit {
+    /// The header as it was checked: the guest could change its own meanwhile. Boxed, because the kernel is told where it is.
+    header: Box<[u8; HEADER_LEN]>,
+    /// The header, and the frame in guest memory.
+    pieces: GuestIo,
+    /// Waits for room at the port.
+    waiting: bool,
+}
+
+impl TransmitHandler {
+    fn send(&self, request: &Transmit, io: &mut Io<'_>) -> Step {
+        // SAFETY: header and pieces stay in the request until it is resumed, guest memory as long as the queue.
+        unsafe { io.write(self.ends.tx.as_fd(), &request.pieces, 0, false) };
+        Step::Pending
+    }
+}
+
+fn done(op: Op, bytes: u64) -> Step {
+    Step::Done(Outcome { op: op as usize, written: 0, bytes, ok: matches!(op, Op::Sent) })
+}
+
+impl Handler for TransmitHandler {
+    type Request = Transmit;
+
+    const OPS: &'static [&'static str] = &["sent", "dropped_malformed", "dropped_unreachable", "dropped_refused"];
+
+    fn start(&mut self, chain: &mut Chain, request: &mut Transmit, io: &mut Io<'_>) -> Step {
+        let header = if chain.unmapped { None } else { chain.readable.take::<HEADER_LEN>() };
+        let len = chain.readable.len();
+        let Some(header) =
+            header.filter(|header| (MIN_FRAME..=MAX_FRAME).contains(&len) && is_sound(header, len, self.agreed))
+        else {
+            return done(Op::Malformed, 0);
+        };
+        *request.header = header;
+        request.waiting = false;
+        request.pieces.clear();
+        // SAFETY: the header is boxed in the request, which outlives the operation.
+        unsafe { request.pieces.push(request.header.as_mut_ptr(), HEADER_LEN) };
+        request.pieces.append(&chain.readable);
+        self.send(request, io)
+    }
+
+    fn resume(&mut self, _: &mut Chain, request: &mut Transmit, result: i32, io: &mut Io<'_>) -> Step {
+        match result {
+            // There may be room again.
+            0.. if std::mem::take(&mut request.waiting) => self.send(request, io),
+            0.. => done(Op::Sent, request.pieces.len() - HEADER_LEN as u64),
+            _ => match -result {
+                libc::EAGAIN => {
+                    request.waiting = true;
+                    io.wait_writable(self.ends.tx.as_fd());
+                    Step::Pending
+                }
+                libc::EINTR => self.send(request, io),
+                libc::ENOTCONN | libc::ECONNREFUSED | libc::ECONNRESET | libc::EDESTADDRREQ | libc::EPIPE => {
+                    self.port.find_peer(self.pair);
+                    done(Op::Unreachable, 0)
+                }
+                // The interface is down, gone, or this queue of it disabled; or the queue is being stopped.
+                libc::EIO | libc::EBADFD | libc::ENETDOWN | libc::ECANCELED => done(Op::Unreachable, 0),
+                _ => done(Op::Refused, 0),
+            },
+        }
+    }
+
+    fn window(&self) -> usize {
+        if self.port.may_block() { 1 } else { usize::MAX }
+    }
+}

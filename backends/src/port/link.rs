@@ -1,0 +1,158 @@
+//! A port that joins two VMs of one host without a tap: a datagram socket on each side, one datagram per frame, so that
+//! frames stay whole and the one that is faster waits.
+//!
+//! Both are given the same path. Whoever comes first binds it, the other binds the path with `.peer` behind it; each sends to
+//! the other's through a second socket. A bound one that is connected to nobody takes frames from whoever comes, and a
+//! connected one waits for room at its peer: so the descriptors stay the same when a side goes and comes again, and the
+//! other finds it with its next frame.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::net::sockopt::set_socket_send_buffer_size;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, socket_with};
+
+use super::loopback::ALL;
+use super::{Ends, Filter, Offloads, Port};
+
+/// How long frames to an absent peer are dropped before it is looked for again.
+const SEARCH_PAUSE: Duration = Duration::from_millis(50);
+
+/// Bytes that may wait on one side. The host's limit (net.core.wmem_max) may allow less.
+const BUFFER: usize = 4 << 20;
+
+/// One side of a link.
+pub struct Link {
+    name: String,
+    sides: Vec<Side>,
+}
+
+struct Side {
+    ends: Ends,
+    mine: PathBuf,
+    peer: PathBuf,
+    searched: Mutex<Option<Instant>>,
+}
+
+impl Link {
+    /// Takes a free side of the link at `path`, with `pairs` queue pairs.
+    ///
+    /// # Errors
+    /// When both sides are taken, or the path can't be bound.
+    pub fn new(path: &Path, pairs: usize) -> io::Result<Self> {
+        let sides = (0..pairs).map(|pair| Side::new(&suffixed(path, &format!(".{pair}"))));
+        let port = Self { name: path.display().to_string(), sides: sides.collect::<io::Result<_>>()? };
+        for pair in 0..pairs {
+            port.find_peer(pair);
+        }
+        Ok(port)
+    }
+}
+
+fn suffixed(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
+
+fn datagram_socket() -> io::Result<OwnedFd> {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    Ok(socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None)?)
+}
+
+/// Lets as much wait behind a socket as the host allows.
+pub(super) fn grow_buffers(socket: &OwnedFd) {
+    // Less room only means that a side waits earlier.
+    let _ = set_socket_send_buffer_size(socket, BUFFER);
+}
+
+impl Side {
+    fn new(path: &Path) -> io::Result<Self> {
+        let (first, second) = (path.to_owned(), suffixed(path, ".peer"));
+        for (mine, peer) in [(&first, &second), (&second, &first)] {
+            let address = SocketAddrUnix::new(mine)?;
+            // A path that is bound, but by nobody alive, is what a side left behind that ended without a chance to clean up.
+            match connect(&datagram_socket()?, &address) {
+                Ok(()) => continue,
+                Err(rustix::io::Errno::CONNREFUSED) => std::fs::remove_file(mine)?,
+                Err(_) => {}
+            }
+            let (rx, tx) = (datagram_socket()?, datagram_socket()?);
+            grow_buffers(&tx);
+            match bind(&rx, &address) {
+                Ok(()) => {
+                    return Ok(Self {
+                        ends: Ends { rx: Arc::new(rx), tx: Arc::new(tx) },
+                        mine: mine.clone(),
+                        peer: peer.clone(),
+                        searched: Mutex::new(None),
+                    });
+                }
+                // The other side came at the same moment.
+                Err(rustix::io::Errno::ADDRINUSE) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Err(io::Error::new(io::ErrorKind::AddrInUse, "both sides of the link are taken"))
+    }
+}
+
+impl Drop for Side {
+    fn drop(&mut self) {
+        drop(std::fs::remove_file(&self.mine));
+    }
+}
+
+impl Port for Link {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn pairs(&self) -> usize {
+        self.sides.len()
+    }
+
+    fn ends(&self, pair: usize) -> Ends {
+        self.sides[pair].ends.clone()
+    }
+
+    fn offloads(&self) -> Offloads {
+        ALL
+    }
+
+    fn mtu(&self) -> Option<u16> {
+        None
+    }
+
+    fn may_block(&self) -> bool {
+        true
+    }
+
+    fn set_offloads(&self, _: Offloads) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn set_pairs(&self, _: usize) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn set_filter(&self, _: &Filter) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn find_peer(&self, pair: usize) {
+        let side = &self.sides[pair];
+        let mut searched = side.searched.lock().unwrap_or_else(PoisonError::into_inner);
+        if searched.is_some_and(|at| at.elapsed() < SEARCH_PAUSE) {
+            return;
+        }
+        *searched = Some(Instant::now());
+        if let Ok(address) = SocketAddrUnix::new(&side.peer) {
+            // Fails as long as there is nobody.
+            let _ = connect(&side.ends.tx, &address);
+        }
+    }
+}

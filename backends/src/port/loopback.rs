@@ -1,0 +1,70 @@
+//! A port whose two ends are joined: what a pair transmits, it receives. For tests and for measuring a device alone.
+
+use std::io;
+use std::sync::Arc;
+
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+use super::{Ends, Filter, Offloads, Port};
+
+/// A loop per queue pair.
+pub struct Loopback {
+    ends: Vec<Ends>,
+}
+
+impl Loopback {
+    /// A port of `pairs` queue pairs.
+    ///
+    /// # Errors
+    /// When the host has no sockets left.
+    pub fn new(pairs: usize) -> io::Result<Self> {
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        let ends = (0..pairs).map(|_| {
+            let (rx, tx) = socketpair(AddressFamily::UNIX, SocketType::DGRAM, flags, None)?;
+            super::link::grow_buffers(&tx);
+            Ok(Ends { rx: Arc::new(rx), tx: Arc::new(tx) })
+        });
+        Ok(Self { ends: ends.collect::<io::Result<_>>()? })
+    }
+}
+
+/// A frame that comes back is as it went: all offloads are there as long as both directions agree to them.
+pub(super) const ALL: Offloads = Offloads { csum: true, tso4: true, tso6: true, ecn: true, uso4: true, uso6: true };
+
+impl Port for Loopback {
+    fn name(&self) -> &str {
+        "loopback"
+    }
+
+    fn pairs(&self) -> usize {
+        self.ends.len()
+    }
+
+    fn ends(&self, pair: usize) -> Ends {
+        self.ends[pair].clone()
+    }
+
+    fn offloads(&self) -> Offloads {
+        ALL
+    }
+
+    fn mtu(&self) -> Option<u16> {
+        None
+    }
+
+    fn may_block(&self) -> bool {
+        true
+    }
+
+    fn set_offloads(&self, _: Offloads) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn set_pairs(&self, _: usize) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn set_filter(&self, _: &Filter) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}

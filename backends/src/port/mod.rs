@@ -1,0 +1,100 @@
+//! Where packets come from and go to, behind one trait.
+//!
+//! On the data path a port is two descriptors per queue pair: reading one brings one frame, writing the other takes one,
+//! each with a virtio-net header in front, and neither ever waits. What the trait adds is control, off the data path.
+
+pub mod link;
+pub mod loopback;
+pub mod tap;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+/// What a port can do with frames that are not plain: checksums left open, segments left uncut. The bits of
+/// VIRTIO_NET_F_* for the same thing seen from the guest, in both directions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Offloads {
+    /// Checksums may be left to the other side.
+    pub csum: bool,
+    /// TCP over IPv4 may be left uncut.
+    pub tso4: bool,
+    /// TCP over IPv6 may be left uncut.
+    pub tso6: bool,
+    /// Uncut TCP may carry ECN.
+    pub ecn: bool,
+    /// UDP over IPv4 may be left uncut.
+    pub uso4: bool,
+    /// UDP over IPv6 may be left uncut.
+    pub uso6: bool,
+}
+
+impl Offloads {
+    /// Whether frames may be longer than the MTU.
+    #[must_use]
+    pub fn any_segmentation(self) -> bool {
+        self.tso4 || self.tso6 || self.uso4 || self.uso6
+    }
+}
+
+/// The descriptors of one queue pair.
+#[derive(Clone, Debug)]
+pub struct Ends {
+    /// Reading it brings a frame, or EAGAIN.
+    pub rx: Arc<OwnedFd>,
+    /// Writing it takes a frame, or EAGAIN.
+    pub tx: Arc<OwnedFd>,
+}
+
+/// Which frames the guest wants, beside broadcasts (virtio 1.3, 5.1.6.5.1 and 5.1.6.5.2).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Filter {
+    /// All of them.
+    pub promiscuous: bool,
+    /// All multicasts.
+    pub all_multicast: bool,
+    /// Those to any of these addresses.
+    pub addresses: Vec<[u8; 6]>,
+}
+
+/// A packet source and sink.
+pub trait Port: Send + Sync {
+    /// Its name in logs and errors.
+    fn name(&self) -> &str;
+
+    /// How many queue pairs it has.
+    fn pairs(&self) -> usize;
+
+    /// The descriptors of a pair. They stay the same for the port's life.
+    fn ends(&self, pair: usize) -> Ends;
+
+    /// What it takes from the guest, and can give to it.
+    fn offloads(&self) -> Offloads;
+
+    /// Largest payload of an Ethernet frame, in bytes, if the port has a limit.
+    fn mtu(&self) -> Option<u16>;
+
+    /// Whether a write may find no room, so that frames must go one at a time to stay in order.
+    fn may_block(&self) -> bool;
+
+    /// Says what may be given to the guest from now on.
+    ///
+    /// # Errors
+    /// What the host says; nothing has changed then.
+    fn set_offloads(&self, offloads: Offloads) -> io::Result<()>;
+
+    /// Spreads frames over the first `count` pairs, and none over the others, whose reads fail with EBADFD from then on.
+    ///
+    /// # Errors
+    /// What the host says.
+    fn set_pairs(&self, count: usize) -> io::Result<()>;
+
+    /// Brings only what passes the filter, as far as the port can.
+    ///
+    /// # Errors
+    /// `Unsupported` where it can't: more is brought then.
+    fn set_filter(&self, filter: &Filter) -> io::Result<()>;
+
+    /// A write on a pair found nobody at the other end: looks for one. Does not wait.
+    fn find_peer(&self, _pair: usize) {}
+}

@@ -1,0 +1,301 @@
+//! A queue whose chains wait for what comes from outside: buffers are held until the source has a frame for them.
+//!
+//! Frames land in the driver's buffers without a copy. The source is read in bursts, each one batch of the data ring, for as
+//! long as all of a burst bring something; then one poll of it waits for the next frame. A frame may fill several chains if
+//! the driver agreed to that; chains that a read had room in but did not need are held for the next.
+
+use std::collections::VecDeque;
+use std::os::fd::BorrowedFd;
+use std::time::Instant;
+
+use crate::guest_io::GuestIo;
+use crate::io::Io;
+use crate::queue::{Chain, RingError};
+use crate::reactor::Task;
+use crate::ring::{Ring, Token};
+use crate::service::{BATCH, Service};
+
+/// Where frames come from. Lives on one thread.
+pub trait Source {
+    /// Names of what is counted: a frame delivered, then whatever [`Verdict::Drop`] names.
+    const OPS: &'static [&'static str];
+
+    /// Most bytes that one read can bring, so that many must be offered if the driver lets frames span chains.
+    fn frame_len(&self) -> u64;
+
+    /// Whether a frame may span chains.
+    fn merges(&self) -> bool;
+
+    /// Whether frames may come now. While not, reads fail with EBADFD and a kick of the queue says when they may again.
+    fn enabled(&self) -> bool {
+        true
+    }
+
+    /// The source has failed for good.
+    fn failed(&mut self) {}
+
+    /// What is read and polled. Reading it must never wait.
+    fn fd(&self) -> BorrowedFd<'_>;
+
+    /// Looks at a read that brought `len` bytes into `room`, which lies in `chains` chains once it is shared out.
+    fn received(&mut self, room: &GuestIo, len: u64, chains: u16) -> Verdict;
+}
+
+/// What becomes of a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// The driver gets it; payload bytes, for statistics.
+    Deliver(u64),
+    /// It is dropped and counted under this index of [`Source::OPS`].
+    Drop(usize),
+}
+
+/// Index into [`Source::OPS`] under which delivered frames are counted.
+const DELIVERED: usize = 0;
+
+/// The slot of the poll, beyond those of reads.
+const POLL: u32 = BATCH as u32;
+
+/// One read in flight: the chains that offer their room to it.
+#[derive(Default)]
+struct Read {
+    chains: Vec<Chain>,
+    room: GuestIo,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum State {
+    /// Wants to read.
+    Ready,
+    /// Reads are in flight.
+    Reading,
+    /// The source is empty, and polled.
+    Polling,
+    /// The driver has offered too little room.
+    Starved,
+    /// The source is disabled.
+    Away,
+    /// The source has failed for good.
+    Dead,
+}
+
+/// A queue and the source that fills it.
+pub struct Receiver<S: Source> {
+    service: Service,
+    source: S,
+    state: State,
+    reads: Vec<Read>,
+    in_flight: usize,
+    /// A read of the burst found nothing.
+    empty: bool,
+    /// Chains without a frame yet, in the driver's order.
+    held: VecDeque<Chain>,
+    /// Those that the burst in flight gives back.
+    returned: Vec<Chain>,
+    spare: Vec<Chain>,
+}
+
+impl<S: Source> Receiver<S> {
+    /// A receiver for the queue of `service`.
+    pub(crate) fn new(service: Service, source: S) -> Self {
+        let reads = (0..BATCH).map(|_| Read::default()).collect();
+        Self {
+            service,
+            source,
+            state: State::Ready,
+            reads,
+            in_flight: 0,
+            empty: false,
+            held: VecDeque::new(),
+            returned: Vec::new(),
+            spare: Vec::new(),
+        }
+    }
+
+    fn next_chain(&mut self) -> Option<Chain> {
+        if let Some(chain) = self.held.pop_front() {
+            return Some(chain);
+        }
+        let mut chain = self.spare.pop().unwrap_or_default();
+        if !self.service.pop(&mut chain) {
+            self.spare.push(chain);
+            return None;
+        }
+        if chain.unmapped || chain.writable.is_empty() {
+            self.service.break_off(&RingError::Content { head: chain.head, what: "no buffer to receive into" });
+            return None;
+        }
+        Some(chain)
+    }
+
+    /// Collects room for one frame. Returns whether there was enough.
+    fn gather(&mut self, index: usize) -> bool {
+        let want = if self.source.merges() { self.source.frame_len() } else { 1 };
+        self.reads[index].room.clear();
+        while self.reads[index].room.len() < want {
+            let Some(chain) = self.next_chain() else {
+                // What was collected is kept for when the driver has offered more.
+                for chain in self.reads[index].chains.drain(..).rev() {
+                    self.held.push_front(chain);
+                }
+                return false;
+            };
+            let read = &mut self.reads[index];
+            read.room.append(&chain.writable);
+            read.chains.push(chain);
+        }
+        true
+    }
+
+    fn deliver(&mut self, index: usize, len: u64) {
+        let read = &mut self.reads[index];
+        let mut left = len;
+        let mut count = 0u16;
+        for chain in &read.chains {
+            if left > 0 {
+                left -= left.min(chain.writable.len());
+                count += 1;
+            }
+        }
+        match self.source.received(&read.room, len, count) {
+            Verdict::Deliver(bytes) => {
+                let mut left = len;
+                for chain in read.chains.drain(..) {
+                    if left > 0 {
+                        let part = left.min(chain.writable.len());
+                        self.service.queue.complete(chain.head, part as u32);
+                        left -= part;
+                        self.spare.push(chain);
+                    } else {
+                        self.returned.push(chain);
+                    }
+                }
+                self.service.stats.count(DELIVERED, bytes, true);
+            }
+            Verdict::Drop(why) => {
+                self.service.stats.count(why, 0, false);
+                self.returned.append(&mut read.chains);
+            }
+        }
+    }
+
+    fn burst_ended(&mut self, ring: &mut Ring) {
+        for chain in self.returned.drain(..).rev() {
+            self.held.push_front(chain);
+        }
+        if matches!(self.state, State::Dead | State::Away) || !self.service.is_running() {
+            return;
+        }
+        self.state = State::Ready;
+        if std::mem::take(&mut self.empty) {
+            self.state = State::Polling;
+            self.in_flight = 1;
+            Io::new(ring, Token { task: self.service.task(), slot: POLL }).wait_readable(self.source.fd());
+        }
+    }
+
+    fn die(&mut self, errno: i32) {
+        if self.state != State::Dead {
+            let error = std::io::Error::from_raw_os_error(errno);
+            tracing::warn!(queue = %self.service.name(), %error, "what frames come from is gone");
+            self.state = State::Dead;
+            self.source.failed();
+        }
+    }
+
+    fn wants_buffers(&self) -> bool {
+        self.service.is_running() && self.state == State::Starved
+    }
+}
+
+impl<S: Source> Task for Receiver<S> {
+    fn service(&mut self) -> &mut Service {
+        &mut self.service
+    }
+
+    fn turn(&mut self, ring: &mut Ring) -> bool {
+        let due = match self.state {
+            State::Ready => true,
+            State::Starved => self.service.queue.has_avail(),
+            State::Away => self.source.enabled(),
+            State::Reading | State::Polling | State::Dead => false,
+        };
+        if !due || !self.service.is_running() {
+            return false;
+        }
+        self.service.disable_kicks();
+        let mut count = 0;
+        while count < BATCH && self.gather(count) {
+            let mut io = Io::new(ring, Token { task: self.service.task(), slot: count as u32 });
+            #[allow(unsafe_code)]
+            // SAFETY: the room stays as it is until the read has completed, and its chains until they are given back.
+            unsafe {
+                io.read_now(self.source.fd(), &self.reads[count].room);
+            }
+            count += 1;
+        }
+        self.in_flight = count;
+        self.state = if count > 0 { State::Reading } else { State::Starved };
+        count > 0
+    }
+
+    fn completed(&mut self, slot: u32, result: i32, _: Instant, ring: &mut Ring) {
+        self.in_flight -= 1;
+        if slot == POLL {
+            if self.state == State::Polling {
+                self.state = State::Ready;
+            }
+            return;
+        }
+        match result {
+            1.. => self.deliver(slot as usize, result as u64),
+            _ => {
+                match -result {
+                    libc::EAGAIN => self.empty = true,
+                    libc::EINTR | libc::ECANCELED => {}
+                    libc::EBADFD if !self.source.enabled() => self.state = State::Away,
+                    // A frame that the kernel could not hand over; the next may be sound.
+                    libc::EINVAL | libc::EIO | libc::EMSGSIZE | libc::ENOBUFS => {
+                        self.service.stats.count(DELIVERED, 0, false);
+                        // Not at once again: if it is the source that fails, its poll says so.
+                        self.empty = true;
+                    }
+                    errno => self.die(if errno == 0 { libc::EPIPE } else { errno }),
+                }
+                let read = &mut self.reads[slot as usize];
+                self.returned.append(&mut read.chains);
+            }
+        }
+        if self.in_flight == 0 {
+            self.burst_ended(ring);
+        }
+    }
+
+    fn ready(&self) -> bool {
+        self.wants_buffers() && self.service.queue.has_avail()
+    }
+
+    fn arm(&mut self) -> bool {
+        self.wants_buffers() && self.service.enable_kicks()
+    }
+
+    fn stop(&mut self, ring: &mut Ring) {
+        if self.state == State::Polling {
+            ring.cancel(Token { task: self.service.task(), slot: POLL });
+        }
+    }
+
+    fn is_idle(&self) -> bool {
+        self.in_flight == 0
+    }
+
+    fn give_back(&mut self) {
+        while let Some(chain) = self.held.pop_back() {
+            // A frame may have overtaken an empty read, so that later chains are used already; drivers take an empty
+            // buffer for a frame too short.
+            if !self.service.queue.unpop(chain.head) {
+                self.service.queue.complete(chain.head, 0);
+            }
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! What every queue that a reactor serves has, whatever its chains wait for: the ring's bookkeeping, statistics, and what
+//! happens when the driver breaks it or it is asked to stop.
+
+use crate::device::QueueState;
+use crate::interrupt::Interrupt;
+use crate::queue::{Chain, Queue, RingError};
+use crate::stats::QueueStats;
+
+/// Most chains taken in one turn. A batch shares its system call, its publication and its interrupt; a bounded one lets the
+/// driver go on with what is done while the next is under way, and a driver that refills faster than its queue is drained
+/// can't keep the thread from other queues.
+pub(crate) const BATCH: usize = 16;
+
+#[derive(Debug, PartialEq, Eq)]
+enum State {
+    Running,
+    /// The driver broke the queue: nothing new is taken, what is in flight ends.
+    Broken,
+    /// Asked to stop: likewise.
+    Stopping,
+}
+
+/// One queue in service.
+pub struct Service {
+    name: String,
+    pub(crate) queue: Queue,
+    pub(crate) stats: QueueStats,
+    fault: Interrupt,
+    state: State,
+    task: u32,
+    kicks_wanted: bool,
+}
+
+impl Service {
+    /// A queue that its reactor knows as `task`. `fault` is raised if the driver breaks it; `ops` names what is counted.
+    pub(crate) fn new(name: String, queue: Queue, fault: Interrupt, task: u32, ops: &[&'static str]) -> Self {
+        Self { name, queue, stats: QueueStats::new(ops), fault, state: State::Running, task, kicks_wanted: true }
+    }
+
+    /// Its number on the reactor.
+    pub(crate) fn task(&self) -> u32 {
+        self.task
+    }
+
+    /// Its name in logs.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Whether new chains may be taken.
+    pub(crate) fn is_running(&self) -> bool {
+        self.state == State::Running
+    }
+
+    /// Takes the next chain, if there is one and it is sound.
+    pub(crate) fn pop(&mut self, chain: &mut Chain) -> bool {
+        self.is_running()
+            && self.queue.pop(chain).unwrap_or_else(|error| {
+                self.break_off(&error);
+                false
+            })
+    }
+
+    /// The driver broke the queue beyond what can be answered.
+    pub(crate) fn break_off(&mut self, error: &RingError) {
+        self.stats.bad_chains += 1;
+        if self.state == State::Running {
+            tracing::warn!(queue = %self.name, %error, "the driver broke the queue, the device needs a reset");
+            self.state = State::Broken;
+            self.fault.raise();
+        }
+    }
+
+    /// Asks the driver for kicks; returns whether something came meanwhile.
+    pub(crate) fn enable_kicks(&mut self) -> bool {
+        if self.state != State::Running {
+            return false;
+        }
+        self.kicks_wanted = true;
+        self.queue.enable_kicks()
+    }
+
+    /// Asks the driver for no kicks, if it was asked for some.
+    pub(crate) fn disable_kicks(&mut self) {
+        if std::mem::take(&mut self.kicks_wanted) {
+            self.queue.disable_kicks();
+        }
+    }
+
+    /// Publishes what has completed since the last call, with at most one interrupt.
+    pub(crate) fn publish(&mut self) {
+        match self.queue.notify() {
+            Some(true) => self.stats.interrupts += 1,
+            Some(false) => self.stats.interrupts_suppressed += 1,
+            None => {}
+        }
+    }
+
+    /// Takes nothing new from now on.
+    pub(crate) fn stop(&mut self) {
+        self.state = State::Stopping;
+    }
+
+    /// Where the queue stands.
+    pub(crate) fn position(&self) -> QueueState {
+        self.queue.state()
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        // The reactor died under it; the driver would wait for ever.
+        if self.state == State::Running {
+            self.fault.raise();
+        }
+    }
+}

@@ -1,0 +1,464 @@
+//! The network device as a driver sees it, over real queues, I/O threads and the ports that need no rights.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use ringvm_backends::device::{Device, GuestMemory, QueueParts, QueueState};
+use ringvm_backends::driver::{Buffer, Driver};
+use ringvm_backends::interrupt::Interrupt;
+use ringvm_backends::net::{NetDevice, NetOptions};
+use ringvm_backends::reactor::{ReactorOptions, ReactorPool};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+const HEADER: usize = 12;
+const TX_DATA: u64 = 0x100_0000;
+const RX_DATA: u64 = 0x200_0000;
+const CTRL_DATA: u64 = 0xf_0000;
+const PATIENCE: Duration = Duration::from_secs(20);
+const MRG_RXBUF: u64 = 1 << 15;
+const MQ: u64 = 1 << 22;
+const GUEST_TSO4: u64 = 1 << 7;
+const GUEST_CSUM: u64 = 1 << 1;
+
+struct Queue {
+    driver: Driver,
+    kick: EventFd,
+}
+
+struct Rig {
+    device: NetDevice,
+    mem: GuestMemory,
+    queues: Vec<Queue>,
+    faults: Arc<AtomicUsize>,
+    sent: u64,
+}
+
+fn pool() -> ReactorPool {
+    ReactorPool::new(&ReactorOptions { count: 2, ..ReactorOptions::default() }).unwrap()
+}
+
+fn loopback() -> NetOptions {
+    NetOptions { loopback: true, mac: Some("52:54:00:12:34:56".parse().unwrap()), ..NetOptions::default() }
+}
+
+impl Rig {
+    fn new(options: &NetOptions, mask: u64) -> Self {
+        let mut device = NetDevice::open("net0", options, &pool()).unwrap();
+        let features = device.info().features & mask;
+        device.ack_features(features).unwrap();
+        let mem = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 20)]).unwrap());
+        let mut rig = Self { device, mem, queues: Vec::new(), faults: Arc::default(), sent: 0 };
+        let pairs = if features & MQ == 0 { 1 } else { usize::from(options.queues) };
+        for index in 0..=pairs * 2 {
+            let size = rig.device.info().queue_sizes[index];
+            let driver = Driver::new(rig.mem.clone(), index as u64 * 0x1_0000, size, features);
+            rig.queues.push(Queue { driver, kick: EventFd::new(EFD_NONBLOCK).unwrap() });
+            rig.start_queue(index, QueueState::default());
+        }
+        rig
+    }
+
+    fn start_queue(&mut self, index: usize, from: QueueState) {
+        let queue = &self.queues[index];
+        let faults = Arc::clone(&self.faults);
+        let parts = QueueParts {
+            ring: queue.driver.ring(),
+            mem: self.mem.clone(),
+            kick: queue.kick.try_clone().unwrap(),
+            call: Interrupt::None,
+            fault: Interrupt::Call(Arc::new(move || {
+                faults.fetch_add(1, Ordering::SeqCst);
+            })),
+            from,
+        };
+        self.device.start_queue(index as u16, parts).unwrap();
+    }
+
+    fn control_index(&self) -> usize {
+        self.queues.len() - 1
+    }
+
+    fn publish(&mut self, queue: usize) {
+        if self.queues[queue].driver.publish() {
+            self.queues[queue].kick.write(1).unwrap();
+        }
+    }
+
+    fn used(&mut self, queue: usize) -> (u16, u32) {
+        let start = Instant::now();
+        loop {
+            if let Some(used) = self.queues[queue].driver.next_used() {
+                return used;
+            }
+            assert!(start.elapsed() < PATIENCE, "queue {queue} does not answer");
+            std::thread::yield_now();
+        }
+    }
+
+    /// Offers receive buffers of these lengths on a pair; they lie one behind the other, so their order shows the place.
+    fn offer(&mut self, pair: usize, lens: &[u32]) {
+        let mut addr = RX_DATA + pair as u64 * 0x80_0000;
+        for &len in lens {
+            self.queues[pair * 2].driver.add(&[Buffer { addr, len, writable: true }]).unwrap();
+            addr += u64::from(len);
+        }
+        self.publish(pair * 2);
+    }
+
+    /// Queues a frame with this header, cut after `cut` bytes.
+    fn queue_frame(&mut self, pair: usize, header: &[u8], frame: &[u8], cut: usize) {
+        let at = TX_DATA + (self.sent % 64) * 0x2_0000;
+        self.sent += 1;
+        let all = [header, frame].concat();
+        self.mem.write_slice(&all, GuestAddress(at)).unwrap();
+        let cut = cut.min(all.len()) as u32;
+        let chain = [
+            Buffer { addr: at, len: cut, writable: false },
+            Buffer { addr: at + u64::from(cut), len: all.len() as u32 - cut, writable: false },
+        ];
+        self.queues[pair * 2 + 1].driver.add(&chain).unwrap();
+    }
+
+    fn send(&mut self, frame: &[u8]) {
+        self.queue_frame(0, &[0; HEADER], frame, 7);
+        self.publish(1);
+        assert_eq!(self.used(1).1, 0, "transmit writes nothing");
+    }
+
+    /// Receives one frame on a pair whose buffers were offered as `offer` does, from byte `at` on.
+    fn receive(&mut self, pair: usize, at: u64) -> (Vec<u8>, u64) {
+        let (_, first) = self.used(pair * 2);
+        let base = RX_DATA + pair as u64 * 0x80_0000 + at;
+        let count: u16 = self.mem.read_obj(GuestAddress(base + 10)).unwrap();
+        let mut len = u64::from(first);
+        for _ in 1..count {
+            len += u64::from(self.used(pair * 2).1);
+        }
+        let mut frame = vec![0; len as usize];
+        self.mem.read_slice(&mut frame, GuestAddress(base)).unwrap();
+        (frame.split_off(HEADER), u64::from(count))
+    }
+
+    fn control(&mut self, bytes: &[u8]) -> u8 {
+        let index = self.control_index();
+        self.mem.write_slice(bytes, GuestAddress(CTRL_DATA)).unwrap();
+        let chain = [
+            Buffer { addr: CTRL_DATA, len: bytes.len() as u32, writable: false },
+            Buffer { addr: CTRL_DATA + 0x8000, len: 1, writable: true },
+        ];
+        self.queues[index].driver.add(&chain).unwrap();
+        self.publish(index);
+        self.used(index);
+        self.mem.read_obj(GuestAddress(CTRL_DATA + 0x8000)).unwrap()
+    }
+
+    fn counted(&self, name: &str) -> u64 {
+        let total = self.device.stats().total().unwrap();
+        total.ops.iter().find(|op| op.name == name).map_or(0, |op| op.count)
+    }
+}
+
+fn frame(len: usize, seed: u8) -> Vec<u8> {
+    (0..len).map(|i| seed.wrapping_add((i * 7 + i / 256) as u8)).collect()
+}
+
+#[test]
+fn frames_of_all_sizes_come_back_whole() {
+    for mask in [u64::MAX, !MRG_RXBUF] {
+        for (i, len) in [14, 60, 64, 1514, 1518, 9000, 65535, 65553].into_iter().enumerate() {
+            let mut rig = Rig::new(&loopback(), mask);
+            rig.offer(0, &[65600]);
+            let sent = frame(len, i as u8);
+            rig.send(&sent);
+            let (got, buffers) = rig.receive(0, 0);
+            assert!(got == sent && buffers == 1, "{len}");
+        }
+    }
+}
+
+#[test]
+fn pitfall_42_frames_are_merged_over_buffers_and_the_rest_is_kept() {
+    let mut rig = Rig::new(&loopback(), u64::MAX);
+    rig.offer(0, &[1024; 200]);
+    let mut at = 0;
+    for (i, len) in [60, 1012, 1013, 5000, 60_000, 100, 20_000].into_iter().enumerate() {
+        let sent = frame(len, i as u8);
+        rig.send(&sent);
+        let (got, buffers) = rig.receive(0, at);
+        assert!(got == sent, "{len}");
+        assert_eq!(buffers, (len as u64 + HEADER as u64).div_ceil(1024), "{len}");
+        at += buffers * 1024;
+    }
+}
+
+#[test]
+fn pitfall_37_room_for_the_header_is_room_for_the_frame() {
+    // A frame that fits the buffer only without its header is dropped whole, never cut.
+    let mut rig =
+        Rig::new(&NetOptions { mtu: Some(1500), ..loopback() }, !(MRG_RXBUF | GUEST_TSO4 | 1 << 8 | 1 << 9 | 3 << 54));
+    rig.offer(0, &[1514, 2000]);
+    rig.send(&frame(1514, 1));
+    rig.send(&frame(1500, 2));
+    let (got, _) = rig.receive(0, 0);
+    assert!(got == frame(1500, 2));
+    assert_eq!(rig.counted("dropped_oversized"), 1);
+}
+
+#[test]
+fn pitfall_43_malformed_frames_are_dropped_and_counted() {
+    let mut rig = Rig::new(&loopback(), u64::MAX);
+    rig.offer(0, &[65600; 4]);
+    let mut bad = 0;
+    let mut drop = |rig: &mut Rig, header: &[u8], len: usize| {
+        rig.queue_frame(0, header, &frame(len, 0), 5);
+        rig.publish(1);
+        rig.used(1);
+        bad += 1;
+        assert_eq!(rig.counted("dropped_malformed"), bad, "{header:?} {len}");
+    };
+    drop(&mut rig, &[0; HEADER], 0);
+    drop(&mut rig, &[0; HEADER], 13);
+    drop(&mut rig, &[0; HEADER], 70_000);
+    drop(&mut rig, &[0; 6], 0);
+    // TCP segmentation without a segment size, a checksum behind the end, an unknown kind.
+    drop(&mut rig, &[1, 1, 54, 0, 0, 0, 34, 0, 16, 0, 0, 0], 9000);
+    drop(&mut rig, &[1, 0, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0, 0], 60);
+    drop(&mut rig, &[0, 77, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], 60);
+    rig.queues[1].driver.add(&[Buffer { addr: 1 << 40, len: 100, writable: false }]).unwrap();
+    rig.publish(1);
+    rig.used(1);
+    rig.send(&frame(60, 9));
+    assert!(rig.receive(0, 0).0 == frame(60, 9), "and the queue goes on");
+    assert_eq!(rig.faults.load(Ordering::SeqCst), 0);
+}
+
+#[test]
+fn pitfall_36_offloads_need_the_drivers_word() {
+    // Neither what the guest sends unfinished nor what it gets may go beyond what was negotiated.
+    let mut rig = Rig::new(&loopback(), !0b1 & !(1 << 11) & !(1 << 12) & !(1 << 13) & !(1 << 56));
+    rig.offer(0, &[65600; 2]);
+    rig.queue_frame(0, &[1, 0, 0, 0, 0, 0, 34, 0, 16, 0, 0, 0], &frame(60, 0), 12);
+    rig.publish(1);
+    rig.used(1);
+    assert_eq!(rig.counted("dropped_malformed"), 1);
+    let mut device = NetDevice::open("net1", &loopback(), &pool()).unwrap();
+    let features = device.info().features;
+    assert!(device.ack_features(features & !GUEST_CSUM).is_err(), "GUEST_TSO4 without GUEST_CSUM");
+    assert!(device.ack_features(features & !(1 << 17)).is_err(), "control features without a control queue");
+    device.ack_features(features).unwrap();
+}
+
+#[test]
+fn many_frames_wait_for_buffers_and_none_is_lost() {
+    let mut rig = Rig::new(&loopback(), u64::MAX);
+    let total = 20_000u32;
+    let (mut sent, mut got, mut free_rx) = (0u32, 0u32, 0u32);
+    let start = Instant::now();
+    // Frames of two buffers each, with few buffers at a time: the port fills up and the transmit queue waits.
+    while got < total {
+        while sent < total && rig.queues[1].driver.in_flight() < 60 {
+            let mut data = frame(60 + (sent as usize * 37) % 1400, 0);
+            data[14..18].copy_from_slice(&sent.to_le_bytes());
+            rig.queue_frame(0, &[0; HEADER], &data, 12);
+            sent += 1;
+        }
+        rig.publish(1);
+        while rig.queues[1].driver.next_used().is_some() {}
+        while rig.queues[0].driver.in_flight() < 48 {
+            let slot = u64::from(free_rx % 64);
+            free_rx += 1;
+            // With room for any frame in each, none is merged.
+            rig.queues[0]
+                .driver
+                .add(&[Buffer { addr: RX_DATA + slot * 0x2_0000, len: 66_000, writable: true }])
+                .unwrap();
+        }
+        rig.publish(0);
+        while let Some((_, len)) = rig.queues[0].driver.next_used() {
+            let addr = RX_DATA + u64::from(got % 64) * 0x2_0000;
+            let number: u32 = rig.mem.read_obj(GuestAddress(addr + HEADER as u64 + 14)).unwrap();
+            assert_eq!(number, got, "in order");
+            assert_eq!(len as usize, HEADER + 60 + (got as usize * 37) % 1400);
+            got += 1;
+        }
+        assert!(start.elapsed() < PATIENCE * 3, "stuck at {got} of {sent}");
+    }
+    assert_eq!(rig.counted("sent"), u64::from(total));
+    assert_eq!(rig.counted("received"), u64::from(total));
+}
+
+#[test]
+fn pitfall_24_stopping_gives_held_buffers_back() {
+    let mut rig = Rig::new(&loopback(), u64::MAX);
+    rig.offer(0, &[4096; 40]);
+    rig.send(&frame(100, 1));
+    assert!(rig.receive(0, 0).0 == frame(100, 1));
+    for round in 1..10u8 {
+        let state = rig.device.stop_queue(0).unwrap();
+        assert_eq!((state.next_avail, state.next_used), (u16::from(round), u16::from(round)), "nothing is held");
+        rig.start_queue(0, state);
+        rig.send(&frame(100, round));
+        assert!(rig.receive(0, u64::from(round) * 4096).0 == frame(100, round));
+    }
+    // A transmit queue that waits for room stops too.
+    let mut rig = Rig::new(&loopback(), u64::MAX);
+    for i in 0..100 {
+        rig.queue_frame(0, &[0; HEADER], &frame(60_000, i), 12);
+    }
+    rig.publish(1);
+    std::thread::sleep(Duration::from_millis(20));
+    let state = rig.device.stop_queue(1).unwrap();
+    assert_eq!(state.next_avail, state.next_used);
+}
+
+#[test]
+fn control_commands_are_obeyed_or_refused() {
+    let mut rig = Rig::new(&NetOptions { queues: 4, ..loopback() }, u64::MAX);
+    let (ok, err) = (0, 1);
+    assert_eq!(rig.control(&[0, 0, 1]), ok, "promiscuous");
+    assert_eq!(rig.control(&[0, 1, 0]), ok);
+    assert_eq!(rig.control(&[0, 0, 2]), err, "neither on nor off");
+    assert_eq!(rig.control(&[0, 9, 1]), err);
+    assert_eq!(rig.control(&[0, 0]), err, "no data");
+    assert_eq!(rig.control(&[0]), err, "no command");
+    assert_eq!(rig.control(&[]), err);
+    assert_eq!(rig.control(&[99, 0, 1]), err);
+    let table = |count: u32, present: usize| {
+        let mut bytes = count.to_le_bytes().to_vec();
+        bytes.extend(vec![2; present * 6]);
+        bytes
+    };
+    assert_eq!(rig.control(&[&[1, 0][..], &table(2, 2), &table(1, 1)].concat()), ok);
+    assert_eq!(rig.control(&[&[1, 0][..], &table(3, 2)].concat()), err, "a table cut short");
+    assert_eq!(rig.control(&[&[1, 0][..], &table(u32::MAX, 2)].concat()), err);
+    assert_eq!(rig.control(&[1, 1, 0x52, 1, 2, 3, 4, 5]), ok);
+    let mut mac = [0; 6];
+    rig.device.read_config(0, &mut mac);
+    assert_eq!(mac, [0x52, 1, 2, 3, 4, 5]);
+    assert_eq!(rig.control(&[1, 1, 0x53, 1, 2, 3, 4, 5]), err, "a multicast address");
+    for (pairs, answer) in [(0u16, err), (1, ok), (4, ok), (5, err), (u16::MAX, err), (2, ok)] {
+        assert_eq!(rig.control(&[&[4, 0][..], &pairs.to_le_bytes()].concat()), answer, "pitfall 40: {pairs} pairs");
+    }
+    assert_eq!(rig.control(&[&[5, 0][..], &0u64.to_le_bytes()].concat()), ok);
+    assert_eq!(rig.control(&[&[5, 0][..], &(1u64 << 40).to_le_bytes()].concat()), err);
+    // Without room for an answer there is none, and the device needs a reset.
+    let index = rig.control_index();
+    rig.queues[index].driver.add(&[Buffer { addr: CTRL_DATA, len: 3, writable: false }]).unwrap();
+    rig.publish(index);
+    let start = Instant::now();
+    while rig.faults.load(Ordering::SeqCst) == 0 {
+        assert!(start.elapsed() < PATIENCE);
+    }
+    rig.device.reset();
+    rig.device.read_config(0, &mut mac);
+    assert_eq!(mac, [0x52, 0x54, 0, 0x12, 0x34, 0x56], "a reset brings the first address back");
+}
+
+#[test]
+fn pitfall_39_configuration_space_is_read_only() {
+    let mut rig = Rig::new(&NetOptions { mtu: Some(9000), queues: 2, ..loopback() }, u64::MAX);
+    for (offset, len) in [(0, 6), (6, 2), (0, 17), (16, 1), (u32::MAX, 1)] {
+        rig.device.write_config(offset, &vec![0xff; len]).unwrap_err();
+    }
+    let mut space = [0xee; 20];
+    rig.device.read_config(0, &mut space);
+    assert_eq!(space[..6], [0x52, 0x54, 0, 0x12, 0x34, 0x56]);
+    assert_eq!(space[6..12], [1, 0, 2, 0, 0x28, 0x23]);
+    assert_eq!(space[12..], [0x10, 0x27, 0, 0, 1, 0, 0, 0]);
+}
+
+#[test]
+fn the_control_queue_stands_where_the_driver_looks_for_it() {
+    // Without MQ it is queue 2, however many pairs there are.
+    let mut rig = Rig::new(&NetOptions { queues: 4, ..loopback() }, !MQ);
+    assert_eq!(rig.control_index(), 2);
+    assert_eq!(rig.control(&[0, 0, 1]), 0);
+    rig.offer(0, &[2000; 1]);
+    let parts = |rig: &Rig| QueueParts {
+        ring: rig.queues[0].driver.ring(),
+        mem: rig.mem.clone(),
+        kick: EventFd::new(EFD_NONBLOCK).unwrap(),
+        call: Interrupt::None,
+        fault: Interrupt::None,
+        from: QueueState::default(),
+    };
+    let more = parts(&rig);
+    rig.device.start_queue(3, more).unwrap_err();
+    let more = parts(&rig);
+    rig.device.start_queue(u16::MAX, more).unwrap_err();
+}
+
+#[test]
+fn a_receive_buffer_that_is_none_needs_a_reset() {
+    for buffer in [Buffer { addr: 1 << 40, len: 2000, writable: true }, Buffer { addr: 0, len: 2000, writable: false }]
+    {
+        let mut rig = Rig::new(&loopback(), u64::MAX);
+        rig.queues[0].driver.add(&[buffer]).unwrap();
+        rig.publish(0);
+        let start = Instant::now();
+        while rig.faults.load(Ordering::SeqCst) == 0 {
+            assert!(start.elapsed() < PATIENCE);
+        }
+    }
+}
+
+fn link_path(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}", std::process::id()))
+}
+
+#[test]
+fn two_nics_are_joined_and_find_each_other_again() {
+    let options = NetOptions { loopback: false, link: Some(link_path("pair")), ..loopback() };
+    let mut first = Rig::new(&options, u64::MAX);
+    first.offer(0, &[2048; 200]);
+    // Nobody is there yet: frames are dropped, not kept.
+    first.send(&frame(100, 0));
+    assert_eq!(first.counted("dropped_unreachable"), 1);
+    for round in 0..3u8 {
+        let mut second = Rig::new(&options, u64::MAX);
+        second.offer(0, &[2048; 200]);
+        let third = NetDevice::open("net2", &options, &pool()).map(drop).unwrap_err().to_string();
+        assert!(third.contains("both sides of the link are taken"), "{third}");
+        second.send(&frame(1000, round));
+        assert!(first.receive(0, u64::from(round) * 2048).0 == frame(1000, round));
+        // The other direction is found within the pause between searches.
+        let start = Instant::now();
+        while second.counted("received") == 0 {
+            first.send(&frame(500, round));
+            std::thread::sleep(Duration::from_millis(5));
+            assert!(start.elapsed() < PATIENCE);
+        }
+        assert!(second.receive(0, 0).0 == frame(500, round));
+    }
+}
+
+#[test]
+fn options_that_can_not_be_are_refused_in_one_line() {
+    let refusal = |change: fn(&mut NetOptions)| {
+        let mut options = loopback();
+        change(&mut options);
+        let text = NetDevice::open("net0", &options, &pool()).map(drop).unwrap_err().to_string();
+        assert!(!text.contains('\n'), "{text}");
+        text
+    };
+    let expect = |text: String, what: &str| assert!(text.contains(what), "{text:?} should say {what:?}");
+    expect(refusal(|o| o.loopback = false), "no port is named");
+    expect(refusal(|o| o.tap = Some("t0".into())), "more than one port is named");
+    expect(refusal(|o| o.queues = 0), "queues=0");
+    expect(refusal(|o| o.queues = 33), "queues=33");
+    expect(refusal(|o| o.queue_size = 32), "queue-size=32");
+    expect(refusal(|o| o.mtu = Some(67)), "mtu=67");
+    expect(refusal(|o| (o.loopback, o.tap) = (false, Some("a name that is too long".into()))), "1 to 15 printable");
+    expect(refusal(|o| (o.loopback, o.fds) = (false, vec![3, 4])), "2 descriptors for queues=1");
+    expect(refusal(|o| (o.loopback, o.fds) = (false, vec![1])), "0, 1 and 2 are for");
+    expect(refusal(|o| (o.loopback, o.fds) = (false, vec![99_999])), "fd 99999: using the descriptor");
+    expect(refusal(|o| (o.loopback, o.link) = (false, Some("/nowhere/x".into()))), "taking a side of the link");
+    for mac in
+        ["", "52:54:00:12:34", "52:54:00:12:34:5g", "01:00:5e:00:00:01", "00:00:00:00:00:00", "+2:54:00:12:34:56"]
+    {
+        assert!(mac.parse::<ringvm_backends::net::Mac>().is_err(), "{mac}");
+    }
+}
