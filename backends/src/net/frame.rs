@@ -44,7 +44,7 @@ pub(crate) fn is_sound(header: &[u8; HEADER_LEN], len: u64, agreed: Offloads) ->
 mod tests {
     use super::*;
 
-    const ALL: Offloads = Offloads { csum: true, tso4: true, tso6: true, ecn: true, uso4: true, uso6: true };
+    const ALL: Offloads = Offloads::ALL;
 
     fn header(flags: u8, kind: u8, words: [u16; 4]) -> [u8; HEADER_LEN] {
         let mut header = [0; HEADER_LEN];

@@ -15,8 +15,7 @@ use std::time::{Duration, Instant};
 use rustix::net::sockopt::set_socket_send_buffer_size;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, socket_with};
 
-use super::loopback::ALL;
-use super::{Ends, Filter, Offloads, Port};
+use super::{Ends, Port};
 
 /// How long frames to an absent peer are dropped before it is looked for again.
 const SEARCH_PAUSE: Duration = Duration::from_millis(50);
@@ -117,30 +116,6 @@ impl Port for Link {
 
     fn ends(&self, pair: usize) -> Ends {
         self.sides[pair].ends.clone()
-    }
-
-    fn offloads(&self) -> Offloads {
-        ALL
-    }
-
-    fn mtu(&self) -> Option<u16> {
-        None
-    }
-
-    fn may_block(&self) -> bool {
-        true
-    }
-
-    fn set_offloads(&self, _: Offloads) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn set_pairs(&self, _: usize) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn set_filter(&self, _: &Filter) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
     }
 
     fn find_peer(&self, pair: usize) {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
-use super::{Ends, Filter, Offloads, Port};
+use super::{Ends, Port};
 
 /// A loop per queue pair.
 pub struct Loopback {
@@ -28,9 +28,6 @@ impl Loopback {
     }
 }
 
-/// A frame that comes back is as it went: all offloads are there as long as both directions agree to them.
-pub(super) const ALL: Offloads = Offloads { csum: true, tso4: true, tso6: true, ecn: true, uso4: true, uso6: true };
-
 impl Port for Loopback {
     fn name(&self) -> &str {
         "loopback"
@@ -42,29 +39,5 @@ impl Port for Loopback {
 
     fn ends(&self, pair: usize) -> Ends {
         self.ends[pair].clone()
-    }
-
-    fn offloads(&self) -> Offloads {
-        ALL
-    }
-
-    fn mtu(&self) -> Option<u16> {
-        None
-    }
-
-    fn may_block(&self) -> bool {
-        true
-    }
-
-    fn set_offloads(&self, _: Offloads) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn set_pairs(&self, _: usize) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn set_filter(&self, _: &Filter) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
     }
 }

@@ -30,6 +30,9 @@ pub struct Offloads {
 }
 
 impl Offloads {
+    /// Whatever there is.
+    pub const ALL: Self = Self { csum: true, tso4: true, tso6: true, ecn: true, uso4: true, uso6: true };
+
     /// Whether frames may be longer than the MTU.
     #[must_use]
     pub fn any_segmentation(self) -> bool {
@@ -57,7 +60,8 @@ pub struct Filter {
     pub addresses: Vec<[u8; 6]>,
 }
 
-/// A packet source and sink.
+/// A packet source and sink. What has a default is as between two sockets, where a frame arrives as it was sent: all
+/// offloads are there as long as both sides agree to them, and a sender waits for a slow receiver.
 pub trait Port: Send + Sync {
     /// Its name in logs and errors.
     fn name(&self) -> &str;
@@ -69,31 +73,43 @@ pub trait Port: Send + Sync {
     fn ends(&self, pair: usize) -> Ends;
 
     /// What it takes from the guest, and can give to it.
-    fn offloads(&self) -> Offloads;
+    fn offloads(&self) -> Offloads {
+        Offloads::ALL
+    }
 
     /// Largest payload of an Ethernet frame, in bytes, if the port has a limit.
-    fn mtu(&self) -> Option<u16>;
+    fn mtu(&self) -> Option<u16> {
+        None
+    }
 
     /// Whether a write may find no room, so that frames must go one at a time to stay in order.
-    fn may_block(&self) -> bool;
+    fn may_block(&self) -> bool {
+        true
+    }
 
     /// Says what may be given to the guest from now on.
     ///
     /// # Errors
     /// What the host says; nothing has changed then.
-    fn set_offloads(&self, offloads: Offloads) -> io::Result<()>;
+    fn set_offloads(&self, _offloads: Offloads) -> io::Result<()> {
+        Ok(())
+    }
 
     /// Spreads frames over the first `count` pairs, and none over the others, whose reads fail with EBADFD from then on.
     ///
     /// # Errors
     /// What the host says.
-    fn set_pairs(&self, count: usize) -> io::Result<()>;
+    fn set_pairs(&self, _count: usize) -> io::Result<()> {
+        Ok(())
+    }
 
     /// Brings only what passes the filter, as far as the port can.
     ///
     /// # Errors
     /// `Unsupported` where it can't: more is brought then.
-    fn set_filter(&self, filter: &Filter) -> io::Result<()>;
+    fn set_filter(&self, _filter: &Filter) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 
     /// A write on a pair found nobody at the other end: looks for one. Does not wait.
     fn find_peer(&self, _pair: usize) {}
