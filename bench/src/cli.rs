@@ -43,7 +43,7 @@ impl Default for Command {
 #[derive(Args, Clone, Debug)]
 pub struct BlockOptions {
     /// Requests in flight, per queue; several are measured one after the other
-    #[arg(long, value_delimiter = ',', default_value = "1,32,64", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    #[arg(long, value_delimiter = ',', default_value = "1,32,64", value_parser = clap::value_parser!(u32).range(1..=256))]
     pub depth: Vec<u32>,
     /// Bytes per request
     #[arg(long, default_value = "4k", value_parser = block_size)]
@@ -84,6 +84,9 @@ pub struct BlockOptions {
     /// Other VMMs, as KIND=PATH; KIND is ringvm, cloud-hypervisor, firecracker, firecracker-async, qemu or qemu-tcg
     #[arg(long, value_name = "KIND=PATH", value_delimiter = ',', value_parser = Contestant::parse)]
     pub against: Vec<Contestant>,
+    /// Measure the backend alone too, driven from this process; where there is no /dev/kvm that is done anyway
+    #[arg(long)]
+    pub backend: bool,
     /// Write all results, the machine and the commands to this file
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,

@@ -4,6 +4,7 @@
 //! process cost read from /proc ([`process`]); runs of all contestants are interleaved ([`block`]) and end in a table
 //! ([`table`]) and, if wanted, in JSON ([`report`]).
 
+pub mod backend;
 pub mod block;
 pub mod cli;
 pub mod guest;

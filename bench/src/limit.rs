@@ -201,6 +201,7 @@ impl<'a> Loop<'a> {
     fn reap(&mut self, now: Instant) -> Result<()> {
         for completion in self.ring.completion() {
             let slot = completion.user_data() as usize;
+            self.in_flight -= 1;
             match completion.result() {
                 result if result == self.job.bs as i32 => {}
                 result @ ..0 => {
@@ -212,7 +213,6 @@ impl<'a> Loop<'a> {
             }
             self.latency.record(now.duration_since(self.submitted[slot]).as_nanos() as u64);
             self.ops += 1;
-            self.in_flight -= 1;
             self.free.push(slot as u32);
         }
         Ok(())
@@ -243,4 +243,44 @@ fn ring(entries: u32) -> io::Result<IoUring> {
 fn thread_time() -> Duration {
     let time = clock_gettime(ClockId::ThreadCPUTime);
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn file(size: usize) -> tempfile::NamedTempFile {
+        // Beside the test: the usual directory may be in memory, where O_DIRECT is not to be had.
+        let exe = std::env::current_exe().unwrap();
+        let mut file = tempfile::NamedTempFile::new_in(exe.parent().unwrap()).unwrap();
+        file.write_all(&vec![0xff; size]).unwrap();
+        file
+    }
+
+    fn job(path: &Path, pattern: Pattern, direct: bool) -> Job<'_> {
+        let (warm, time) = (Duration::from_millis(5), Duration::from_millis(50));
+        Job { path, direct, pattern, bs: 4096, size: 1 << 20, depth: 8, warm, time }
+    }
+
+    #[test]
+    fn reads_and_writes_are_counted_and_done() {
+        let file = file(1 << 20);
+        for direct in [false, true] {
+            let sample = measure(&job(file.path(), Pattern::RandRead, direct)).unwrap();
+            assert!(sample.ops > 0 && sample.p50 > Duration::ZERO && sample.p99 >= sample.p50, "{sample:?}");
+            assert!(sample.time >= Duration::from_millis(50) && sample.cpu.unwrap() > Duration::ZERO, "{sample:?}");
+        }
+        assert!(std::fs::read(file.path()).unwrap().iter().all(|&byte| byte == 0xff));
+        measure(&job(file.path(), Pattern::Write, false)).unwrap();
+        assert!(std::fs::read(file.path()).unwrap().iter().any(|&byte| byte != 0xff));
+    }
+
+    #[test]
+    fn a_file_that_is_too_short_is_an_error() {
+        let file = file(8192);
+        let error = measure(&job(file.path(), Pattern::Read, false)).unwrap_err();
+        assert!(error.to_string().contains("ended after 0"), "{error:#}");
+    }
 }

@@ -21,24 +21,32 @@ impl CpuTime {
     /// # Errors
     /// The process is gone.
     pub fn of(pid: u32, kind: Kind) -> io::Result<Self> {
-        let mut sum = Self::default();
-        for task in fs::read_dir(format!("/proc/{pid}/task"))? {
-            let task = task?.path();
-            // A thread may end at any moment: then it is not counted.
-            let (Ok(name), Some(time)) = (fs::read_to_string(task.join("comm")), thread_time(&task)) else { continue };
-            if kind.is_vcpu(name.trim_end()) {
-                sum.vcpus += time;
-            } else {
-                sum.others += time;
-            }
-        }
-        Ok(sum)
+        let all = threads_time(pid, |_| true)?;
+        let vcpus = threads_time(pid, |name| kind.is_vcpu(name))?;
+        Ok(Self { vcpus, others: all.saturating_sub(vcpus) })
     }
 
     /// What was spent since `earlier`.
     pub fn since(self, earlier: Self) -> Self {
         Self { vcpus: self.vcpus.saturating_sub(earlier.vcpus), others: self.others.saturating_sub(earlier.others) }
     }
+}
+
+/// CPU time so far of those threads of a process whose names `count` takes.
+///
+/// # Errors
+/// The process is gone.
+pub fn threads_time(pid: u32, count: impl Fn(&str) -> bool) -> io::Result<Duration> {
+    let mut sum = Duration::ZERO;
+    for task in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let task = task?.path();
+        // A thread may end at any moment: then it is not counted.
+        let (Ok(name), Some(time)) = (fs::read_to_string(task.join("comm")), thread_time(&task)) else { continue };
+        if count(name.trim_end()) {
+            sum += time;
+        }
+    }
+    Ok(sum)
 }
 
 /// To the nanosecond where the kernel keeps scheduler statistics, else in clock ticks.

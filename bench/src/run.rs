@@ -273,3 +273,50 @@ pub fn measure(contestant: &Contestant, vm: &Vm<'_>, dir: &Path, time: Duration)
         line: Some(line),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn play(script: &str) -> Result<Vec<String>> {
+        let dir = tempfile::tempdir()?;
+        let words = ["sh", "-c", script].map(OsString::from);
+        let mut running = Running::start("a script", &words, dir.path(), Duration::ZERO)?;
+        running.deadline = Instant::now() + Duration::from_millis(1_500);
+        let mut lines = Vec::new();
+        while let Some(line) = running.next_line()? {
+            lines.push(line);
+        }
+        assert!(running.to_first_instruction().is_some());
+        running.wait()?;
+        Ok(lines)
+    }
+
+    #[test]
+    fn lines_of_the_guest_are_told_from_others() {
+        let lines = play("printf 'noise\\r\\nringvm-guest: start job=x\\nringvm-guest: done\\n'").unwrap();
+        assert_eq!(lines, ["start job=x", "done"]);
+        assert_eq!(fields("result job=x ops=5")["ops"], "5");
+    }
+
+    #[test]
+    fn a_guest_that_fails_is_quoted_with_what_the_vmm_said() {
+        let error = play("echo oh no >&2; echo ringvm-guest: FAILED it").unwrap_err().to_string();
+        assert!(error.contains("FAILED it") && error.contains("oh no"), "{error}");
+    }
+
+    #[test]
+    fn silence_and_lingering_have_a_limit() {
+        assert!(play("sleep 60").unwrap_err().to_string().contains("silent"));
+        let lingering = play("echo ringvm-guest: done; exec >&-; sleep 60").unwrap_err().to_string();
+        assert!(lingering.contains("did not end"), "{lingering}");
+    }
+
+    #[test]
+    fn a_program_that_is_missing_is_named() {
+        let words = [OsString::from("/nowhere/vmm")];
+        let dir = tempfile::tempdir().unwrap();
+        let error = Running::start("it", &words, dir.path(), Duration::ZERO).err().unwrap();
+        assert!(format!("{error:#}").contains("/nowhere/vmm"));
+    }
+}

@@ -50,7 +50,7 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        signals::remove_on_signal(None);
+        signals::keep_on_signal(&self.path);
     }
 }
 
@@ -92,7 +92,7 @@ fn temporary(options: &BlockOptions) -> Result<Scratch> {
             refused.push(format!("{} (not writable)", dir.display()));
             continue;
         };
-        signals::remove_on_signal(Some(file.path()));
+        signals::remove_on_signal(file.path());
         let path = file.path().to_owned();
         fill(file.as_file_mut(), options.size).with_context(|| format!("filling {}", path.display()))?;
         return Ok(Scratch { path, size: options.size, file_system: file_system.name, _temporary: Some(file) });
@@ -136,7 +136,7 @@ fn fill(file: &mut File, size: u64) -> Result<()> {
     let mut left = size;
     while left != 0 {
         for word in chunk.as_chunks_mut::<8>().0 {
-            *word = rng.next().to_le_bytes();
+            *word = rng.next_u64().to_le_bytes();
         }
         let now = left.min(CHUNK as u64);
         file.write_all(&chunk[..now as usize])?;
@@ -159,4 +159,55 @@ fn warm(file: &mut File, size: u64) -> Result<()> {
         left -= got as u64;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::cli::{Cli, Command};
+
+    fn options(words: &[&str]) -> BlockOptions {
+        let all = ["ringvm-bench", "block", "--size", "1M"].iter().chain(words);
+        let Some(Command::Block(options)) = Cli::try_parse_from(all).unwrap().command else { unreachable!() };
+        *options
+    }
+
+    fn error(words: &[&str]) -> String {
+        format!("{:#}", Scratch::prepare(&options(words)).unwrap_err())
+    }
+
+    #[test]
+    fn a_temporary_disk_has_its_size_and_goes_away() {
+        let scratch = Scratch::prepare(&options(&[])).unwrap();
+        let path = scratch.path.clone();
+        assert_eq!(path.metadata().unwrap().len(), 1 << 20);
+        assert!(!FileSystem::of(&path).unwrap().in_memory);
+        drop(scratch);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn what_exists_is_not_overwritten_unasked() {
+        let dir = tempfile::tempdir_in(std::env::current_exe().unwrap().parent().unwrap()).unwrap();
+        let path = dir.path().join("disk");
+        let name = path.to_str().unwrap();
+        std::fs::write(&path, [1; 8192]).unwrap();
+        assert!(error(&["--file", name, "--rw", "write"]).contains("--overwrite"));
+        assert_eq!(Scratch::prepare(&options(&["--file", name, "--rw", "write", "--overwrite"])).unwrap().size, 8192);
+        assert_eq!(Scratch::prepare(&options(&["--file", name])).unwrap().size, 8192);
+        assert!(error(&["--file", name, "--bs", "64k"]).contains("fewer than one block"));
+        assert!(error(&["--file", dir.path().to_str().unwrap()]).contains("neither a file nor a block device"));
+    }
+
+    #[test]
+    fn files_in_memory_are_refused() {
+        let shm = Path::new("/dev/shm");
+        if FileSystem::of(shm).is_ok_and(|found| found.in_memory) {
+            assert!(error(&["--file", "/dev/shm/ringvm-bench-test.img"]).contains("no measure of a disk"));
+        } else {
+            assert!(!FileSystem::of(Path::new("/proc/self/exe")).unwrap().in_memory);
+        }
+    }
 }

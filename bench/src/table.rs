@@ -6,6 +6,7 @@ use std::time::Duration;
 use comfy_table::presets::NOTHING;
 use comfy_table::{Cell, CellAlignment, Table, TableComponent};
 
+use crate::backend;
 use crate::block::PLAIN_RING;
 use crate::cli::BlockOptions;
 use crate::host::Machine;
@@ -24,6 +25,9 @@ pub fn render(options: &BlockOptions, scratch: &Scratch, machine: &Machine, seri
         "IOPS: median (least-most). p50, p99: latency. CPU: per operation, of all threads of the VMM but"
     );
     let _ = writeln!(text, "those of the vCPUs, where the guest works and polls; of the plain ring, its one thread.");
+    if series.iter().any(|line| line.name == backend::NAME) {
+        let _ = writeln!(text, "{}: no VM; a thread of this process takes the guest's place.", backend::NAME);
+    }
     for name in names(series) {
         if let Some(line) = start_line(series, &name) {
             let _ = writeln!(text, "{line}");

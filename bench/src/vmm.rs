@@ -244,3 +244,42 @@ fn qemu(vm: &Vm<'_>, accelerator: &str, cpu: &str) -> Vec<OsString> {
         ),
     ])
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn contestants_are_read_or_refused() {
+        let qemu = Contestant::parse("qemu=/usr/bin/q").unwrap();
+        assert_eq!((qemu.kind, qemu.name.as_str(), qemu.path), (Kind::Qemu, "qemu", PathBuf::from("/usr/bin/q")));
+        assert!(Contestant::parse("qemu").unwrap_err().contains("KIND=PATH"));
+        assert!(Contestant::parse("bochs=/x").unwrap_err().contains("unknown VMM bochs"));
+    }
+
+    #[test]
+    fn every_kind_has_a_command_that_names_kernel_disk_and_job() {
+        let dir = tempfile::tempdir().unwrap();
+        let vm = Vm {
+            kernel: Path::new("/k/guest.elf"),
+            command_line: "job=none depth=1",
+            cpus: 2,
+            memory: 256,
+            disk: Path::new("/d/x.img"),
+            direct: true,
+            queues: 2,
+            queue_size: 256,
+        };
+        for (name, kind) in KINDS {
+            let contestant = Contestant { kind: *kind, name: (*name).to_owned(), path: PathBuf::from("/bin/vmm") };
+            let words = contestant.command(&vm, dir.path()).unwrap();
+            let mut all: String = words.iter().map(|word| word.to_string_lossy() + "\n").collect();
+            if let Some(config) = words.iter().find(|word| word.to_string_lossy().ends_with(".json")) {
+                all += &fs::read_to_string(config).unwrap();
+            }
+            for wanted in ["/k/guest.elf", "/d/x.img", "job=none depth=1"] {
+                assert!(all.contains(wanted), "{name}: {all}");
+            }
+        }
+    }
+}

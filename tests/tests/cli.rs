@@ -43,7 +43,7 @@ impl Files {
 
     /// `ringvm run` with the good kernel and these arguments.
     fn run(&self, arguments: &[&str]) -> Ended {
-        run([&["--kernel", self.kernel.as_str(), "--serial", "null"], arguments].concat())
+        run([&["--kernel", self.kernel.as_str()], arguments].concat())
     }
 }
 

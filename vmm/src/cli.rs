@@ -3,10 +3,11 @@
 
 use std::path::PathBuf;
 
+use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ringvm_backends::block::BlockOptions;
 
-use crate::config::{BootProtocol, Config, ConfigError, MemoryConfig, Serial, TripleFault};
+use crate::config::{BootProtocol, Config, ConfigError, MemoryConfig, Serial, TripleFault, check_disk};
 use crate::keyval;
 
 const RUN_EXAMPLES: &str = "\
@@ -33,7 +34,7 @@ SIGUSR1 prints the statistics of every device on standard error.";
 
 /// An event-driven virtual machine monitor for Linux/KVM.
 #[derive(Debug, Parser)]
-#[command(name = "ringvm", version, propagate_version = true, disable_help_subcommand = true)]
+#[command(name = "ringvm", version, disable_help_subcommand = true)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -41,6 +42,28 @@ pub struct Cli {
     /// Say more on standard error: -v what happens, -vv how. RUST_LOG overrides it.
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,
+}
+
+impl Cli {
+    /// Reads the command line of this process. Help and version are printed and end it.
+    ///
+    /// # Errors
+    /// One line about what is wrong.
+    pub fn from_process() -> Result<Self, String> {
+        Self::try_parse().map_err(|error| if error.use_stderr() { one_line(&error) } else { error.exit() })
+    }
+}
+
+/// A usage error without the usage.
+fn one_line(error: &clap::Error) -> String {
+    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        return "a command is missing; see `ringvm --help`".into();
+    }
+    let text = error.to_string();
+    let lines =
+        text.lines().map(str::trim).take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"));
+    let what = lines.filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ");
+    format!("{}; see `ringvm run --help`", what.trim_start_matches("error: ").replace(" tip: ", "; "))
 }
 
 /// The commands.
@@ -141,7 +164,9 @@ impl RunArgs {
         set(&mut config.rng, self.rng.map(|rng| rng == OnOff::On));
         for text in &self.disk {
             let disk = keyval::from_str::<BlockOptions>(text, Some("path"));
-            config.disk.push(disk.map_err(|error| option("disk", text, error.to_string()))?);
+            let disk = disk.map_err(|error| option("disk", text, error.to_string()))?;
+            check_disk(&disk).map_err(|reason| option("disk", text, reason))?;
+            config.disk.push(disk);
         }
         config.io_threads = self.io_threads.or(config.io_threads);
         if !self.io_affinity.is_empty() {
@@ -167,7 +192,7 @@ mod tests {
     use super::*;
 
     fn config(args: &[&str]) -> Result<Config, String> {
-        let cli = Cli::try_parse_from(["ringvm", "run"].iter().chain(args)).map_err(|error| error.to_string())?;
+        let cli = Cli::try_parse_from(["ringvm", "run"].iter().chain(args)).map_err(|error| one_line(&error))?;
         let Command::Run(args) = cli.command else { unreachable!("run was given") };
         args.into_config().map_err(|error| error.to_string())
     }
@@ -176,7 +201,8 @@ mod tests {
     fn options_override_and_add_to_the_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vm.toml");
-        std::fs::write(&path, "kernel = \"a\"\ncpus = 4\nmemory = \"1G\"\nrng = true\n[[disk]]\npath = \"x\"\n").unwrap();
+        std::fs::write(&path, "kernel = \"a\"\ncpus = 4\nmemory = \"1G\"\nrng = true\n[[disk]]\npath = \"x\"\n")
+            .unwrap();
         let path = path.to_str().unwrap();
         let merged = config(&["--config", path, "--cpus", "2", "--disk", "y,queues=2", "--rng", "off"]).unwrap();
         assert_eq!((merged.cpus, merged.memory.size, merged.rng), (2, 1 << 30, false));
@@ -187,9 +213,32 @@ mod tests {
     #[test]
     fn the_command_line_says_everything_the_file_can() {
         let config = config(&[
-            "--kernel", "k", "--initramfs", "i", "--cmdline", "-x", "--boot", "pvh", "--cpus", "3", "--memory",
-            "size=1G,hugepages=1G,prefault=on", "--serial", "null", "--rng", "--disk", "path=/x,direct=on",
-            "--io-threads", "2", "--io-affinity", "0,1", "--poll-us", "7", "--no-reboot", "--on-triple-fault", "reset",
+            "--kernel",
+            "k",
+            "--initramfs",
+            "i",
+            "--cmdline",
+            "-x",
+            "--boot",
+            "pvh",
+            "--cpus",
+            "3",
+            "--memory",
+            "size=1G,hugepages=1G,prefault=on",
+            "--serial",
+            "null",
+            "--rng",
+            "--disk",
+            "path=/x,direct=on",
+            "--io-threads",
+            "2",
+            "--io-affinity",
+            "0,1",
+            "--poll-us",
+            "7",
+            "--no-reboot",
+            "--on-triple-fault",
+            "reset",
             "--stats",
         ])
         .unwrap();
@@ -208,11 +257,15 @@ mod tests {
             (&["--kernel", "k", "--serial", "tty"], "--serial tty: `tty` is not one of"),
             (&["--kernel", "k", "--cpus", "0"], "0 vCPUs"),
             (&["--kernel", "k", "--cpus", "many"], "invalid value 'many'"),
+            (
+                &["--kernel", "k", "--boot", "bios"],
+                "invalid value 'bios' for '--boot <PROTOCOL>' [possible values: auto,",
+            ),
             (&["--kernel", "k", "--nonsense"], "unexpected argument '--nonsense'"),
             (&["--kernel", "k", "--kernel", "l"], "cannot be used multiple times"),
         ] {
             let error = config(args).unwrap_err();
-            assert!(error.contains(expected), "{args:?}: {error}");
+            assert!(error.contains(expected) && !error.contains('\n'), "{args:?}: {error}");
         }
     }
 

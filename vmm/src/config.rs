@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use ringvm_backends::block::BlockOptions;
 use ringvm_backends::reactor::ReactorOptions;
-use serde::de::{self, Deserializer, MapAccess, Visitor};
 use serde::Deserialize;
+use serde::de::{self, Deserializer, MapAccess, Visitor};
 use thiserror::Error;
 
 use crate::keyval;
@@ -303,8 +303,8 @@ impl Config {
     /// # Errors
     /// When it can't be read, or says something that is not known.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| ConfigError::Read { path: path.to_path_buf(), source })?;
+        let text =
+            std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_path_buf(), source })?;
         toml::from_str(&text).map_err(|error| ConfigError::Parse {
             path: path.to_path_buf(),
             line: error.span().map(|span| text[..span.start.min(text.len())].matches('\n').count() + 1),
@@ -319,7 +319,9 @@ impl Config {
     pub fn validate(&self) -> Result<(), ConfigError> {
         let refuse = |message: String| Err(ConfigError::Option(message));
         if self.kernel.is_none() {
-            return refuse("there is no kernel to boot; name one with --kernel, or `kernel = …` in the configuration".into());
+            return refuse(
+                "there is no kernel to boot; name one with --kernel, or `kernel = …` in the configuration".into(),
+            );
         }
         if self.cpus == 0 {
             return refuse("a machine of 0 vCPUs can't run; use --cpus 1 or more".into());
@@ -328,10 +330,15 @@ impl Config {
             return refuse("a machine without memory can't run; use --memory 512M or so".into());
         }
         if self.memory.ksm && self.memory.hugepages.is_some() {
-            return refuse("--memory: ksm=on and hugepages exclude each other, the kernel merges only small pages; drop one".into());
+            return refuse(
+                "--memory: ksm=on and hugepages exclude each other, the kernel merges only small pages; drop one"
+                    .into(),
+            );
         }
         if self.io_threads == Some(0) {
-            return refuse("--io-threads 0 would leave nobody to serve the disks; use 1 or more, or leave it out".into());
+            return refuse(
+                "--io-threads 0 would leave nobody to serve the disks; use 1 or more, or leave it out".into(),
+            );
         }
         if let Some(threads) = self.io_threads
             && threads > MAX_IO_THREADS
@@ -344,8 +351,10 @@ impl Config {
             return refuse(format!("--poll-us {poll} is more than {MAX_POLL_US}, a second; 0 never polls"));
         }
         for (index, disk) in self.disk.iter().enumerate() {
-            disk.validate().map_err(|error| ConfigError::Option(error.to_string()))?;
-            let same = |other: &&BlockOptions| other.path.is_some() && other.path == disk.path && !(other.readonly && disk.readonly);
+            check_disk(disk).map_err(ConfigError::Option)?;
+            let same = |other: &&BlockOptions| {
+                other.path.is_some() && other.path == disk.path && !(other.readonly && disk.readonly)
+            };
             if let Some(other) = self.disk[..index].iter().find(same) {
                 let path = other.path.as_deref().unwrap_or(Path::new("")).display();
                 return refuse(format!("disk {path}: given twice; give it once, or readonly=on both times"));
@@ -382,6 +391,17 @@ impl Config {
             poll: self.poll_us.map_or(default.poll, Duration::from_micros),
         })
     }
+}
+
+/// Looks for what can't work about one disk, without the host.
+///
+/// # Errors
+/// One line about the first thing found.
+pub fn check_disk(disk: &BlockOptions) -> Result<(), String> {
+    if disk.path.as_deref() == Some(Path::new("")) {
+        return Err("the path of a disk is empty; name an image file or a block device".into());
+    }
+    disk.validate().map_err(|error| error.to_string())
 }
 
 const DEFAULT_CMDLINE: &str = "console=ttyS0";
@@ -463,7 +483,9 @@ mod tests {
 
     #[test]
     fn sizes_are_read_or_refused() {
-        for (text, bytes) in [("0", 0), ("4096", 4096), ("1K", 1024), ("512M", 512 << 20), ("2GiB", 2 << 30), ("1t", 1 << 40)] {
+        for (text, bytes) in
+            [("0", 0), ("4096", 4096), ("1K", 1024), ("512M", 512 << 20), ("2GiB", 2 << 30), ("1t", 1 << 40)]
+        {
             assert_eq!(parse_size(text), Ok(bytes));
         }
         for text in ["", "G", "-1", "1.5G", "1GB", " 1G", "99999999999T", "1G1"] {

@@ -1,7 +1,7 @@
 //! What vCPUs, devices, the console and signals tell the main thread.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
@@ -16,6 +16,8 @@ pub enum Ending {
     TripleFault {
         /// The vCPU.
         vcpu: u32,
+        /// Its registers. KVM on AMD has reset them by then.
+        place: String,
     },
     /// KVM can't go on with the guest.
     GuestCrash(String),

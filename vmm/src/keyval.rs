@@ -217,9 +217,13 @@ impl IntoDeserializer<'_, Error> for ValueDeserializer {
 }
 
 macro_rules! integers {
-    ($($method:ident $via:ident $visit:ident)*) => {
+    ($($method:ident $via:ident $visit:ident $number:ident)*) => {
         $(fn $method<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
-            visitor.$visit(self.$via()?)
+            let number = self.$via()?;
+            let fits = $number::try_from(number).map_err(|_| {
+                Error(format!("{number} is out of range, it can be from {} to {}", $number::MIN, $number::MAX))
+            })?;
+            visitor.$visit(fits)
         })*
     };
 }
@@ -244,14 +248,14 @@ impl<'de> Deserializer<'de> for ValueDeserializer {
     }
 
     integers! {
-        deserialize_u8 unsigned visit_u64
-        deserialize_u16 unsigned visit_u64
-        deserialize_u32 unsigned visit_u64
-        deserialize_u64 size visit_u64
-        deserialize_i8 signed visit_i64
-        deserialize_i16 signed visit_i64
-        deserialize_i32 signed visit_i64
-        deserialize_i64 signed visit_i64
+        deserialize_u8 unsigned visit_u8 u8
+        deserialize_u16 unsigned visit_u16 u16
+        deserialize_u32 unsigned visit_u32 u32
+        deserialize_u64 size visit_u64 u64
+        deserialize_i8 signed visit_i8 i8
+        deserialize_i16 signed visit_i16 i16
+        deserialize_i32 signed visit_i32 i32
+        deserialize_i64 signed visit_i64 i64
     }
 
     fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
@@ -349,7 +353,7 @@ mod tests {
             ("", "`path` is missing"),
             ("/x,direct=maybe", "direct: `maybe` is neither on nor off"),
             ("/x,queue-size=many", "queue-size: `many` is not a whole number"),
-            ("/x,queue-size=99999", "queue-size: invalid value"),
+            ("/x,queue-size=99999", "queue-size: 99999 is out of range, it can be from 0 to 65535"),
             ("/x,kind=qcow9", "kind: `qcow9` is not one of raw, thin-raw"),
             ("/x,direct", "`direct` is not of the form key=value"),
             ("/x,", "ends with a comma"),
@@ -373,7 +377,8 @@ mod tests {
                 // What was read reads the same when written out in full.
                 if !options.path.contains('"') {
                     let Options { path, direct, queue_size, cpus, kind, offset, size } = &options;
-                    let mut again = format!("path=\"{path}\",direct={},offset={offset}", if *direct { "on" } else { "off" });
+                    let mut again =
+                        format!("path=\"{path}\",direct={},offset={offset}", if *direct { "on" } else { "off" });
                     let cpus: Vec<_> = cpus.iter().map(ToString::to_string).collect();
                     again += &format!(",cpus=[{}]", cpus.join(","));
                     again += &queue_size.map_or(String::new(), |size| format!(",queue-size={size}"));

@@ -3,6 +3,7 @@
 //! vCPU threads run the guest and hand its exits to the [`bus`]; what a virtqueue asks for is served by the I/O threads of
 //! `ringvm_backends`, which a doorbell reaches without leaving the kernel. This crate is the machine around that.
 
+pub mod advice;
 pub mod boot;
 pub mod bus;
 pub mod check;
@@ -16,6 +17,7 @@ pub mod legacy;
 pub mod machine;
 pub mod pci;
 pub mod platform;
+pub mod quota;
 pub mod run;
 pub mod signals;
 pub mod summary;

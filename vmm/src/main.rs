@@ -3,14 +3,19 @@
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
-use clap::Parser;
 use ringvm::cli::{Cli, Command};
 use ringvm::exit::Exit;
 use ringvm::{check, run};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::from_process() {
+        Ok(cli) => cli,
+        Err(message) => {
+            eprintln!("ringvm: {message}");
+            return Exit::Configuration.into();
+        }
+    };
     start_tracing(cli.verbose);
     let result = match cli.command {
         Command::Check => return check::check().into(),

@@ -17,13 +17,14 @@ use rustix::thread::CpuSet;
 use thiserror::Error;
 use tracing::{info, warn};
 
+use crate::advice::advice;
 use crate::boot::{BootError, BootSource, Initramfs, Kernel};
 use crate::config::{Config, Serial, TripleFault};
 use crate::events::{Ending, Event, Events};
 use crate::exit::Exit;
 use crate::kvm::{Kvm, KvmError};
 use crate::legacy::console::{Console, Streams};
-use crate::legacy::terminal::RawMode;
+use crate::legacy::terminal::{RawMode, is_interactive};
 use crate::machine::{Blueprint, Machine, MachineError, Running};
 use crate::signals::SignalThread;
 use crate::summary::summary;
@@ -57,7 +58,7 @@ pub enum RunError {
     #[error(transparent)]
     Kvm(#[from] KvmError),
     /// The I/O threads can't be started.
-    #[error("starting the I/O threads: {source}{}", advice(.source))]
+    #[error("starting the I/O threads: {source}{}; see `ringvm check`", advice(.source))]
     Reactor {
         /// What came back.
         source: io::Error,
@@ -73,7 +74,7 @@ pub enum RunError {
         advice: &'static str,
     },
     /// The host ran out of something.
-    #[error("{what}: {source}")]
+    #[error("{what}: {source}{}", advice(.source))]
     Host {
         /// What was tried.
         what: &'static str,
@@ -97,27 +98,18 @@ pub enum RunError {
     Internal(String),
 }
 
-fn advice(error: &io::Error) -> &'static str {
-    match error.raw_os_error() {
-        Some(libc::ENOSYS) => "; the kernel has no io_uring, 5.19 or later with CONFIG_IO_URING is needed",
-        Some(libc::EPERM | libc::EACCES) => {
-            "; io_uring is disabled here (sysctl kernel.io_uring_disabled, or a seccomp filter of the container)"
-        }
-        Some(libc::ENOMEM) => "; raise the limit of locked memory (ulimit -l)",
-        Some(libc::EMFILE | libc::ENFILE) => "; raise the limit of open files (ulimit -n)",
-        Some(libc::EINVAL) => "; a newer kernel is needed, 5.19 or later",
-        _ => "; see `ringvm check`",
-    }
-}
-
 impl RunError {
     /// The exit code it means.
     #[must_use]
     pub fn exit(&self) -> Exit {
         match self {
-            Self::Memory { .. } | Self::Affinity { .. } | Self::Boot(_) | Self::Disk(_) | Self::Serial { .. } => Exit::Configuration,
+            Self::Memory { .. } | Self::Affinity { .. } | Self::Boot(_) | Self::Disk(_) | Self::Serial { .. } => {
+                Exit::Configuration
+            }
             Self::Kvm(KvmError::Cpus { .. }) => Exit::Configuration,
-            Self::Machine(MachineError::Layout(_) | MachineError::Boot(_) | MachineError::Pci(_)) => Exit::Configuration,
+            Self::Machine(MachineError::Layout(_) | MachineError::Boot(_) | MachineError::Pci(_)) => {
+                Exit::Configuration
+            }
             Self::Machine(MachineError::Kvm(KvmError::Cpus { .. })) => Exit::Configuration,
             Self::Machine(MachineError::Bus(_)) | Self::Internal(_) => Exit::Internal,
             Self::Reactor { .. } | Self::Kvm(_) | Self::Machine(_) | Self::Host { .. } => Exit::Host,
@@ -134,7 +126,8 @@ impl RunError {
 pub fn run(config: &Config) -> Result<Exit, RunError> {
     check_memory(config)?;
     check_affinity(config)?;
-    let kernel = config.kernel.as_deref().ok_or_else(|| RunError::Internal("a configuration without a kernel".into()))?;
+    let kernel =
+        config.kernel.as_deref().ok_or_else(|| RunError::Internal("a configuration without a kernel".into()))?;
     let kernel = Kernel::open(kernel, config.boot)?;
     let initramfs = config.initramfs.as_deref().map(Initramfs::open).transpose()?;
     let kvm = Kvm::open()?;
@@ -151,8 +144,8 @@ pub fn run(config: &Config) -> Result<Exit, RunError> {
         events: &events,
     };
     let machine = Machine::build(&blueprint, devices)?;
-    let signals =
-        SignalThread::start(events.clone()).map_err(|source| RunError::Host { what: "listening to signals", source })?;
+    let signals = SignalThread::start(events.clone())
+        .map_err(|source| RunError::Host { what: "listening to signals", source })?;
     let raw = match config.serial {
         Serial::Stdio => {
             RawMode::enter().map_err(|source| RunError::Host { what: "putting the terminal into raw mode", source })?
@@ -183,9 +176,9 @@ fn run_machines(
         let mut devices = running.stop()?;
         if restarts(config, &ending) {
             // A signal that came meanwhile must not be lost.
-            let signal = receiver.try_iter().find(|event| {
-                matches!(event, Event::End(Ending::Signal(_) | Ending::ConsoleEscape))
-            });
+            let signal = receiver
+                .try_iter()
+                .find(|event| matches!(event, Event::End(Ending::Signal(_) | Ending::ConsoleEscape)));
             if signal.is_none() {
                 blueprint.events.rearm();
                 machine = Machine::build(blueprint, devices)?;
@@ -230,8 +223,8 @@ fn conclude(config: &Config, ending: Ending) -> Result<Exit, RunError> {
         Ending::TripleFault { .. } if config.on_triple_fault == TripleFault::Reset => {
             Ok(if config.no_reboot { Exit::Reboot } else { Exit::Success })
         }
-        Ending::TripleFault { vcpu } => Err(RunError::GuestCrash(format!(
-            "vCPU {vcpu}: the guest crashed with a triple fault (--on-triple-fault reset would reboot it)"
+        Ending::TripleFault { vcpu, place } => Err(RunError::GuestCrash(format!(
+            "vCPU {vcpu}: the guest crashed with a triple fault at {place} (--on-triple-fault reset would reboot it)"
         ))),
         Ending::GuestCrash(what) => Err(RunError::GuestCrash(what)),
         Ending::HostFailure(what) => Err(RunError::HostFailure(what)),
@@ -268,7 +261,9 @@ fn check_affinity(config: &Config) -> Result<(), RunError> {
         .map_err(|error| RunError::Host { what: "asking for the CPUs of this process", source: error.into() })?;
     let may_use = |cpu: usize| cpu < CpuSet::MAX_CPU && set.is_set(cpu);
     match config.io_affinity.iter().find(|&&cpu| !may_use(cpu)) {
-        Some(&cpu) => Err(RunError::Affinity { cpu, allowed: (0..CpuSet::MAX_CPU).filter(|&cpu| may_use(cpu)).collect() }),
+        Some(&cpu) => {
+            Err(RunError::Affinity { cpu, allowed: (0..CpuSet::MAX_CPU).filter(|&cpu| may_use(cpu)).collect() })
+        }
         None => Ok(()),
     }
 }
@@ -311,9 +306,10 @@ fn open_console(config: &Config, events: &Events) -> Result<Option<Console>, Run
             };
             crate::legacy::stdio::check_output().map_err(serial)?;
             let output: OwnedFd = dup(&stdout()).map_err(serial)?;
-            // Without a standard input there is just no input.
-            let input = dup(&stdin()).ok().map(File::from);
-            Streams { output: output.into(), name: "standard output".into(), input, escape: isatty(stdin()) }
+            let interactive = is_interactive();
+            // Without a standard input, or in the background of a terminal, there is just no input.
+            let input = (interactive || !isatty(stdin())).then(|| dup(&stdin()).ok().map(File::from)).flatten();
+            Streams { output: output.into(), name: "standard output".into(), input, escape: interactive }
         }
     };
     let console = Console::start(streams, events.clone());

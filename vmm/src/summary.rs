@@ -78,7 +78,7 @@ mod tests {
         queue.record(0, 4096, true, 5_000);
         queue.record(2, 0, false, 1_000_000);
         let other = QueueStats::new(&["read", "write", "flush"]);
-        let device = DeviceStats { name: "disk0".into(), queues: vec![queue, other] };
+        let device = DeviceStats { name: "disk0".into(), queues: vec![(0, queue), (1, other)] };
         let text = summary(&[device]);
         let lines: Vec<_> = text.lines().collect();
         assert_eq!(lines.len(), 5, "{text}");

@@ -7,7 +7,7 @@ use crate::job::Options;
 use crate::pci::Msix;
 use crate::queue::Queue;
 use crate::sync::Lock;
-use crate::virtio::{self, RING_EVENT_IDX, RING_INDIRECT_DESC, Transport};
+use crate::virtio::{self, RING_EVENT_IDX, Transport};
 use crate::{interrupts, power, smp};
 
 /// VIRTIO_BLK_F_SIZE_MAX.

@@ -77,3 +77,32 @@ fn middle(index: usize) -> u64 {
     let low = ((index % STEPS + STEPS) as u64) << shift;
     low + (1_u64 << shift) / 2
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buckets_are_in_order_and_hold_their_middles() {
+        for index in 0..BUCKETS - 1 {
+            assert_eq!(bucket(middle(index)), index);
+            assert!(middle(index) < middle(index + 1));
+        }
+        assert_eq!(bucket(u64::MAX), BUCKETS - 1);
+    }
+
+    #[test]
+    fn percentiles_are_within_two_per_cent() {
+        let mut hist = Hist::default();
+        (1..=100_000).for_each(|value| hist.record(value));
+        for (per_mille, exact) in [(500, 50_000_u64), (900, 90_000), (990, 99_000), (999, 99_900)] {
+            let got = hist.percentile(per_mille);
+            assert!(got.abs_diff(exact) * 50 <= exact, "{per_mille}: {got}, not {exact}");
+        }
+        assert_eq!(hist.max(), 100_000);
+        let mut both = hist.clone();
+        both.merge(&hist);
+        assert_eq!(both.percentile(500), hist.percentile(500));
+        assert_eq!(Hist::default().percentile(500), 0);
+    }
+}

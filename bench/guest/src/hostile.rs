@@ -320,7 +320,8 @@ struct Bed<'a> {
 /// Does the act that the job names, or all of them.
 pub fn run(options: &Options) {
     let memory = mem::dma(4 * 4096, 4096);
-    let acts = ACTS.iter().filter(|(name, ..)| options.word.is_empty() || options.word == "all" || options.word == *name);
+    let acts =
+        ACTS.iter().filter(|(name, ..)| options.word.is_empty() || options.word == "all" || options.word == *name);
     let mut blk = Blk::open(options);
     let checker = Checker::new(&blk, options);
     let mut done = 0;

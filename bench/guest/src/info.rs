@@ -4,6 +4,7 @@ use alloc::string::String;
 
 use crate::job::Options;
 use crate::pvh::StartInfo;
+use crate::queue::{NEXT, WRITE, write_descriptor};
 use crate::{acpi, blk, boot, clock, mem, power, say, smp, virtio};
 
 /// Prints all of it.
@@ -62,13 +63,57 @@ fn tables() {
         Some(at) => {
             let names: String = acpi::signatures().iter().map(|name| String::from_utf8_lossy(name) + ",").collect();
             say!("info acpi rsdp={at:#x} tables={}", names.trim_end_matches(','));
-            say!("info acpi {:x?}", acpi::fadt());
+            let fadt = acpi::fadt();
+            say!(
+                "info acpi sleep_control={} pm1a_control={} reset={} reset_value={:#x}",
+                register(fadt.sleep_control),
+                register(fadt.pm1a_control.map(acpi::Address::Port)),
+                register(fadt.reset.map(|(register, _)| register)),
+                fadt.reset.map_or(0, |(_, value)| value)
+            );
         }
         None => say!("info acpi rsdp=none"),
     }
     if let Some(ids) = acpi::processors() {
         say!("info madt cpus={} apic_ids={ids:?}", ids.len());
     }
+}
+
+fn register(address: Option<acpi::Address>) -> String {
+    match address {
+        None => String::from("none"),
+        Some(acpi::Address::Port(port)) => alloc::format!("io:{port:#x}"),
+        Some(acpi::Address::Memory(region)) => alloc::format!("memory:{:#x}", region.base()),
+    }
+}
+
+/// The answer to GET_ID. The device is started for it, and left to be reset.
+fn serial(transport: &virtio::Transport, options: &Options) -> String {
+    let mut queue = transport.enable_queue(0, options.queue_size, None, false);
+    transport.start();
+    let memory = mem::dma(64, 64);
+    memory.copy_in(0, &blk::header(blk::T_GET_ID, 0));
+    memory.write::<u8>(40, blk::S_UNSET);
+    let table = queue.layout.desc;
+    write_descriptor(table, 0, memory.base(), blk::HEADER as u32, NEXT, 1);
+    write_descriptor(table, 1, memory.base() + blk::HEADER, blk::ID as u32, NEXT | WRITE, 2);
+    write_descriptor(table, 2, memory.base() + 40, 1, WRITE, 0);
+    queue.offer(0);
+    queue.publish();
+    let start = clock::ticks();
+    while queue.next_used().is_none() {
+        if clock::ticks().wrapping_sub(start) > clock::from_ms(options.stall_ms) {
+            power::fail(format_args!("stall where=get-id expected=completion got=none"));
+        }
+    }
+    match memory.read::<u8>(40) {
+        blk::S_OK => {}
+        status => return alloc::format!("status:{status}"),
+    }
+    let mut id = [0; blk::ID];
+    memory.copy_out(blk::HEADER, &mut id);
+    let text: String = id.iter().take_while(|&&byte| byte != 0).map(|&byte| char::from(byte)).collect();
+    text.replace(' ', "_")
 }
 
 fn device(index: usize, transport: virtio::Transport, options: &Options) {
@@ -87,7 +132,27 @@ fn device(index: usize, transport: virtio::Transport, options: &Options) {
     if transport.kind == virtio::BLOCK {
         let accepted = transport.negotiate(options.wanted_features());
         let config = blk::Config::read(&transport, accepted);
-        say!("info blk index={index} accepted={accepted:#x} {config:?}");
+        say!(
+            "info blk index={index} accepted={accepted:#x} capacity={} size_max={} seg_max={} blk_size={} num_queues={} \
+             writeback={} serial={}",
+            config.capacity,
+            config.size_max,
+            config.seg_max,
+            config.blk_size,
+            config.num_queues,
+            u8::from(config.writeback),
+            serial(&transport, options)
+        );
+        say!(
+            "info blk index={index} discard_sectors={} discard_seg={} discard_alignment={} write_zeroes_sectors={} \
+             write_zeroes_seg={} write_zeroes_may_unmap={}",
+            config.max_discard_sectors,
+            config.max_discard_seg,
+            config.discard_sector_alignment,
+            config.max_write_zeroes_sectors,
+            config.max_write_zeroes_seg,
+            u8::from(config.write_zeroes_may_unmap)
+        );
         if config.capacity == 0 {
             power::fail(format_args!("capacity where=disk:{index} expected=more-than-0 got=0"));
         }

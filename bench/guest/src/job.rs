@@ -22,6 +22,8 @@ pub enum Kind {
     Reset,
     /// A malicious driver.
     Hostile,
+    /// Reads from an entropy device.
+    Entropy,
     /// Restarts the machine.
     Reboot,
     /// Triple-faults.
@@ -195,7 +197,10 @@ impl Options {
             "irq" => flag(value).map(|on| self.irq = on),
             "size" => bytes(value).map(|n| self.size = Some(n)),
             "seed" => number(value).map(|n| self.seed = n),
-            "segs" if value == "random" => Some(self.segs = None),
+            "segs" if value == "random" => {
+                self.segs = None;
+                Some(())
+            }
             "segs" => number(value).filter(|n| (1..=1024).contains(n)).map(|n| self.segs = Some(n as usize)),
             "verify" => flag(value).map(|on| self.verify = on),
             "rw" => number(value).filter(|&n| n <= 100).map(|n| self.rw = n),
@@ -210,10 +215,11 @@ impl Options {
             "seg_max" => feature(blk::F_SEG_MAX, self.without).map(|bits| self.without = bits),
             "ro" => feature(blk::F_RO, self.without).map(|bits| self.without = bits),
             "framing" => match value {
-                "plain" => Some(self.framing = Framing::Plain),
-                "any" => Some(self.framing = Framing::Any),
+                "plain" => Some(Framing::Plain),
+                "any" => Some(Framing::Any),
                 _ => None,
-            },
+            }
+            .map(|framing| self.framing = framing),
             "align" => bytes(value).filter(|&n| n.is_power_of_two() && n <= 4096).map(|n| self.align = n as usize),
             "max" => bytes(value).filter(|&n| (512..=8 << 20).contains(&n)).map(|n| self.max = n as usize),
             "rounds" => number(value).map(|n| self.rounds = n),
@@ -221,7 +227,10 @@ impl Options {
             "mask" => flag(value).map(|on| self.mask = on),
             "stall" => milliseconds(value).map(|n| self.stall_ms = n),
             "per_queue" => flag(value).map(|on| self.per_queue = on),
-            "via" | "kind" => Some(self.word = String::from(value)),
+            "via" | "kind" => {
+                self.word = String::from(value);
+                Some(())
+            }
             _ => return None,
         };
         Some(result.ok_or(()))
@@ -242,6 +251,7 @@ impl Options {
             "verify" => (Kind::Verify, true),
             "reset" => (Kind::Reset, true),
             "hostile" => (Kind::Hostile, true),
+            "rng" => (Kind::Entropy, false),
             "reboot" => (Kind::Reboot, false),
             "crash" => (Kind::Crash, false),
             _ => return None,

@@ -68,6 +68,9 @@ struct Lane<'a> {
     budget: u64,
 }
 
+/// What the lanes of one vCPU have measured, by queue.
+type Results = Vec<(u16, Box<Stats>)>;
+
 /// Brings the disk up, runs the job on all its queues, and prints the result.
 pub fn run(options: &Options, load: Load) {
     let blk = Blk::open(options);
@@ -79,7 +82,7 @@ pub fn run(options: &Options, load: Load) {
     }
     let lanes = blk.queues.len();
     let cpus = options.cpus.min(lanes);
-    let results: Vec<Lock<Vec<(u16, Box<Stats>)>>> = (0..cpus).map(|_| Lock::new(Vec::new())).collect();
+    let results: Vec<Lock<Results>> = (0..cpus).map(|_| Lock::new(Vec::new())).collect();
     let barrier = Barrier::new(cpus);
     smp::run(cpus, &|cpu| {
         let mut held: Vec<_> = blk.queues.iter().skip(cpu).step_by(cpus).map(Lock::lock).collect();

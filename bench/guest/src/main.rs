@@ -14,6 +14,7 @@ mod apic;
 mod blk;
 mod boot;
 mod clock;
+mod entropy;
 mod framing;
 mod hist;
 mod hostile;
@@ -75,6 +76,7 @@ fn run(options: &Options, start: &StartInfo, clock_source: &str) {
         Kind::Verify => verify::verify(options),
         Kind::Reset => verify::reset(options),
         Kind::Hostile => hostile::run(options),
+        Kind::Entropy => entropy::run(options),
         Kind::Reboot if options.word == "acpi" => {
             say!("rebooting via=acpi");
             power::reboot_by_acpi()

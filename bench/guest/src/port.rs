@@ -30,14 +30,6 @@ pub fn in8(port: u16) -> u8 {
     value
 }
 
-/// Reads 16 bits.
-pub fn in16(port: u16) -> u16 {
-    let value: u16;
-    // SAFETY: as above.
-    unsafe { asm!("in ax, dx", in("dx") port, out("ax") value, options(nomem, nostack, preserves_flags)) }
-    value
-}
-
 /// Reads 32 bits.
 pub fn in32(port: u16) -> u32 {
     let value: u32;

@@ -268,7 +268,7 @@ fn drive(own: &mut [HeldLane<'_>], shared: &Shared<'_>, waiter: &mut Waiter, sto
             more |= *left != 0 && !lane.finished();
             busy |= queue.queue.in_flight() != 0;
         }
-        if !more && !(stop.drain && busy) {
+        if !(more || stop.drain && busy) {
             return;
         }
         if progress {

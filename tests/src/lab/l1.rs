@@ -37,7 +37,8 @@ const KILL_LIMIT: Duration = Duration::from_secs(10);
 /// A running L1 machine. It ends when this is dropped, and when the test process ends in whatever way.
 #[derive(Debug)]
 pub(crate) struct L1 {
-    link: Arc<Link>,
+    /// The way to its processes.
+    pub(crate) link: Arc<Link>,
     qemu: OwnedFd,
     /// Its serial console.
     pub(crate) console: PathBuf,
@@ -55,7 +56,7 @@ pub(crate) enum Event {
 /// The agent's link: frames go out through a thread, so that a hung machine holds nobody up, and come in through
 /// another, which hands them to the process they belong to.
 #[derive(Debug)]
-struct Link {
+pub(crate) struct Link {
     out: Sender<Frame>,
     next: AtomicU32,
     processes: Mutex<HashMap<u32, Sender<Event>>>,
@@ -157,52 +158,6 @@ impl L1 {
             Err(RecvTimeoutError::Disconnected) => Err(Error::L1Silent("QEMU ended".into())),
         }
     }
-
-    /// Starts a process in L1.
-    pub(crate) fn spawn(&self, argv: &[String]) -> Result<Process> {
-        let id = self.link.next.fetch_add(1, Ordering::Relaxed);
-        let (sender, events) = mpsc::channel();
-        lock(&self.link.processes).insert(id, sender);
-        let mut process = Process { id, pid: 0, ended: false, events, link: Arc::clone(&self.link) };
-        process.send(Frame::Start(id, Start { argv: argv.to_vec() }))?;
-        match process.next(Instant::now() + PING_LIMIT)? {
-            Some(Event::Started(pid)) => process.pid = pid,
-            Some(Event::Exited(exit)) => {
-                process.ended = true;
-                return Err(Error::Command {
-                    command: argv.join(" "),
-                    place: "L1",
-                    status: exit.to_string(),
-                    output: String::new(),
-                });
-            }
-            other => return Err(Error::L1Silent(format!("starting {argv:?}: {other:?}"))),
-        }
-        Ok(process)
-    }
-
-    /// Runs a shell command in L1 to its end.
-    pub(crate) fn exec(&self, command: &str, limit: Duration) -> Result<Output> {
-        let mut process = self.spawn(&["sh".into(), "-c".into(), command.into()])?;
-        process.stdin(&[])?;
-        let deadline = Instant::now() + limit;
-        let mut output = Output { exit: Exit::Code(0), stdout: Vec::new(), stderr: Vec::new() };
-        loop {
-            match process.next(deadline)? {
-                Some(Event::Started(_)) => {}
-                Some(Event::Stdout(bytes)) => output.stdout.extend(bytes),
-                Some(Event::Stderr(bytes)) => output.stderr.extend(bytes),
-                Some(Event::Exited(exit)) => return Ok(Output { exit, ..output }),
-                None => {
-                    return Err(Error::TimedOut {
-                        what: format!("the end of `{command}` in L1"),
-                        limit,
-                        tail: tail(&output.stdout, 2000) + &tail(&output.stderr, 2000),
-                    });
-                }
-            }
-        }
-    }
 }
 
 impl Drop for L1 {
@@ -277,6 +232,52 @@ impl Link {
         });
         link
     }
+
+    /// Starts a process in L1.
+    pub(crate) fn spawn(self: &Arc<Self>, argv: &[String]) -> Result<Process> {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let (sender, events) = mpsc::channel();
+        lock(&self.processes).insert(id, sender);
+        let mut process = Process { id, pid: 0, ended: false, events, link: Arc::clone(self) };
+        process.send(Frame::Start(id, Start { argv: argv.to_vec() }))?;
+        match process.next(Instant::now() + PING_LIMIT)? {
+            Some(Event::Started(pid)) => process.pid = pid,
+            Some(Event::Exited(exit)) => {
+                process.ended = true;
+                return Err(Error::Command {
+                    command: argv.join(" "),
+                    place: "L1",
+                    status: exit.to_string(),
+                    output: String::new(),
+                });
+            }
+            other => return Err(Error::L1Silent(format!("starting {argv:?}: {other:?}"))),
+        }
+        Ok(process)
+    }
+
+    /// Runs a shell command in L1 to its end.
+    pub(crate) fn exec(self: &Arc<Self>, command: &str, limit: Duration) -> Result<Output> {
+        let mut process = self.spawn(&["sh".into(), "-c".into(), command.into()])?;
+        process.stdin(&[])?;
+        let deadline = Instant::now() + limit;
+        let mut output = Output { exit: Exit::Code(0), stdout: Vec::new(), stderr: Vec::new() };
+        loop {
+            match process.next(deadline)? {
+                Some(Event::Started(_)) => {}
+                Some(Event::Stdout(bytes)) => output.stdout.extend(bytes),
+                Some(Event::Stderr(bytes)) => output.stderr.extend(bytes),
+                Some(Event::Exited(exit)) => return Ok(Output { exit, ..output }),
+                None => {
+                    return Err(Error::TimedOut {
+                        what: format!("the end of `{command}` in L1"),
+                        limit,
+                        tail: tail(&output.stdout, 2000) + &tail(&output.stderr, 2000),
+                    });
+                }
+            }
+        }
+    }
 }
 
 /// A process in L1. Dropped, it is killed with its group.
@@ -287,7 +288,8 @@ pub(crate) struct Process {
     pub(crate) pid: i32,
     ended: bool,
     events: Receiver<Event>,
-    link: Arc<Link>,
+    /// The machine it runs in.
+    pub(crate) link: Arc<Link>,
 }
 
 /// What a finished command left.

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
@@ -24,6 +24,11 @@ const EXIT_LIMIT: Duration = Duration::from_secs(45);
 /// A line in canonical mode is cut at 4,096 bytes, and the receive buffer of the guest's tty holds no more.
 const LONGEST_COMMAND: usize = 3500;
 
+/// Shown of a VMM that does not answer: its threads, L1's interrupts, and half a second of what KVM does for it.
+const EXAMINE: &str = "for t in /proc/PID/task/*; do cat $t/comm; cat $t/wchan $t/stat $t/stack; echo; done; \
+    cat /proc/stat /proc/interrupts; mount -t tracefs t /sys/kernel/tracing 2>/dev/null; cd /sys/kernel/tracing; \
+    echo 1 > events/kvm/enable; sleep 0.5; echo 0 > events/kvm/enable; tail -n 2000 trace; echo > trace";
+
 /// A guest that was started. Dropped, its VMM is killed.
 #[derive(Debug)]
 pub struct Guest {
@@ -36,6 +41,7 @@ pub struct Guest {
     commands: u32,
     console_log: File,
     stderr_log: File,
+    state_log: PathBuf,
 }
 
 impl Guest {
@@ -54,6 +60,7 @@ impl Guest {
             commands: 0,
             console_log,
             stderr_log,
+            state_log: logs.join(format!("{name}-state.log")),
         })
     }
 
@@ -128,6 +135,7 @@ impl Guest {
                 return Err(Error::Ended { what: format!("ringvm ({}), awaiting `{text}`,", self.ending()), tail: self.tail() });
             }
             if !self.pump(deadline)? {
+                self.examine();
                 let what = format!("`{}` on the guest's console", text.trim());
                 return Err(Error::TimedOut { what, limit, tail: self.tail() });
             }
@@ -149,6 +157,7 @@ impl Guest {
                 return Ok(exit.clone());
             }
             if !self.pump(deadline)? {
+                self.examine();
                 return Err(Error::TimedOut { what: "the end of ringvm".into(), limit: EXIT_LIMIT, tail: self.tail() });
             }
         }
@@ -218,6 +227,17 @@ impl Guest {
             Some(Event::Exited(exit)) => self.exit = Some(exit),
         }
         Ok(true)
+    }
+
+    /// What ringvm's threads and its vCPUs are doing, for the logs of a guest that did not answer in time.
+    fn examine(&mut self) {
+        let command = EXAMINE.replace("PID", &self.pid().to_string());
+        // An L1 that hangs as well has nothing to say.
+        if let Ok(output) = self.process.link.exec(&command, Duration::from_secs(20)) {
+            let _ = std::fs::write(&self.state_log, output.stdout);
+        }
+        // The statistics go to the log of its stderr.
+        let _ = self.signal(Signal::USR1).and_then(|()| self.listen(Duration::from_secs(2)));
     }
 
     fn ending(&self) -> String {

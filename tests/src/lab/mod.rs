@@ -105,7 +105,7 @@ impl Lab {
             guests: 0,
             _lock: lock,
         };
-        let kvm = lab.l1.exec("test -c /dev/kvm", COMMAND_LIMIT)?;
+        let kvm = lab.l1.link.exec("test -c /dev/kvm", COMMAND_LIMIT)?;
         if kvm.exit != Exit::Code(0) {
             return Err(Error::Missing("L1 has no /dev/kvm: QEMU's `-cpu max` must offer SVM".into()));
         }
@@ -131,14 +131,14 @@ impl Lab {
         if failed {
             // The logs tell of a failure; their own failures are not worth hiding it.
             let _ = fs::copy(&self.l1.console, self.logs.join("l1-console.log"));
-            if let Ok(kernel) = self.l1.exec("dmesg | tail -n 200", COMMAND_LIMIT) {
+            if let Ok(kernel) = self.l1.link.exec("dmesg | tail -n 200", COMMAND_LIMIT) {
                 let _ = fs::write(self.logs.join("l1-dmesg.log"), kernel.stdout);
             }
         } else {
             let _ = fs::remove_dir_all(&self.logs);
         }
         // A machine that is gone by now is started anew by the next test.
-        let _ = self.l1.exec(&format!("rm -rf {}", self.scratch), COMMAND_LIMIT);
+        let _ = self.l1.link.exec(&format!("rm -rf {}", self.scratch), COMMAND_LIMIT);
         self.logs.clone()
     }
 
@@ -159,7 +159,7 @@ impl Lab {
 
     /// Runs a shell command in L1, up to a minute, whatever its end.
     pub fn output(&self, command: &str) -> Result<Output> {
-        self.l1.exec(command, COMMAND_LIMIT)
+        self.l1.link.exec(command, COMMAND_LIMIT)
     }
 
     /// A new, empty, sparse image on L1's disk (ext4, which has O_DIRECT and holes).
@@ -190,7 +190,6 @@ impl Lab {
                 Err(e @ (Error::TimedOut { .. } | Error::L1Silent(_))) => e,
                 Err(e) => return Err(e),
             };
-            self.examine(&mut guest, &name);
             drop(guest);
             if tries == GUEST_TRIES {
                 return Err(silent);
@@ -220,7 +219,7 @@ impl Lab {
     /// Starts ringvm with these arguments; `name` is that of its logs.
     pub fn ringvm(&mut self, arguments: &[String], name: &str) -> Result<Guest> {
         let argv: Vec<_> = ["ringvm".to_owned()].into_iter().chain(arguments.iter().cloned()).collect();
-        Guest::new(self.l1.spawn(&argv)?, &self.logs, name)
+        Guest::new(self.l1.link.spawn(&argv)?, &self.logs, name)
     }
 
     /// Cuts L1's power: what its page cache alone held is lost. Then starts it anew.
@@ -235,19 +234,6 @@ impl Lab {
         let _ = fs::copy(&self.l1.console, self.logs.join("l1-console-before-restart.log"));
         self.power_cut()?;
         self.run(&format!("mkdir -p {}", self.scratch)).map(drop)
-    }
-
-    /// What ringvm's threads were doing, for the logs of a start that stayed silent.
-    fn examine(&mut self, guest: &mut Guest, name: &str) {
-        let pid = guest.pid();
-        let command = format!(
-            "for t in /proc/{pid}/task/*; do cat $t/comm $t/wchan $t/stat $t/stack; echo; done; cat /proc/stat /proc/interrupts"
-        );
-        if let Ok(output) = self.l1.exec(&command, Duration::from_secs(20)) {
-            let _ = fs::write(self.logs.join(format!("{name}-threads.log")), output.stdout);
-        }
-        // Its answer goes to the log of its stderr.
-        let _ = guest.statistics("disk");
     }
 }
 

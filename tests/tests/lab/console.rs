@@ -60,10 +60,10 @@ impl<'a> Terminal<'a> {
         }
     }
 
-    /// Waits until the last line of the screen is a prompt and nothing else.
+    /// Waits until the screen ends with a prompt, which may follow the guest's own: it leaves its line open when it is ended.
     fn prompts(&self, prompt: &str, seconds: u64) -> Result<()> {
         self.screen_where(&format!("the prompt `{prompt}`"), seconds, |screen| {
-            screen.trim_end().lines().next_back().is_some_and(|line| line.trim_end() == prompt)
+            screen.trim_end().lines().next_back().is_some_and(|line| line.trim_end().ends_with(prompt))
         })
         .map(drop)
     }

@@ -3,6 +3,7 @@
 //! The platform is hardware-reduced: no SCI, no PM timer, no legacy interrupt controllers; sleep and reset are registers
 //! in I/O space.
 
+use acpi_tables::Aml;
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
@@ -10,7 +11,6 @@ use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
-use acpi_tables::Aml;
 use ringvm_backends::device::GuestMemory;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -151,11 +151,16 @@ mod tests {
             assert_eq!(&root[..8], b"RSD PTR ");
             assert_eq!(root.iter().fold(0_u8, |sum, byte| sum.wrapping_add(*byte)), 0);
             let xsdt = table(&memory, u64::from_le_bytes(root[24..32].try_into().unwrap()));
-            let entries: Vec<_> =
-                xsdt[36..].chunks(8).map(|entry| table(&memory, u64::from_le_bytes(entry.try_into().unwrap()))).collect();
+            let entries: Vec<_> = xsdt[36..]
+                .chunks(8)
+                .map(|entry| table(&memory, u64::from_le_bytes(entry.try_into().unwrap())))
+                .collect();
             let names: Vec<_> = entries.iter().map(|entry| &entry[..4]).collect();
             assert_eq!(names, [b"FACP", b"APIC", b"MCFG"]);
-            assert_eq!(entries[1].iter().skip(44).step_by(8).take(cpus as usize).filter(|&&kind| kind == 0).count(), cpus as usize);
+            assert_eq!(
+                entries[1].iter().skip(44).step_by(8).take(cpus as usize).filter(|&&kind| kind == 0).count(),
+                cpus as usize
+            );
             let dsdt = table(&memory, u64::from_le_bytes(entries[0][140..148].try_into().unwrap()));
             assert_eq!(&dsdt[..4], b"DSDT");
         }

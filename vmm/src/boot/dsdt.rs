@@ -1,12 +1,12 @@
 //! The DSDT: what ACPI knows of the machine beyond fixed tables. PCI root (PCI Firmware 3.3, chapter 4), serial port, CPUs,
 //! the S5 sleep state.
 
-use acpi_tables::{Aml, AmlSink};
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Arg, CreateDWordField, Device, EISAName, Else, Equal, IO, If, Interrupt,
     Memory32Fixed, Method, Name, Or, Package, PackageBuilder, Path, ResourceTemplate, Return, Scope, Uuid, ZERO,
 };
 use acpi_tables::sdt::Sdt;
+use acpi_tables::{Aml, AmlSink};
 
 use super::acpi::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, Platform};
 use crate::legacy::acpi::SLEEP_TYPE_S5;

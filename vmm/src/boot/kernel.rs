@@ -7,12 +7,12 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use linux_loader::loader::KernelLoader;
 use linux_loader::loader::bootparam::setup_header;
 use linux_loader::loader::bzimage::BzImage;
 use linux_loader::loader::elf::{Elf, PvhBootCapability};
-use linux_loader::loader::KernelLoader;
 use ringvm_backends::device::GuestMemory;
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, ReadVolatile};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, ReadVolatile};
 
 use super::{BootError, memory_error};
 use crate::config::BootProtocol;
@@ -94,17 +94,25 @@ impl Kernel {
     }
 
     /// Loads the kernel.
-    pub(super) fn load(&self, memory: &GuestMemory) -> Result<Loaded, BootError> {
+    pub(super) fn load(&self, memory: &GuestMemory, map: &AddressMap) -> Result<Loaded, BootError> {
         let mut file = self.file.try_clone().map_err(read_error("kernel", &self.path, "opening it again"))?;
-        match self.format {
-            Format::Elf => self.load_elf(memory, &mut file),
-            Format::BzImage => self.load_bzimage(memory, &mut file),
+        let loaded = match self.format {
+            Format::Elf => self.load_elf(memory, &mut file)?,
+            Format::BzImage => self.load_bzimage(memory, &mut file)?,
+        };
+        if loaded.end <= HIGH_MEMORY {
+            return Err(self.not_a_kernel("it has nothing to load above 1 MiB"));
         }
+        // What it unpacks to, and its zeroed data, come after what is in the file.
+        if !map.ram.iter().any(|ram| ram.contains(&(loaded.end - 1))) {
+            let reason = format!("it needs memory up to {} MiB", loaded.end.div_ceil(MIB));
+            return Err(self.too_large(memory, reason));
+        }
+        Ok(loaded)
     }
 
     fn load_elf(&self, memory: &GuestMemory, file: &mut File) -> Result<Loaded, BootError> {
         let image = Elf::load(memory.as_ref(), None, file, None).map_err(|error| self.loader_error(memory, &error))?;
-        let entry = image.kernel_load.raw_value();
         let protocol = match (self.wanted, image.pvh_boot_cap) {
             (BootProtocol::Auto | BootProtocol::Pvh, PvhBootCapability::PvhEntryPresent(entry)) => {
                 Protocol::Pvh { entry: entry.raw_value() }
@@ -113,7 +121,15 @@ impl Kernel {
                 let reason = "it has no PVH note (XEN_ELFNOTE_PHYS32_ENTRY; Linux has it with CONFIG_PVH=y)";
                 return Err(BootError::Protocol { path: self.path.clone(), wanted: "pvh", reason });
             }
-            (BootProtocol::Auto | BootProtocol::Linux, _) => Protocol::Linux64 { entry },
+            (BootProtocol::Auto | BootProtocol::Linux, _) => {
+                let entry = image.kernel_load.raw_value();
+                if entry < HIGH_MEMORY {
+                    return Err(
+                        self.not_a_kernel(&format!("its entry point {entry:#x} is below 1 MiB, where no kernel is"))
+                    );
+                }
+                Protocol::Linux64 { entry }
+            }
         };
         Ok(Loaded {
             protocol,
@@ -132,6 +148,13 @@ impl Kernel {
         let (version, xloadflags) = (setup.version, setup.xloadflags);
         if version < 0x020c || xloadflags & XLF_KERNEL_64 == 0 {
             return Err(self.not_a_kernel("its setup header tells of no 64-bit entry point"));
+        }
+        let size = file.metadata().map_err(read_error("kernel", &self.path, "looking at its size"))?.len();
+        let setup_sectors = if setup.setup_sects == 0 { 4 } else { u64::from(setup.setup_sects) };
+        // syssize counts paragraphs of 16 bytes; what follows may be a signature.
+        let wanted = (setup_sectors + 1) * 512 + u64::from(setup.syssize) * 16;
+        if size < wanted {
+            return Err(self.not_a_kernel(&format!("the file is cut short, {size} bytes of {wanted}")));
         }
         let load = image.kernel_load.raw_value();
         // It unpacks itself to its preferred address, or to where it lies if that is higher.
@@ -154,14 +177,24 @@ impl Kernel {
         match error {
             Error::MemoryOverflow
             | Error::Elf(elf::Error::ReadKernelImage)
-            | Error::Bzimage(bzimage::Error::ReadBzImageCompressedKernel) => BootError::KernelTooLarge {
-                path: self.path.clone(),
-                memory: memory.iter().map(vm_memory::GuestMemoryRegion::len).sum::<u64>() / MIB,
-                reason: format!("{error} (or the file is cut short)"),
-            },
-            _ => self.not_a_kernel(&error.to_string()),
+            | Error::Bzimage(bzimage::Error::ReadBzImageCompressedKernel) => {
+                self.too_large(memory, "reading its segments into memory failed (or the file is cut short)".into())
+            }
+            Error::Elf(error) => self.not_a_kernel(plain(&error.to_string())),
+            Error::Bzimage(error) => self.not_a_kernel(plain(&error.to_string())),
+            _ => self.not_a_kernel(plain(&error.to_string())),
         }
     }
+
+    fn too_large(&self, memory: &GuestMemory, reason: String) -> BootError {
+        let memory = memory.iter().map(GuestMemoryRegion::len).sum::<u64>() / MIB;
+        BootError::KernelTooLarge { path: self.path.clone(), memory, reason }
+    }
+}
+
+/// The loader's messages without its name in front.
+fn plain(message: &str) -> &str {
+    message.trim_start_matches("Kernel Loader: ")
 }
 
 /// An opened initramfs.
@@ -184,16 +217,26 @@ impl Initramfs {
     }
 
     /// Loads it as high as the kernel takes it, out of the way of everything else.
-    pub(super) fn load(&self, memory: &GuestMemory, map: &AddressMap, kernel: &Loaded) -> Result<Range<u64>, BootError> {
+    pub(super) fn load(
+        &self,
+        memory: &GuestMemory,
+        map: &AddressMap,
+        kernel: &Loaded,
+    ) -> Result<Range<u64>, BootError> {
         let high = map.ram[0].end.min(kernel.initrd_max.saturating_add(1));
         let low = kernel.end.max(HIGH_MEMORY).next_multiple_of(PAGE);
-        let start = high.checked_sub(self.size).map(|start| start & !(PAGE - 1)).filter(|&start| start >= low).ok_or_else(
-            || BootError::InitramfsTooLarge { path: self.path.clone(), size: self.size, low, high },
-        )?;
+        let start = high
+            .checked_sub(self.size)
+            .map(|start| start & !(PAGE - 1))
+            .filter(|&start| start >= low)
+            .ok_or_else(|| BootError::InitramfsTooLarge { path: self.path.clone(), size: self.size, low, high })?;
         let mut file = self.file.try_clone().map_err(read_error("initramfs", &self.path, "opening it again"))?;
         file.rewind().map_err(read_error("initramfs", &self.path, "rewinding it"))?;
-        read_exact(memory, start, &mut file, self.size as usize)
-            .map_err(read_error("initramfs", &self.path, "reading it"))?;
+        read_exact(memory, start, &mut file, self.size as usize).map_err(read_error(
+            "initramfs",
+            &self.path,
+            "reading it",
+        ))?;
         Ok(start..start + self.size)
     }
 }

@@ -5,6 +5,7 @@ mod dsdt;
 mod kernel;
 mod linux;
 mod pvh;
+mod reset_vector;
 
 use std::path::PathBuf;
 
@@ -118,9 +119,10 @@ pub fn load(
     map: &AddressMap,
     platform: &acpi::Platform,
 ) -> Result<Entry, BootError> {
-    let loaded = source.kernel.load(memory)?;
+    let loaded = source.kernel.load(memory, map)?;
     kernel::write_cmdline(memory, source.cmdline, loaded.cmdline_limit)?;
     let initramfs = source.initramfs.map(|initramfs| initramfs.load(memory, map, &loaded)).transpose()?;
+    reset_vector::write(memory)?;
     let rsdp = acpi::write(memory, map, platform)?;
     match loaded.protocol {
         Protocol::Pvh { entry } => pvh::write(memory, map, entry, initramfs, rsdp),

@@ -42,11 +42,8 @@ pub(super) fn write(
     if let Some(initramfs) = initramfs {
         info.nr_modules = 1;
         info.modlist_paddr = PVH_MODULES;
-        let module = hvm_modlist_entry {
-            paddr: initramfs.start,
-            size: initramfs.end - initramfs.start,
-            ..Default::default()
-        };
+        let module =
+            hvm_modlist_entry { paddr: initramfs.start, size: initramfs.end - initramfs.start, ..Default::default() };
         memory
             .write_slice(module.as_slice(), GuestAddress(PVH_MODULES))
             .map_err(memory_error("the PVH module list"))?;

@@ -28,7 +28,7 @@ pub enum KvmError {
         limit: u32,
     },
     /// A call failed.
-    #[error("KVM, {what}: {source}")]
+    #[error("KVM, {what}: {source}{}", crate::advice::advice(.source))]
     Call {
         /// What was tried.
         what: String,

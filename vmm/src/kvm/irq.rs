@@ -92,7 +92,8 @@ impl Irqs {
             })
         });
         let entries: Vec<_> = pins.chain(messages).collect();
-        let routing = KvmIrqRouting::from_entries(&entries).map_err(|_| io::Error::other("too many interrupt routes"))?;
+        let routing =
+            KvmIrqRouting::from_entries(&entries).map_err(|_| io::Error::other("too many interrupt routes"))?;
         Ok(self.vm.set_gsi_routing(&routing)?)
     }
 }

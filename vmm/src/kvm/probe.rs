@@ -37,11 +37,9 @@ pub fn probe() -> Report {
                 Report { usable: false, text: format!("creating a VM: {error}"), advice: Some(busy.into()) }
             }
         },
-        Err(KvmError::Open { source }) => Report {
-            usable: false,
-            text: format!("opening /dev/kvm: {source}"),
-            advice: Some(advice(&source).into()),
-        },
+        Err(KvmError::Open { source }) => {
+            Report { usable: false, text: format!("opening /dev/kvm: {source}"), advice: Some(advice(&source).into()) }
+        }
         Err(error) => Report { usable: false, text: error.to_string(), advice: None },
     }
 }

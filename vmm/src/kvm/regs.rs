@@ -8,7 +8,7 @@ use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::error::{KvmError, call};
-use crate::machine::layout::{BOOT_GDT, BOOT_PAGE_TABLES, BOOT_STACK, BOOT_IDT};
+use crate::machine::layout::{BOOT_GDT, BOOT_IDT, BOOT_PAGE_TABLES, BOOT_STACK};
 use ringvm_backends::device::GuestMemory;
 
 const CR0_PE: u64 = 1;

@@ -10,10 +10,10 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::cpuid::{self, Template, Topology};
 use super::error::{KvmError, call};
+use super::msr;
 use super::regs::{Entry, set_boot_registers};
 use super::signal::{self, Armed};
 use super::vm::{Kvm, Vm};
-use super::msr;
 use crate::bus::Buses;
 use crate::events::{Ending, Events};
 
@@ -52,8 +52,11 @@ impl Vcpus {
         let fds = (0..cpus)
             .map(|id| vm.fd.create_vcpu(u64::from(id)).map_err(call(format!("creating vCPU {id}"))))
             .collect::<Result<Vec<_>, _>>()?;
-        let topology =
-            Topology { cpus, tsc_deadline: kvm.tsc_deadline(), tsc_khz: fds[0].get_tsc_khz().ok().filter(|&khz| khz > 0) };
+        let topology = Topology {
+            cpus,
+            tsc_deadline: kvm.tsc_deadline(),
+            tsc_khz: fds[0].get_tsc_khz().ok().filter(|&khz| khz > 0),
+        };
         let template = Template::new(&kvm.supported_cpuid, cpuid::host, &topology);
         for (id, fd) in (0..).zip(&fds) {
             fd.set_cpuid2(&template.for_vcpu(id)?).map_err(call(format!("setting the CPUID of vCPU {id}")))?;
@@ -72,8 +75,13 @@ impl Vcpus {
         for (id, fd) in (0..).zip(self.fds) {
             let (commands, receiver) = bounded(1);
             let (running, ended) = bounded::<()>(0);
-            let runner =
-                Runner { id, vm: Arc::clone(&self.vm), buses: Arc::clone(buses), events: events.clone(), commands: receiver };
+            let runner = Runner {
+                id,
+                vm: Arc::clone(&self.vm),
+                buses: Arc::clone(buses),
+                events: events.clone(),
+                commands: receiver,
+            };
             let spawned = thread::Builder::new().name(format!("vcpu{id}")).stack_size(STACK).spawn(move || {
                 let _running = running;
                 runner.run(fd);
@@ -167,7 +175,9 @@ impl Runner {
                 Ok(VcpuExit::MmioWrite(address, data)) => self.buses.mmio.write(address, data),
                 Ok(VcpuExit::IoIn(port, _) | VcpuExit::IoOut(port, _)) => self.port_io(vcpu, port),
                 Ok(VcpuExit::Hlt | VcpuExit::Intr) => {}
-                Ok(VcpuExit::Shutdown) => return Err(Ending::TripleFault { vcpu: self.id }),
+                Ok(VcpuExit::Shutdown) => {
+                    return Err(Ending::TripleFault { vcpu: self.id, place: place(vcpu) });
+                }
                 Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => return Err(Ending::PowerOff),
                 Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => return Err(Ending::Reset),
                 Ok(VcpuExit::InternalError) => return Err(Ending::GuestCrash(self.internal_error(vcpu))),
@@ -232,8 +242,18 @@ impl Runner {
             3 => "met an unexpected exit while delivering an event",
             _ => "failed inside",
         };
-        let rip = vcpu.get_regs().map_or_else(|_| "?".into(), |regs| format!("{:#x}", regs.rip));
-        format!("vCPU {}: KVM {what} (suberror {suberror}) at rip {rip}", self.id)
+        format!("vCPU {}: KVM {what} (suberror {suberror}) at {}", self.id, place(vcpu))
+    }
+}
+
+/// Where a vCPU is, for a person.
+fn place(vcpu: &VcpuFd) -> String {
+    match (vcpu.get_regs(), vcpu.get_sregs()) {
+        (Ok(regs), Ok(sregs)) => format!(
+            "rip {:#x} rsp {:#x} rflags {:#x} cr0 {:#x} cr2 {:#x} cr3 {:#x} cr4 {:#x} efer {:#x}",
+            regs.rip, regs.rsp, regs.rflags, sregs.cr0, sregs.cr2, sregs.cr3, sregs.cr4, sregs.efer
+        ),
+        _ => "an unknown place".into(),
     }
 }
 

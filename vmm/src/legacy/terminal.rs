@@ -4,8 +4,11 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::{Once, OnceLock};
 
+use rustix::process::getpgrp;
 use rustix::stdio::stdin;
-use rustix::termios::{InputModes, LocalModes, OptionalActions, SpecialCodeIndex, Termios, isatty, tcgetattr, tcsetattr};
+use rustix::termios::{
+    InputModes, LocalModes, OptionalActions, SpecialCodeIndex, Termios, isatty, tcgetattr, tcgetpgrp, tcsetattr,
+};
 
 /// The terminal as it was found. Set once, read by a signal handler.
 static FOUND: OnceLock<Termios> = OnceLock::new();
@@ -14,17 +17,17 @@ static FOUND: OnceLock<Termios> = OnceLock::new();
 pub struct RawMode(());
 
 impl RawMode {
-    /// Puts standard input into raw mode, or returns `None` if it is no terminal.
+    /// Puts standard input into raw mode, or returns `None` if it is no terminal of ours.
     ///
     /// Output processing stays on: the guest's CR LF comes out right, and so do our own lines.
     ///
     /// # Errors
     /// When the terminal refuses.
     pub fn enter() -> io::Result<Option<Self>> {
-        let stdin: BorrowedFd<'_> = stdin();
-        if !isatty(stdin) {
+        if !is_interactive() {
             return Ok(None);
         }
+        let stdin: BorrowedFd<'_> = stdin();
         let mut termios = tcgetattr(stdin)?;
         FOUND.get_or_init(|| termios.clone());
         restore_on_panic();
@@ -51,6 +54,15 @@ impl Drop for RawMode {
     fn drop(&mut self) {
         restore();
     }
+}
+
+/// Whether a person types on standard input: it is a terminal, and this process is in its foreground. One in the
+/// background is stopped when it touches the terminal.
+#[must_use]
+pub fn is_interactive() -> bool {
+    let stdin = stdin();
+    // A terminal that is not our controlling one has no foreground to be outside of.
+    isatty(stdin) && tcgetpgrp(stdin).map_or(true, |foreground| foreground == getpgrp())
 }
 
 /// Puts the terminal back. Two system calls at most and no lock: safe in a signal handler.
@@ -105,8 +117,9 @@ mod fatal {
             // runs on the alternate stack that Rust's own handler for stack overflows has set up.
             let installed = unsafe {
                 let mut action = MaybeUninit::<libc::sigaction>::zeroed().assume_init();
-                action.sa_sigaction = handler as extern "C" fn(libc::c_int) as usize;
-                action.sa_flags = libc::SA_ONSTACK;
+                action.sa_sigaction =
+                    handler as extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) as usize;
+                action.sa_flags = libc::SA_ONSTACK | libc::SA_SIGINFO;
                 libc::sigaction(signal, &raw const action, ptr::null_mut())
             };
             if installed != 0 {
@@ -116,16 +129,24 @@ mod fatal {
         Ok(())
     }
 
-    extern "C" fn handler(signal: libc::c_int) {
+    extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
         super::restore();
+        // SAFETY: the kernel passes a valid siginfo under SA_SIGINFO.
+        let sent = unsafe { (*info).si_code } <= 0;
         let before = BEFORE.get().and_then(|all| SIGNALS.iter().position(|&other| other == signal).map(|n| &all[n]));
-        // SAFETY: a sigaction that was in force before; raising is async-signal-safe. The signal is blocked until this
-        // handler returns and then meets the old action.
+        // SAFETY: sigaction, signal and raise are async-signal-safe, and the action was in force before.
         unsafe {
-            if let Some(before) = before {
-                libc::sigaction(signal, before, ptr::null_mut());
+            match before {
+                // A fault comes again as soon as this handler returns, and then meets the action from before.
+                Some(before) if !sent => {
+                    libc::sigaction(signal, before, ptr::null_mut());
+                }
+                // One that was sent, by abort(3) or another process, does not: it ends the process when this returns.
+                _ => {
+                    libc::signal(signal, libc::SIG_DFL);
+                    libc::raise(signal);
+                }
             }
-            libc::raise(signal);
         }
     }
 }

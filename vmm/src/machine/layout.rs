@@ -34,7 +34,9 @@ pub const COMMAND_LINE_ROOM: u64 = 0x1_0000;
 /// Where conventional memory ends; from here to 1 MiB nothing is the kernel's.
 pub const EBDA: u64 = 0x9_fc00;
 /// ACPI tables, RSDP first, where firmware leaves it (ACPI 6.5, 5.2.5.1).
-pub const ACPI_TABLES: Range<u64> = 0xe_0000..0x10_0000;
+pub const ACPI_TABLES: Range<u64> = 0xe_0000..0xf_0000;
+/// Where a CPU begins after a reset, and where real-mode software jumps to for one.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Where RAM goes on above the legacy hole; kernels are loaded from here on.
 pub const HIGH_MEMORY: u64 = 0x10_0000;
 

@@ -9,9 +9,10 @@ use ringvm_backends::device::GuestMemory;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::mm::{Advice, madvise};
 use thiserror::Error;
-use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
+use crate::advice::advice;
 use crate::config::{HugePages, MemoryConfig};
 
 /// Name of the memfd; it tells guest RAM apart in /proc/PID/smaps.
@@ -21,13 +22,13 @@ pub const MEMFD_NAME: &str = "ringvm-memory";
 #[derive(Debug, Error)]
 pub enum MemoryError {
     /// A call failed.
-    #[error("guest memory: {what}: {source}; {advice}")]
+    #[error("guest memory: {what}: {source}{advice}")]
     Host {
         /// What was tried.
         what: String,
         /// What came back.
         source: io::Error,
-        /// What to do.
+        /// What to do, with its own punctuation in front.
         advice: &'static str,
     },
     /// The regions can't be put together.
@@ -35,8 +36,8 @@ pub enum MemoryError {
     Regions(#[from] vm_memory::GuestRegionCollectionError),
 }
 
-const ASK_LESS: &str = "ask for less with --memory, or free some on the host";
-const ASK_HUGE: &str = "reserve huge pages (sysctl vm.nr_hugepages, or hugepages= at boot), or leave the option out";
+const ASK_LESS: &str = "; ask for less with --memory, or free some on the host";
+const ASK_HUGE: &str = "; reserve huge pages (sysctl vm.nr_hugepages, or hugepages= at boot), or leave the option out";
 
 /// Allocates memory for the guest-physical ranges `ram`.
 ///
@@ -62,8 +63,7 @@ fn sealed_memfd(size: u64, huge: Option<HugePages>) -> Result<File, MemoryError>
         Some(HugePages::TwoMib) => MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB,
         Some(HugePages::OneGib) => MemfdFlags::HUGETLB | MemfdFlags::HUGE_1GB,
     };
-    let advice = if huge.is_some() { ASK_HUGE } else { ASK_LESS };
-    let host = |what: &str, source: rustix::io::Errno| MemoryError::Host { what: what.into(), source: source.into(), advice };
+    let host = |what: &str, error: rustix::io::Errno| failure(what.into(), error.into(), huge);
     let fd = memfd_create(MEMFD_NAME, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | page)
         .map_err(|error| host("creating a memfd", error))?;
     ftruncate(&fd, size).map_err(|error| host(&format!("sizing a memfd to {size} bytes"), error))?;
@@ -72,10 +72,20 @@ fn sealed_memfd(size: u64, huge: Option<HugePages>) -> Result<File, MemoryError>
     Ok(fd.into())
 }
 
+/// An error with what to do about it.
+fn failure(what: String, source: io::Error, huge: Option<HugePages>) -> MemoryError {
+    let advice = match (source.raw_os_error(), huge) {
+        // MAP_POPULATE and its kin say EFAULT when memory runs out in the middle.
+        (Some(libc::ENOMEM | libc::EFAULT | libc::EINVAL), Some(_)) => ASK_HUGE,
+        (Some(libc::ENOMEM | libc::EFAULT), None) => ASK_LESS,
+        _ => advice(&source),
+    };
+    MemoryError::Host { what, source, advice }
+}
+
 #[allow(unsafe_code, reason = "advice on a mapping is given by address")]
 fn map(range: &Range<u64>, file: Option<FileOffset>, config: &MemoryConfig) -> Result<GuestRegionMmap, MemoryError> {
     let len = (range.end - range.start) as usize;
-    let advice = if config.hugepages.is_some() { ASK_HUGE } else { ASK_LESS };
     let mut builder = MmapRegionBuilder::new(len).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
     builder = match file {
         // Huge pages are reserved at once: an unreserved one that is not there later is a SIGBUS.
@@ -83,18 +93,17 @@ fn map(range: &Range<u64>, file: Option<FileOffset>, config: &MemoryConfig) -> R
         Some(file) => builder.with_file_offset(file).with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE),
         None => builder.with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE),
     };
-    let region = builder.with_hugetlbfs(config.hugepages.is_some()).build().map_err(|error| MemoryError::Host {
-        what: format!("mapping {len} bytes"),
-        source: io::Error::other(error),
-        advice,
+    let region = builder.with_hugetlbfs(config.hugepages.is_some()).build().map_err(|error| {
+        let source = match error {
+            MmapRegionError::Mmap(source) => source,
+            error => io::Error::other(error),
+        };
+        failure(format!("mapping {len} bytes"), source, config.hugepages)
     })?;
     let advise = |what: &str, kind: Advice| {
         // SAFETY: the range is exactly the mapping made above; neither advice changes what it holds.
-        unsafe { madvise(region.as_ptr().cast(), len, kind) }.map_err(|error| MemoryError::Host {
-            what: format!("{what} {len} bytes"),
-            source: error.into(),
-            advice,
-        })
+        unsafe { madvise(region.as_ptr().cast(), len, kind) }
+            .map_err(|error| failure(format!("{what} {len} bytes"), error.into(), config.hugepages))
     };
     if config.ksm {
         advise("offering the kernel to merge", Advice::LinuxMergeable)?;

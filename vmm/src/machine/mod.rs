@@ -14,6 +14,7 @@ use ringvm_backends::stats::DeviceStats;
 use thiserror::Error;
 use tracing::info;
 
+use crate::advice::advice;
 use crate::boot::{self, BootError, BootSource, acpi};
 use crate::bus::{BusError, Buses, Handler};
 use crate::config::MemoryConfig;
@@ -52,7 +53,7 @@ pub enum MachineError {
     #[error(transparent)]
     Pci(#[from] PciError),
     /// The host ran out of something.
-    #[error("{what}: {source}")]
+    #[error("{what}: {source}{}", advice(.source))]
     Host {
         /// What was tried.
         what: String,
@@ -130,7 +131,13 @@ impl Machine {
             buses.pio.insert(range.start, range.end - range.start, handler)?;
         }
         buses.mmio.insert(ECAM.start, ECAM.end - ECAM.start, Arc::new(Mutex::new(Ecam::new(pci))))?;
-        info!(cpus = blueprint.cpus, memory = blueprint.memory.size, ?entry, devices = functions.len(), "machine built");
+        info!(
+            cpus = blueprint.cpus,
+            memory = blueprint.memory.size,
+            ?entry,
+            devices = functions.len(),
+            "machine built"
+        );
         Ok(Self { vcpus, buses, functions, events: events.clone() })
     }
 

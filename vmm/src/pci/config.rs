@@ -167,8 +167,14 @@ mod tests {
 
     #[test]
     fn capabilities_form_a_list_and_only_allowed_bits_change() {
-        let identity =
-            Identity { vendor: 0x1af4, device: 0x1042, revision: 1, class: 0x01_80_00, subsystem_vendor: 1, subsystem: 2 };
+        let identity = Identity {
+            vendor: 0x1af4,
+            device: 0x1042,
+            revision: 1,
+            class: 0x01_80_00,
+            subsystem_vendor: 1,
+            subsystem: 2,
+        };
         let mut space = ConfigSpace::new(&identity, COMMAND_MEMORY | COMMAND_BUS_MASTER);
         let first = space.add_capability(9, &[1, 2, 3], &[0, 0xff, 0]);
         let second = space.add_capability(0x11, &[4, 5], &[]);

@@ -1,7 +1,7 @@
 //! The host bridge at 00:00.0: what tells software that there is a PCI bus at all.
 
-use super::config::{ConfigSpace, Identity};
 use super::PciFunction;
+use super::config::{ConfigSpace, Identity};
 
 /// Red Hat's PCI Express host bridge, which needs no driver.
 const IDENTITY: Identity = Identity {

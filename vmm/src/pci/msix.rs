@@ -11,6 +11,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::config::ConfigSpace;
 use crate::platform::{MsiMessage, MsiRoute, Platform, is_pending};
+use crate::quota::Quota;
 
 /// Capability ID.
 const CAPABILITY: u8 = 0x11;
@@ -32,7 +33,9 @@ struct Vector {
 
 impl Vector {
     fn message(&self) -> MsiMessage {
-        let word = |at: usize| u32::from_le_bytes([self.entry[at], self.entry[at + 1], self.entry[at + 2], self.entry[at + 3]]);
+        let word = |at: usize| {
+            u32::from_le_bytes([self.entry[at], self.entry[at + 1], self.entry[at + 2], self.entry[at + 3]])
+        };
         MsiMessage { address: u64::from(word(4)) << 32 | u64::from(word(0)), data: word(8) }
     }
 
@@ -47,6 +50,7 @@ pub struct Msix {
     capability: u16,
     enabled: bool,
     function_masked: bool,
+    warnings: Quota,
 }
 
 impl Msix {
@@ -69,7 +73,7 @@ impl Msix {
         body.extend(pba.to_le_bytes());
         let writable = (CONTROL_ENABLE | CONTROL_MASK).to_le_bytes();
         let capability = space.add_capability(CAPABILITY, &body, &writable);
-        Ok(Self { vectors, capability, enabled: false, function_masked: false })
+        Ok(Self { vectors, capability, enabled: false, function_masked: false, warnings: Quota::default() })
     }
 
     /// Takes note of a write to configuration space. Returns whether MSI-X was switched on or off.
@@ -112,7 +116,8 @@ impl Msix {
 
     /// Reads the table; zero beyond its end.
     pub fn read_table(&self, offset: u64, data: &mut [u8]) {
-        let bytes = (offset as usize..).map(|at| self.vectors.get(at / ENTRY).map_or(0, |vector| vector.entry[at % ENTRY]));
+        let bytes =
+            (offset as usize..).map(|at| self.vectors.get(at / ENTRY).map_or(0, |vector| vector.entry[at % ENTRY]));
         data.iter_mut().zip(bytes).for_each(|(data, byte)| *data = byte);
     }
 
@@ -144,7 +149,9 @@ impl Msix {
         for (byte, at) in data.iter_mut().zip(offset as usize..) {
             *byte = (0..8)
                 .filter(|bit| {
-                    self.vectors.get(at * 8 + bit).is_some_and(|vector| vector.open.is_none() && is_pending(&vector.event))
+                    self.vectors
+                        .get(at * 8 + bit)
+                        .is_some_and(|vector| vector.open.is_none() && is_pending(&vector.event))
                 })
                 .fold(0, |bits, bit| bits | 1 << bit);
         }
@@ -162,7 +169,9 @@ impl Msix {
             Ok(()) => wanted,
             Err(error) => {
                 // The guest wrote a message that the hypervisor does not take: the vector is as good as masked.
-                warn!(vector = index, message = ?wanted, %error, "MSI-X: setting a vector's route");
+                if self.warnings.take("MSI-X") {
+                    warn!(vector = index, message = ?wanted, %error, "MSI-X: setting a vector's route");
+                }
                 None
             }
         };

@@ -13,7 +13,6 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use ringvm_backends::device::{Device, DeviceInfo, GuestMemory};
 use ringvm_backends::stats::DeviceStats;
-use tracing::warn;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::{BusDevice, Buses, Handler};
@@ -120,7 +119,7 @@ impl VirtioPci {
         let window = add_capabilities(&mut space, &info);
         let vectors = info.queue_sizes.len() as u16 + 1;
         let msix = Msix::new(platform.as_ref(), &mut space, vectors, MSIX_TABLE as u32, MSIX_PBA as u32)?;
-        let signals = Signals::new(platform.line(irq));
+        let signals = Signals::new(&info.name, platform.line(irq));
         let transport = Transport::new(device, memory, Arc::clone(&signals))?;
         Ok(Arc::new_cyclic(|this| {
             Mutex::new(Self {
@@ -198,14 +197,14 @@ impl VirtioPci {
         let handler: Handler = this;
         if let Err(error) = buses.mmio.insert(base, BAR_SIZE, handler) {
             // Two BARs at one address: as on a real bus, the second does not answer.
-            warn!(%error, "PCI: a BAR was put where another one is");
+            self.signals.warn(format_args!("its BAR does not answer: {error}"));
             return;
         }
         self.mapped = Some(base);
         self.for_each_doorbell(base, |platform, address, kick| {
             if let Err(error) = platform.attach_doorbell(address, kick) {
                 // It still works, through the bus.
-                warn!(%error, "attaching a doorbell; it will be slow");
+                self.signals.warn(format_args!("attaching a doorbell: {error}; it works, but slowly"));
             }
         });
     }

@@ -5,8 +5,10 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ringvm_backends::interrupt::Interrupt;
+use tracing::warn;
 
 use crate::platform::IrqLine;
+use crate::quota::Quota;
 
 /// ISR: a queue has used buffers.
 pub(super) const ISR_QUEUE: u8 = 1;
@@ -20,6 +22,9 @@ const DRIVER_OK: u8 = 4;
 
 /// Shared between the transport, under its lock, and the interrupts it handed out, which take no other lock.
 pub(super) struct Signals {
+    /// Name of the device.
+    name: String,
+    warnings: Quota,
     status: AtomicU8,
     intx: Mutex<Intx>,
     /// How configuration changes are told under MSI-X.
@@ -39,8 +44,10 @@ impl Intx {
 }
 
 impl Signals {
-    pub(super) fn new(line: Arc<dyn IrqLine>) -> Arc<Self> {
+    pub(super) fn new(name: &str, line: Arc<dyn IrqLine>) -> Arc<Self> {
         Arc::new(Self {
+            name: name.to_owned(),
+            warnings: Quota::default(),
             status: AtomicU8::new(0),
             intx: Mutex::new(Intx { isr: 0, disabled: false, line }),
             config: Mutex::new(Interrupt::None),
@@ -57,10 +64,18 @@ impl Signals {
         self.status.fetch_or(bits, Ordering::SeqCst);
     }
 
-    /// The device is broken: says so, and tells the driver if it listens.
-    pub(super) fn need_reset(&self) {
+    /// The device is broken for this reason: sets the status bit, and tells the driver if it listens.
+    pub(super) fn need_reset(&self, reason: &str) {
+        self.warn(format_args!("{reason}; the device needs a reset"));
         if self.status.fetch_or(NEEDS_RESET, Ordering::SeqCst) & DRIVER_OK != 0 {
             self.config_changed();
+        }
+    }
+
+    /// Logs what the guest did, unless it does so all the time.
+    pub(super) fn warn(&self, what: std::fmt::Arguments<'_>) {
+        if self.warnings.take(&self.name) {
+            warn!(device = self.name, "{what}");
         }
     }
 

@@ -472,18 +472,48 @@ fn configuration_space_has_a_window_to_the_bar() {
 /// One access of a hostile guest.
 #[derive(Clone, Debug, TypeGenerator)]
 enum Access {
-    ConfigRead { offset: u16, len: u8 },
-    ConfigWrite { offset: u16, len: u8, value: u32 },
+    ConfigRead {
+        offset: u16,
+        len: u8,
+    },
+    ConfigWrite {
+        offset: u16,
+        len: u8,
+        value: u32,
+    },
     /// Within the common configuration, where most of the state is.
-    Common { offset: u8, len: u8, value: u64 },
-    CommonRead { offset: u8, len: u8 },
-    Read { offset: u32, len: u8 },
-    Write { offset: u32, len: u8, value: u64 },
+    Common {
+        offset: u8,
+        len: u8,
+        value: u64,
+    },
+    CommonRead {
+        offset: u8,
+        len: u8,
+    },
+    Read {
+        offset: u32,
+        len: u8,
+    },
+    Write {
+        offset: u32,
+        len: u8,
+        value: u64,
+    },
     /// What a driver does, so that the deeper states are reached.
-    Drive { features: u8, queues: u8 },
-    Command { value: u8 },
-    Fault { queue: u16 },
-    Call { queue: u16 },
+    Drive {
+        features: u8,
+        queues: u8,
+    },
+    Command {
+        value: u8,
+    },
+    Fault {
+        queue: u16,
+    },
+    Call {
+        queue: u16,
+    },
 }
 
 /// Whatever a guest does, the rules hold.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use ringvm_backends::device::{Device, GuestMemory, QueueParts, QueueState, RingConfig};
 use ringvm_backends::interrupt::Interrupt;
-use tracing::{debug, warn};
+use tracing::debug;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::signals::{ISR_CONFIG, ISR_QUEUE, Signals};
@@ -310,28 +310,23 @@ impl Transport {
     fn start_queue(&mut self, index: usize, call: Interrupt) {
         let queue = &mut self.queues[index];
         let signals = Arc::clone(&self.signals);
-        let name = self.device.info().name.clone();
         let parts = queue.kick.try_clone().map(|kick| QueueParts {
             ring: queue.ring,
             mem: Arc::clone(&self.memory),
             kick,
             call,
             fault: Interrupt::Call(Arc::new(move || {
-                warn!(device = %name, queue = index, "the driver broke its ring; the device needs a reset");
-                signals.need_reset();
+                signals.need_reset(&format!("the driver broke the ring of queue {index}"));
             })),
             from: queue.from,
         });
         let started = match parts {
             Ok(parts) => self.device.start_queue(index as u16, parts).map_err(|error| error.to_string()),
-            Err(error) => Err(format!("{}: queue {index}: duplicating its doorbell: {error}", self.device.info().name)),
+            Err(error) => Err(format!("duplicating the doorbell of queue {index}: {error}")),
         };
         match started {
             Ok(()) => queue.running = true,
-            Err(error) => {
-                warn!("{error}; the device needs a reset");
-                self.signals.need_reset();
-            }
+            Err(error) => self.signals.need_reset(&error),
         }
     }
 
