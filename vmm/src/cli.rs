@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ringvm_backends::block::BlockOptions;
+use ringvm_backends::net::NetOptions;
 
 use crate::config::{BootProtocol, Config, ConfigError, MemoryConfig, Serial, TripleFault, check_disk};
 use crate::keyval;
@@ -18,6 +19,9 @@ Examples:
   A disk of four queues that bypasses the page cache, and an entropy device:
     ringvm run --kernel vmlinuz --cmdline 'console=ttyS0 root=/dev/vda' \\
         --disk path=disk.img,direct=on,queues=4 --rng on
+
+  Two NICs: one on a tap with two queue pairs, one joined to another VM's:
+    ringvm run --kernel vmlinuz --net tap=vm0,queues=2,mac=52:54:00:12:34:56 --net link=/run/ab
 
   The same from a file; options given here override it, disks are added:
     ringvm run --config vm.toml --memory size=4G,hugepages=2M
@@ -119,6 +123,10 @@ pub struct RunArgs {
     /// serial=TEXT, block-size=BYTES, storage=raw|null, size=SIZE (null storage only)
     #[arg(long, value_name = "OPTIONS", help_heading = "Devices")]
     pub disk: Vec<String>,
+    /// Add a NIC (virtio-net); may be repeated. Keys: one of tap=NAME|/dev/tapN, fds=[N,…], link=PATH, loopback=on; mac=ADDRESS,
+    /// queues=PAIRS, queue-size=N, mtu=BYTES
+    #[arg(long, value_name = "OPTIONS", help_heading = "Devices")]
+    pub net: Vec<String>,
     /// Number of I/O threads [default: one per queue, at most one per host CPU]
     #[arg(long, value_name = "N", help_heading = "Devices")]
     pub io_threads: Option<usize>,
@@ -167,6 +175,12 @@ impl RunArgs {
             let disk = disk.map_err(|error| option("disk", text, error.to_string()))?;
             check_disk(&disk).map_err(|reason| option("disk", text, reason))?;
             config.disk.push(disk);
+        }
+        for text in &self.net {
+            let net = keyval::from_str::<NetOptions>(text, Some("tap"));
+            let net = net.map_err(|error| option("net", text, error.to_string()))?;
+            net.validate().map_err(|error| option("net", text, error.to_string()))?;
+            config.net.push(net);
         }
         config.io_threads = self.io_threads.or(config.io_threads);
         if !self.io_affinity.is_empty() {
@@ -230,6 +244,10 @@ mod tests {
             "--rng",
             "--disk",
             "path=/x,direct=on",
+            "--net",
+            "tap=vm0,mtu=9000",
+            "--net",
+            "link=/run/ab",
             "--io-threads",
             "2",
             "--io-affinity",
@@ -243,6 +261,7 @@ mod tests {
         ])
         .unwrap();
         assert!(config.rng && config.no_reboot && config.stats && config.memory.prefault && config.disk[0].direct);
+        assert_eq!((config.net.len(), config.net[0].mtu), (2, Some(9000)));
         assert_eq!((config.io_affinity, config.poll_us, config.cmdline.as_deref()), (vec![0, 1], Some(7), Some("-x")));
     }
 
@@ -254,6 +273,11 @@ mod tests {
             (&["--kernel", "k", "--memory", "lots"], "--memory lots: size: `lots` is not a size"),
             (&["--kernel", "k", "--disk", "path=x,dirct=on"], "--disk path=x,dirct=on: there is no key `dirct`"),
             (&["--kernel", "k", "--disk", "queues=2"], "path= is missing"),
+            (&["--kernel", "k", "--net", "queues=2"], "no port is named"),
+            (&["--kernel", "k", "--net", "tap=a,link=b"], "more than one port is named"),
+            (&["--kernel", "k", "--net", "tap=a,mac=01:00:5e:00:00:01"], "is a multicast address"),
+            (&["--kernel", "k", "--net", "tap=a,mtu=20"], "mtu=20 is not from 68"),
+            (&["--kernel", "k", "--net", "tap=a,speed=1"], "there is no key `speed`"),
             (&["--kernel", "k", "--serial", "tty"], "--serial tty: `tty` is not one of"),
             (&["--kernel", "k", "--cpus", "0"], "0 vCPUs"),
             (&["--kernel", "k", "--cpus", "many"], "invalid value 'many'"),

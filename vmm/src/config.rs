@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ringvm_backends::block::BlockOptions;
+use ringvm_backends::net::NetOptions;
 use ringvm_backends::reactor::ReactorOptions;
 use serde::Deserialize;
 use serde::de::{self, Deserializer, MapAccess, Visitor};
@@ -30,6 +31,9 @@ pub struct Config {
     pub memory: MemoryConfig,
     /// Disks, in the order of their PCI slots.
     pub disk: Vec<BlockOptions>,
+    /// NICs, in the order of their slots, behind the disks.
+    #[serde(default)]
+    pub net: Vec<NetOptions>,
     /// Serial port.
     pub serial: Serial,
     /// Whether there is an entropy device.
@@ -58,6 +62,7 @@ impl Default for Config {
             cpus: 1,
             memory: MemoryConfig::default(),
             disk: Vec::new(),
+            net: Vec::new(),
             serial: Serial::Stdio,
             rng: false,
             io_threads: None,
@@ -337,7 +342,7 @@ impl Config {
         }
         if self.io_threads == Some(0) {
             return refuse(
-                "--io-threads 0 would leave nobody to serve the disks; use 1 or more, or leave it out".into(),
+                "--io-threads 0 would leave nobody to serve the devices; use 1 or more, or leave it out".into(),
             );
         }
         if let Some(threads) = self.io_threads
@@ -360,8 +365,12 @@ impl Config {
                 return refuse(format!("disk {path}: given twice; give it once, or readonly=on both times"));
             }
         }
-        if self.disk.len() + usize::from(self.rng) > MAX_DEVICES {
-            return refuse(format!("{} devices are more than the {MAX_DEVICES} slots of the PCI bus", self.disk.len()));
+        for net in &self.net {
+            net.validate().map_err(|error| ConfigError::Option(error.to_string()))?;
+        }
+        let devices = self.disk.len() + self.net.len() + usize::from(self.rng);
+        if devices > MAX_DEVICES {
+            return refuse(format!("{devices} devices are more than the {MAX_DEVICES} slots of the PCI bus"));
         }
         Ok(())
     }
@@ -379,7 +388,9 @@ impl Config {
     /// The I/O threads, or `None` if no device needs any.
     #[must_use]
     pub fn reactor_options(&self) -> Option<ReactorOptions> {
-        let queues = self.disk.iter().map(|disk| usize::from(disk.queues)).sum::<usize>() + usize::from(self.rng);
+        let disks = self.disk.iter().map(|disk| usize::from(disk.queues)).sum::<usize>();
+        let nets = self.net.iter().map(|net| 2 * usize::from(net.queues)).sum::<usize>();
+        let queues = disks + nets + usize::from(self.rng);
         if queues == 0 {
             return None;
         }

@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use crossbeam_channel::Receiver;
 use ringvm_backends::block::{BlockDevice, OpenError};
 use ringvm_backends::device::{Device, DeviceError};
+use ringvm_backends::net::{self, NetDevice};
 use ringvm_backends::reactor::ReactorPool;
 use ringvm_backends::rng::RngDevice;
 use rustix::stdio::{stdin, stdout};
@@ -54,6 +55,9 @@ pub enum RunError {
     /// A disk can't be opened.
     #[error(transparent)]
     Disk(#[from] OpenError),
+    /// A NIC's port can't be opened.
+    #[error(transparent)]
+    Net(#[from] net::OpenError),
     /// KVM can't be used.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -103,9 +107,12 @@ impl RunError {
     #[must_use]
     pub fn exit(&self) -> Exit {
         match self {
-            Self::Memory { .. } | Self::Affinity { .. } | Self::Boot(_) | Self::Disk(_) | Self::Serial { .. } => {
-                Exit::Configuration
-            }
+            Self::Memory { .. }
+            | Self::Affinity { .. }
+            | Self::Boot(_)
+            | Self::Disk(_)
+            | Self::Net(_)
+            | Self::Serial { .. } => Exit::Configuration,
             Self::Kvm(KvmError::Cpus { .. }) => Exit::Configuration,
             Self::Machine(MachineError::Layout(_) | MachineError::Boot(_) | MachineError::Pci(_)) => {
                 Exit::Configuration
@@ -279,6 +286,9 @@ fn open_devices(config: &Config) -> Result<Vec<Box<dyn Device>>, RunError> {
     let mut devices: Vec<Box<dyn Device>> = Vec::new();
     for (index, disk) in config.disk.iter().enumerate() {
         devices.push(Box::new(BlockDevice::open(&format!("disk{index}"), disk, &pool)?));
+    }
+    for (index, net) in config.net.iter().enumerate() {
+        devices.push(Box::new(NetDevice::open(&format!("net{index}"), net, &pool)?));
     }
     if config.rng {
         devices.push(Box::new(RngDevice::new("rng0", &pool)));

@@ -1,7 +1,7 @@
 //! What I/O threads may touch of the transport: the ISR with its line, and DEVICE_NEEDS_RESET (virtio 1.3, 4.1.4.5 and
 //! 2.1.1).
 
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ringvm_backends::interrupt::Interrupt;
@@ -26,6 +26,8 @@ pub(super) struct Signals {
     name: String,
     warnings: Quota,
     status: AtomicU8,
+    /// How often the configuration space has changed by itself.
+    generation: AtomicUsize,
     intx: Mutex<Intx>,
     /// How configuration changes are told under MSI-X.
     config: Mutex<Interrupt>,
@@ -49,6 +51,7 @@ impl Signals {
             name: name.to_owned(),
             warnings: Quota::default(),
             status: AtomicU8::new(0),
+            generation: AtomicUsize::new(0),
             intx: Mutex::new(Intx { isr: 0, disabled: false, line }),
             config: Mutex::new(Interrupt::None),
         })
@@ -76,6 +79,19 @@ impl Signals {
     pub(super) fn warn(&self, what: std::fmt::Arguments<'_>) {
         if self.warnings.take(&self.name) {
             warn!(device = self.name, "{what}");
+        }
+    }
+
+    /// What `config_generation` reads as.
+    pub(super) fn generation(&self) -> u8 {
+        self.generation.load(Ordering::SeqCst) as u8
+    }
+
+    /// The device changed its configuration space by itself: the driver is told, if it listens.
+    pub(super) fn space_changed(&self) {
+        self.generation.fetch_add(1, Ordering::SeqCst);
+        if self.status() & DRIVER_OK != 0 {
+            self.config_changed();
         }
     }
 

@@ -458,7 +458,9 @@ fn configuration_space_has_a_window_to_the_bar() {
     assert_eq!(bench.config_read::<4>(cap + WINDOW_DATA), [1, 0, 0, 0]);
     aim(0x12, 2);
     assert_eq!(bench.config_read::<2>(cap + WINDOW_DATA), QUEUES.to_le_bytes());
-    for (offset, length) in [(0x14, 3), (0x15, 2), (0x14, 0), (u32::MAX, 4), (BAR_SIZE as u32, 4), (0, u32::MAX)] {
+    for (offset, length) in
+        [(0x14, 3), (0x12, 3), (0, 8), (0x15, 2), (0x14, 0), (0, 0), (u32::MAX, 4), (BAR_SIZE as u32, 4), (0, u32::MAX)]
+    {
         aim(offset, length);
         bench.config_write(cap + WINDOW_DATA, &[0xff; 4]);
         bench.config_read::<4>(cap + WINDOW_DATA);

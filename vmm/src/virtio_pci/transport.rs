@@ -82,13 +82,19 @@ pub(super) struct Transport {
 }
 
 impl Transport {
-    pub(super) fn new(device: Box<dyn Device>, memory: GuestMemory, signals: Arc<Signals>) -> std::io::Result<Self> {
+    pub(super) fn new(
+        mut device: Box<dyn Device>,
+        memory: GuestMemory,
+        signals: Arc<Signals>,
+    ) -> std::io::Result<Self> {
         let queues = device
             .info()
             .queue_sizes
             .iter()
             .map(|&size| Ok(Queue::new(size, EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?)))
             .collect::<std::io::Result<_>>()?;
+        let changed = Arc::clone(&signals);
+        device.on_config_change(Interrupt::Call(Arc::new(move || changed.space_changed())));
         Ok(Self {
             device,
             memory,
@@ -140,8 +146,7 @@ impl Transport {
             (0x10, 2) => u64::from(self.config_vector),
             (0x12, 2) => self.queues.len() as u64,
             (0x14, 1) => u64::from(self.signals.status()),
-            // Devices do not change their configuration by themselves, so there is one generation.
-            (0x15, 1) => 0,
+            (0x15, 1) => u64::from(self.signals.generation()),
             (0x16, 2) => u64::from(self.queue_select),
             (0x18, 2) => of_queue(|queue| u64::from(queue.ring.size)),
             (0x1a, 2) => queue.map_or(u64::from(NO_VECTOR), |queue| u64::from(queue.vector)),
