@@ -24,7 +24,7 @@ fn refused(lab: &Lab, prefix: &str, machine: &Vm, code: i32, words: &[&str]) -> 
 }
 
 #[test]
-fn without_dev_kvm() {
+fn pitfall_58_without_dev_kvm() {
     lab(|lab| {
         lab.run("mv /dev/kvm /dev/kvm.away")?;
         let checked = refused(lab, "", &vm(), HOST, &["/dev/kvm", "No such file"]);
@@ -38,7 +38,7 @@ fn without_dev_kvm() {
 }
 
 #[test]
-fn without_permission_for_dev_kvm() {
+fn pitfall_58_without_permission_for_dev_kvm() {
     lab(|lab| {
         lab.run("chmod 600 /dev/kvm")?;
         let nobody = "/bin/setpriv --reuid 65534 --regid 65534 --clear-groups --";
@@ -47,7 +47,7 @@ fn without_permission_for_dev_kvm() {
 }
 
 #[test]
-fn without_io_uring() {
+fn pitfall_58_without_io_uring() {
     lab(|lab| {
         let image = lab.image("1M")?;
         refused(lab, "without-io-uring", &vm().disk(disk(&image)), HOST, &["io_uring"])
@@ -67,7 +67,7 @@ fn a_disk_on_a_file_system_without_o_direct() {
 }
 
 #[test]
-fn hugepages_that_the_host_has_not_set_aside() {
+fn pitfall_58_hugepages_that_the_host_has_not_set_aside() {
     lab(|lab| {
         assert_eq!(lab.run("cat /proc/sys/vm/nr_hugepages")?, "0");
         refused(lab, "", &vm().memory("size=64M,hugepages=2M"), HOST, &["huge"])

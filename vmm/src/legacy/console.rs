@@ -374,9 +374,8 @@ mod tests {
         assert_eq!(reader.join().unwrap(), text);
     }
 
-    /// PITFALLS 56: serial output without a reader.
     #[test]
-    fn output_without_a_reader_is_bounded_and_does_not_block() {
+    fn pitfall_56_output_without_a_reader_is_bounded_and_does_not_block() {
         let (read, write) = pipe();
         let (console, _events) = console(write, None, false);
         let shared = console.shared();

@@ -242,9 +242,8 @@ mod tests {
         assert_eq!(pba, [0; 8]);
     }
 
-    /// PITFALLS 15: a vector out of range.
     #[test]
-    fn nothing_is_beyond_the_table() {
+    fn pitfall_15_nothing_is_beyond_the_table() {
         let (mut msix, _) = msix(&FakePlatform::default());
         assert!(msix.event(3).is_none() && msix.event(0xffff).is_none());
         msix.write_table(48, &[0xff; 8]);

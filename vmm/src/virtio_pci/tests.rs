@@ -31,6 +31,7 @@ struct Told {
     /// The next start of this queue fails.
     refuse: Option<u16>,
     config: [u8; 8],
+    changed: Option<Interrupt>,
 }
 
 struct TestDevice {
@@ -94,6 +95,10 @@ impl Device for TestDevice {
         assert!(told.running.is_empty(), "queues are stopped before a reset");
         told.acked = None;
         told.resets += 1;
+    }
+
+    fn on_config_change(&mut self, notify: Interrupt) {
+        self.told.lock().unwrap().changed = Some(notify);
     }
 
     fn stats(&self) -> DeviceStats {
@@ -226,13 +231,13 @@ impl Bench {
 }
 
 #[test]
-fn a_driver_that_follows_the_specification_gets_its_queues() {
+fn pitfall_16_a_driver_that_follows_the_specification_gets_its_queues_gaps_and_all() {
     let bench = Bench::warm(true);
     bench.drive(&[0, 2]);
     let told = bench.told.lock().unwrap();
     assert_eq!(told.acked, Some(VERSION_1));
     let ring = RingConfig { size: 128, desc: 0x1000, avail: 0x2000, used: 0x1_0000_3000 };
-    // PITFALLS 16: queue 2 stays queue 2 although there is no queue 1, and has its own vector.
+    // Queue 2 stays queue 2 although there is no queue 1, and has its own vector.
     assert_eq!(told.rings, [(0, ring, QueueState::default()), (2, ring, QueueState::default())]);
     told.running[&2].call.raise();
     drop(told);
@@ -242,9 +247,31 @@ fn a_driver_that_follows_the_specification_gets_its_queues() {
     assert_eq!(bench.read(DEVICE, 8), u64::from_le_bytes(*b"ringvm!!"));
 }
 
-/// PITFALLS 17: status bits out of order.
 #[test]
-fn status_bits_count_only_in_their_order() {
+fn pitfall_18_a_change_of_configuration_is_told_once_and_only_to_a_driver() {
+    const GENERATION: u64 = 0x15;
+    let bench = Bench::warm(true);
+    let changed = bench.told.lock().unwrap().changed.clone().unwrap();
+    let event = lock(&bench.function).msix.event(0).unwrap();
+    let generation = bench.read(GENERATION, 1);
+    changed.raise();
+    assert_eq!(bench.read(GENERATION, 1), generation + 1);
+    assert!(!is_pending(&event), "no driver is there to be interrupted");
+    bench.negotiate(VERSION_1);
+    bench.write(0x10, &0_u16.to_le_bytes());
+    bench.set_queue(0, 1);
+    bench.set_status(ALL);
+    assert!(!is_pending(&event), "nothing has changed since");
+    assert_eq!(bench.read(GENERATION, 1), generation + 1, "reading and starting change nothing");
+    changed.raise();
+    assert!(is_pending(&event));
+    assert_eq!(bench.read(GENERATION, 1), generation + 2);
+    // The queues' interrupts are others.
+    assert!(!is_pending(&lock(&bench.function).msix.event(1).unwrap()));
+}
+
+#[test]
+fn pitfall_17_status_bits_count_only_in_their_order() {
     let bench = Bench::warm(true);
     for early in [2, 4, 8, 2 | 8 | 4] {
         bench.set_status(early);
@@ -280,9 +307,8 @@ fn status_bits_count_only_in_their_order() {
     assert_eq!(bench.status(), 0x80 | ALL);
 }
 
-/// PITFALLS 1: queue size or addresses rewritten after the queue is live.
 #[test]
-fn a_live_queue_is_frozen_until_reset() {
+fn pitfall_1_a_live_queue_is_frozen_until_reset() {
     let bench = Bench::warm(true);
     bench.drive(&[0]);
     let before: Vec<u64> = [(0x18, 2), (0x1a, 2), (0x1c, 2), (0x20, 8), (0x28, 8), (0x30, 8)]
@@ -317,9 +343,8 @@ fn a_live_queue_is_frozen_until_reset() {
     assert_eq!(bench.told.lock().unwrap().rings.last().unwrap().2, QueueState::default(), "from the beginning again");
 }
 
-/// PITFALLS 15: queue_select, MSI-X vector or notify index out of range.
 #[test]
-fn what_is_out_of_range_is_harmless() {
+fn pitfall_15_what_is_out_of_range_is_harmless() {
     let bench = Bench::warm(true);
     bench.negotiate(VERSION_1);
     for queue in [QUEUES, 0x7fff, 0xffff] {
