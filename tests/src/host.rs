@@ -58,10 +58,12 @@ impl fmt::Display for Need {
 }
 
 /// The programs of the host that the lab uses or packs, beside the libraries that `ldd` names.
-pub(crate) const LAB_PROGRAMS: [&str; 14] = [
+pub(crate) const LAB_PROGRAMS: [&str; 16] = [
     "qemu-system-x86_64",
     "busybox",
     "fio",
+    "ethtool",
+    "iperf3",
     "tmux",
     "lsblk",
     "fstrim",
@@ -137,7 +139,8 @@ pub fn say(line: &str) {
 /// `tests/run` repeats the skipped tests at its end from this file.
 fn record_skip(test: &str, need: Need, why: &str) {
     let path: &Path = &paths::lab().join("skipped");
-    let opened = std::fs::create_dir_all(paths::lab()).and_then(|()| OpenOptions::new().create(true).append(true).open(path));
+    let opened =
+        std::fs::create_dir_all(paths::lab()).and_then(|()| OpenOptions::new().create(true).append(true).open(path));
     if let Ok(mut file) = opened {
         // The line on stderr above has said it already.
         let _ = writeln!(file, "{test}: {need}: {why}");

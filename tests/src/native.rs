@@ -97,7 +97,11 @@ impl RingVm {
     }
 }
 
-fn collect(mut pipe: impl Read + Send + 'static, to: mpsc::Sender<Chunk>, chunk: impl Fn(Vec<u8>) -> Chunk + Send + 'static) {
+fn collect(
+    mut pipe: impl Read + Send + 'static,
+    to: mpsc::Sender<Chunk>,
+    chunk: impl Fn(Vec<u8>) -> Chunk + Send + 'static,
+) {
     thread::spawn(move || {
         let mut buffer = vec![0; 64 << 10];
         while let Ok(count @ 1..) = pipe.read(&mut buffer) {

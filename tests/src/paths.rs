@@ -36,7 +36,10 @@ pub fn ringvm() -> Result<PathBuf> {
 pub fn release_binary(name: &str) -> Result<PathBuf> {
     let path = target().join("release").join(name);
     let built = fs::metadata(&path).and_then(|m| m.modified()).map_err(|e| {
-        Error::Missing(format!("the binary under test, {}: {e}; run `cargo build --release --workspace`", path.display()))
+        Error::Missing(format!(
+            "the binary under test, {}: {e}; run `cargo build --release --workspace`",
+            path.display()
+        ))
     })?;
     // Cargo writes the list of sources beside the binary, in make's syntax.
     let list = fs::read_to_string(path.with_extension("d")).unwrap_or_default();

@@ -41,7 +41,9 @@ const TWO_BY_UPSTREAM: [&str; 1] = ["io-uring"];
 fn metadata() -> Metadata {
     MetadataCommand::new()
         .manifest_path(paths::workspace().join("Cargo.toml"))
-        .other_options(["--locked", "--offline", "--filter-platform", "x86_64-unknown-linux-gnu"].map(String::from).to_vec())
+        .other_options(
+            ["--locked", "--offline", "--filter-platform", "x86_64-unknown-linux-gnu"].map(String::from).to_vec(),
+        )
         .exec()
         .expect("cargo metadata of the workspace")
 }

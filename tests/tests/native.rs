@@ -172,8 +172,9 @@ fn pitfall_57_signals_end_it_with_the_disks_flushed() {
     }
     for signal in [Signal::TERM, Signal::INT] {
         let image = image(64);
-        let mut running =
-            guest("job=rand-write time=60s depth=32", &["--disk", &disk(&image, "queues=1")]).start().expect("it starts");
+        let mut running = guest("job=rand-write time=60s depth=32", &["--disk", &disk(&image, "queues=1")])
+            .start()
+            .expect("it starts");
         running.expect("start job=rand-write", LIMIT).expect("the guest comes up");
         std::thread::sleep(Duration::from_millis(200));
         running.signal(signal).expect("it is there");
@@ -200,15 +201,18 @@ fn a_thousand_starts_and_stops_leak_nothing() {
         return;
     }
     let image = image(64);
-    let mut running = guest("job=read ops=64 depth=8 job=reboot", &["--disk", &disk(&image, "queues=2"), "--cpus", "2"])
-        .start()
-        .expect("it starts");
+    let mut running =
+        guest("job=read ops=64 depth=8 job=reboot", &["--disk", &disk(&image, "queues=2"), "--cpus", "2"])
+            .start()
+            .expect("it starts");
     let pid = running.pid();
     let mut early = None;
     let limit = Duration::from_secs(300);
     let start = Instant::now();
     for count in 1..=1000 {
-        running.expect_count("ringvm-guest: hello", count, limit.saturating_sub(start.elapsed())).expect("it boots again");
+        running
+            .expect_count("ringvm-guest: hello", count, limit.saturating_sub(start.elapsed()))
+            .expect("it boots again");
         // The first lives warm caches and grow buffers to their size.
         if count == 50 {
             early = Some(holdings(pid));

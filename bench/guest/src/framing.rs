@@ -55,10 +55,11 @@ pub struct Frame {
 }
 
 impl Frame {
-    /// Room for requests with so many bytes of data.
-    pub fn new(max: usize, limits: &Limits) -> Self {
+    /// Room for requests with so many bytes of data, in RAM above 4 GiB or below.
+    pub fn new(max: usize, limits: &Limits, high: bool) -> Self {
+        let (len, align) = (max + (limits.chain + 1) * WASTE, 4096);
         Self {
-            arena: mem::dma(max + (limits.chain + 1) * WASTE, 4096),
+            arena: if high { mem::dma_high(len, align) } else { mem::dma(len, align) },
             used: 0,
             pieces: Vec::with_capacity(limits.chain),
             order: Vec::with_capacity(limits.chain),

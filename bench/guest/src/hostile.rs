@@ -123,6 +123,7 @@ const ACTS: &[(&str, Expect, Act)] = &[
         bed.watch()
     }),
     ("data-outside-memory", Expect::Broken, |bed| bed.read_into(NOWHERE, 4096)),
+    ("data-across-end-of-memory", Expect::Broken, |bed| bed.read_into(mem::end() as u64 - 512, 1024)),
     ("data-wraps", Expect::Broken, |bed| bed.read_into(u64::MAX - 1024, 4096)),
     ("data-huge", Expect::Broken, |bed| bed.read_into(bed.data.base() as u64, 0xffff_fe00)),
     ("data-in-own-bar", Expect::Broken, |bed| bed.read_into(bed.blk.transport.common.base() as u64, 512)),
@@ -264,6 +265,18 @@ const ACTS: &[(&str, Expect, Act)] = &[
         transport.common.write::<u16>(common::QUEUE_SELECT, 0);
         for area in [common::QUEUE_DESC, common::QUEUE_DRIVER, common::QUEUE_DEVICE] {
             transport.write_address(area, NOWHERE as usize);
+        }
+        transport.common.write::<u16>(common::QUEUE_ENABLE, 1);
+        transport.add_status(virtio::DRIVER_OK);
+        bed.queue.queue.ring_doorbell(0);
+        bed.watch()
+    }),
+    ("ring-across-end-of-memory", Expect::Survives, |bed| {
+        let transport = &bed.blk.transport;
+        transport.negotiate(virtio::VERSION_1);
+        transport.common.write::<u16>(common::QUEUE_SELECT, 0);
+        for area in [common::QUEUE_DESC, common::QUEUE_DRIVER, common::QUEUE_DEVICE] {
+            transport.write_address(area, mem::end() - 64);
         }
         transport.common.write::<u16>(common::QUEUE_ENABLE, 1);
         transport.add_status(virtio::DRIVER_OK);

@@ -117,6 +117,10 @@ fn serial(transport: &virtio::Transport, options: &Options) -> String {
 }
 
 fn device(index: usize, transport: virtio::Transport, options: &Options) {
+    // A driver must have shown itself before it asks: some devices do not answer earlier.
+    transport.reset();
+    transport.add_status(virtio::ACKNOWLEDGE);
+    transport.add_status(virtio::DRIVER);
     let features = transport.offered();
     say!(
         "info virtio index={index} type={} slot={} features={features:#x} queues={} msix={} config_bytes={}",

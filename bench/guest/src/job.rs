@@ -111,6 +111,8 @@ pub struct Options {
     pub rounds: u64,
     /// Whether the used length must be exactly what the specification says.
     pub used_len: bool,
+    /// Whether every other request of verify lies in RAM above 4 GiB.
+    pub high: bool,
     /// Verify with interrupts: whether vectors are masked and unmasked on the way.
     pub mask: bool,
     /// How long a request may take.
@@ -150,6 +152,7 @@ impl Default for Options {
             max: 160 << 10,
             rounds: 8,
             used_len: true,
+            high: false,
             mask: true,
             stall_ms: 20_000,
             per_queue: false,
@@ -224,6 +227,7 @@ impl Options {
             "max" => bytes(value).filter(|&n| (512..=8 << 20).contains(&n)).map(|n| self.max = n as usize),
             "rounds" => number(value).map(|n| self.rounds = n),
             "used_len" => flag(value).map(|on| self.used_len = on),
+            "high" => flag(value).map(|on| self.high = on),
             "mask" => flag(value).map(|on| self.mask = on),
             "stall" => milliseconds(value).map(|n| self.stall_ms = n),
             "per_queue" => flag(value).map(|on| self.per_queue = on),

@@ -109,8 +109,9 @@ pub fn run(options: &Options, load: Load) {
         drain(&mut own, &mut waiter);
         *results[cpu].lock() = counted;
     });
-    blk.transport.reset();
     report(options, shape, cpus, results.iter().flat_map(|lane| core::mem::take(&mut *lane.lock())).collect());
+    // After the report: there are VMMs whose I/O threads end with the device, and their CPU time is looked at by then.
+    blk.transport.reset();
 }
 
 /// Refuses what the device can't do, and decides how chains are laid out.

@@ -21,6 +21,7 @@ mod hostile;
 mod info;
 mod interrupts;
 mod job;
+mod lane;
 mod load;
 mod mem;
 mod model;

@@ -142,6 +142,36 @@ fn take(len: usize, align: usize) -> Option<usize> {
     .map(|_| start)
 }
 
+/// The first address behind the RAM that the image and the allocator's memory lie in.
+pub fn end() -> usize {
+    END.load(Ordering::Relaxed)
+}
+
+static HIGH_NEXT: AtomicUsize = AtomicUsize::new(0);
+static HIGH_END: AtomicUsize = AtomicUsize::new(0);
+
+/// Says where there is RAM above the PCI hole.
+pub fn init_high(start: usize, end: usize) {
+    HIGH_NEXT.store(start, Ordering::Relaxed);
+    HIGH_END.store(end, Ordering::Relaxed);
+}
+
+/// Like [`dma`], from the RAM above the PCI hole: another region to a VMM. The guest ends if there is none.
+pub fn dma_high(len: usize, align: usize) -> Region {
+    let start = HIGH_NEXT.load(Ordering::Relaxed).next_multiple_of(align);
+    let mapped = if start != 0 && start + len <= HIGH_END.load(Ordering::Relaxed) {
+        crate::paging::map(start as u64, len as u64)
+    } else {
+        None
+    };
+    let Some(region) = mapped else {
+        crate::power::fail(format_args!("memory where=above-4G expected={len} bytes got=less"));
+    };
+    HIGH_NEXT.store(start + len, Ordering::Relaxed);
+    region.fill(0, len, 0);
+    region
+}
+
 /// Takes zeroed memory that devices may use, for good. The guest ends if there is none left.
 pub fn dma(len: usize, align: usize) -> Region {
     let Some(base) = take(len, align) else {

@@ -70,6 +70,9 @@ impl StartInfo {
         else {
             return Err("memory map with the RAM that the image is in");
         };
+        if let Some(high) = (0..entries).map(entry).find(|e| e.kind == RAM && e.start >= MAPPED) {
+            mem::init_high(high.start as usize, high.start.saturating_add(high.size) as usize);
+        }
         mem::init(image_end as usize, ram.start.saturating_add(ram.size).min(MAPPED) as usize);
         Ok(Self {
             command_line: command_line(info.read(24)),

@@ -73,15 +73,16 @@ fn serve(path: &str) -> io::Result<()> {
 }
 
 fn begin(port: &Port, table: &Table, id: u32, start: &Start) {
-    let spawned = start.argv.split_first().ok_or_else(|| io::Error::other("no program")).and_then(|(program, arguments)| {
-        Command::new(program)
-            .args(arguments)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .process_group(0)
-            .spawn()
-    });
+    let spawned =
+        start.argv.split_first().ok_or_else(|| io::Error::other("no program")).and_then(|(program, arguments)| {
+            Command::new(program)
+                .args(arguments)
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .process_group(0)
+                .spawn()
+        });
     let mut child = match spawned {
         Ok(child) => child,
         Err(e) => return send(port, &Frame::Exited(id, Exit::Unstarted(e.to_string()))),
@@ -112,7 +113,12 @@ fn feed(mut pipe: ChildStdin, bytes: &Receiver<Vec<u8>>) {
     }
 }
 
-fn copy(mut pipe: impl Read + Send + 'static, port: Port, done: Sender<()>, frame: impl Fn(Vec<u8>) -> Frame + Send + 'static) {
+fn copy(
+    mut pipe: impl Read + Send + 'static,
+    port: Port,
+    done: Sender<()>,
+    frame: impl Fn(Vec<u8>) -> Frame + Send + 'static,
+) {
     thread::spawn(move || {
         let mut buffer = vec![0; 64 << 10];
         while let Ok(count @ 1..) = pipe.read(&mut buffer) {

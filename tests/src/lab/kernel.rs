@@ -27,10 +27,9 @@ impl KernelPackage {
             .find_map(|name| name.strip_prefix("vmlinuz-").map(str::to_owned));
         match version {
             Some(version) => Ok(KernelPackage { version, root }),
-            None => Err(Error::Missing(format!(
-                "no kernel package unpacked in {}; tests/run does that",
-                root.display()
-            ))),
+            None => {
+                Err(Error::Missing(format!("no kernel package unpacked in {}; tests/run does that", root.display())))
+            }
         }
     }
 

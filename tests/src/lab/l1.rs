@@ -6,7 +6,7 @@ use std::io::BufReader;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -20,8 +20,8 @@ use super::wire::{Exit, Frame, Start};
 use crate::error::tail;
 use crate::{Error, Result, host};
 
-/// With two, QEMU 7.2 loses an interrupt now and then while KVM starts a guest: two of three starts hung on a busy machine,
-/// with one none of 40. ringvm's threads take turns on it; natively they run side by side.
+/// With two, the start of a guest hung more often than not on a busy machine, and no heartbeat helped (see `HEARTBEAT`).
+/// ringvm's threads take turns on one; natively they run side by side.
 const CPUS: &str = "1";
 const MEMORY: &str = "3072";
 /// TCG has no intercept for XSETBV: a guest would set L1's own XCR0 behind KVM's back, and complain of what CPUID then says.
@@ -31,6 +31,11 @@ const START_LIMIT: Duration = Duration::from_secs(60);
 const START_TRIES: u32 = 3;
 /// A machine that lives answers within milliseconds, on a busy host within a second or two.
 const PING_LIMIT: Duration = Duration::from_secs(15);
+/// While it runs a guest for L1, QEMU 7.2 now and then loses an interrupt of L1's (its vCPU thread clears a bit of
+/// `interrupt_request` without the lock under which others set theirs). When that was the timer's, L1 and the guest stood
+/// still until something else interrupted L1. A message over the serial port does, so one is sent at this interval.
+const HEARTBEAT: Duration = Duration::from_millis(200);
+const HEARTBEAT_PING: u32 = u32::MAX;
 /// A killed QEMU unmaps its memory and closes its disk.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 
@@ -74,7 +79,10 @@ impl L1 {
                 Err(e) if tries == START_TRIES => {
                     let read = |path: &Path| fs::read(path).unwrap_or_default();
                     let log = [read(console), read(&errors(console))].concat();
-                    return Err(Error::Ended { what: format!("L1, started {tries} times: {e};"), tail: tail(&log, 2000) });
+                    return Err(Error::Ended {
+                        what: format!("L1, started {tries} times: {e};"),
+                        tail: tail(&log, 2000),
+                    });
                 }
                 Err(e) => host::say(&format!("lab: start {tries} of L1 failed ({e}), trying again")),
             }
@@ -189,20 +197,24 @@ fn escape(path: &Path) -> String {
 impl Link {
     fn start(mut stdin: ChildStdin, stdout: ChildStdout) -> Arc<Link> {
         let (out, frames) = mpsc::channel::<Frame>();
+        let up = Arc::new(AtomicBool::new(false));
+        let is_up = Arc::clone(&up);
         thread::spawn(move || {
-            for frame in frames {
+            loop {
+                let frame = match frames.recv_timeout(HEARTBEAT) {
+                    Ok(frame) => frame,
+                    Err(RecvTimeoutError::Timeout) if is_up.load(Ordering::Relaxed) => Frame::Ping(HEARTBEAT_PING),
+                    Err(RecvTimeoutError::Timeout) => continue,
+                    Err(RecvTimeoutError::Disconnected) => return,
+                };
                 if frame.write(&mut stdin).is_err() {
                     return;
                 }
             }
         });
         let (ping, pings) = mpsc::channel();
-        let link = Arc::new(Link {
-            out,
-            next: AtomicU32::new(1),
-            processes: Mutex::default(),
-            pings: Mutex::new(pings),
-        });
+        let link =
+            Arc::new(Link { out, next: AtomicU32::new(1), processes: Mutex::default(), pings: Mutex::new(pings) });
         // The reader must not keep the link alive, or a dropped machine's writer would never end.
         let weak = Arc::downgrade(&link);
         thread::spawn(move || {
@@ -211,7 +223,10 @@ impl Link {
                 let Some(link) = weak.upgrade() else { return };
                 let (id, event) = match frame {
                     Frame::Ping(id) => {
-                        let _ = ping.send(id);
+                        up.store(true, Ordering::Relaxed);
+                        if id != HEARTBEAT_PING {
+                            let _ = ping.send(id);
+                        }
                         continue;
                     }
                     Frame::Started(id, pid) => (id, Event::Started(pid)),

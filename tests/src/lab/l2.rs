@@ -94,7 +94,10 @@ impl Guest {
         self.commands += 1;
         // In the line that is sent the mark stands in two pieces, so that an echo of it would not be taken for it.
         let (mark, number) = ("ringvm-lab-end", self.commands);
-        self.send_line(&format!("sh -c {} </dev/null 2>&1; printf '\\n%s-%s:%d:\\n' {mark} {number} $?", quote(command)))?;
+        self.send_line(&format!(
+            "sh -c {} </dev/null 2>&1; printf '\\n%s-%s:%d:\\n' {mark} {number} $?",
+            quote(command)
+        ))?;
         let start = self.seen;
         let found = self.expect_for(limit, &format!("\n{mark}-{number}:"));
         let before = found.map_err(|e| Error::Check(format!("running `{command}` in the guest: {e}")))?;
@@ -111,7 +114,9 @@ impl Guest {
 
     fn send_line(&mut self, line: &str) -> Result<()> {
         if line.len() > LONGEST_COMMAND || line.contains('\n') {
-            return Err(Error::Check(format!("a command for the guest is one line of up to {LONGEST_COMMAND} bytes: {line}")));
+            return Err(Error::Check(format!(
+                "a command for the guest is one line of up to {LONGEST_COMMAND} bytes: {line}"
+            )));
         }
         self.process.stdin(format!("{line}\n").as_bytes())
     }
@@ -132,7 +137,10 @@ impl Guest {
                 return Ok(before);
             }
             if self.exit.is_some() {
-                return Err(Error::Ended { what: format!("ringvm ({}), awaiting `{text}`,", self.ending()), tail: self.tail() });
+                return Err(Error::Ended {
+                    what: format!("ringvm ({}), awaiting `{text}`,", self.ending()),
+                    tail: self.tail(),
+                });
             }
             if !self.pump(deadline)? {
                 self.examine();

@@ -30,6 +30,8 @@ use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::process::Signal;
+
 pub use l1::Output;
 pub use l2::Guest;
 pub use vm::{Disk, Image, Kernel, Vm, disk, vm};
@@ -190,6 +192,8 @@ impl Lab {
                 Err(e @ (Error::TimedOut { .. } | Error::L1Silent(_))) => e,
                 Err(e) => return Err(e),
             };
+            // Its disks are free for the next try once it has ended; in a hung L1 it won't.
+            let _ = guest.signal(Signal::KILL).and_then(|()| guest.exit());
             drop(guest);
             if tries == GUEST_TRIES {
                 return Err(silent);

@@ -34,7 +34,10 @@ impl Payload {
     pub(crate) fn build(folder: &Path) -> Result<Payload> {
         let package = KernelPackage::find()?;
         let ringvm = paths::ringvm()?;
-        let helpers = [("bin/lab-agent", paths::helper("lab-agent")?), ("bin/without-io-uring", paths::helper("without-io-uring")?)];
+        let helpers = [
+            ("bin/lab-agent", paths::helper("lab-agent")?),
+            ("bin/without-io-uring", paths::helper("without-io-uring")?),
+        ];
         if folder.exists() {
             fs::remove_dir_all(folder).map_err(Error::file("emptying", folder))?;
         }
@@ -75,13 +78,17 @@ fn l1_initramfs(package: &KernelPackage, scratch: &Path) -> Result<Tree> {
     tree.console();
     tree.folder("proc");
     tree.text("init", include_str!("init/l1-initramfs.sh"), 0o755);
-    package.add_modules(&mut tree, &["virtio_pci", "virtio_blk", "ext4", "virtio_console", "kvm_amd"], scratch)?;
+    package.add_modules(
+        &mut tree,
+        &["virtio_pci", "virtio_blk", "ext4", "virtio_console", "kvm_amd", "tun"],
+        scratch,
+    )?;
     Ok(tree)
 }
 
 fn l1_root(tree: &mut Tree, ringvm: &Path, helpers: &[(&str, PathBuf)]) -> Result<()> {
     tree.busybox()?;
-    for tool in ["tmux", "e2fsck", "setpriv"] {
+    for tool in ["tmux", "e2fsck", "setpriv", "iperf3"] {
         tree.tool(tool)?;
     }
     tree.copy_folder("usr/lib/locale/C.utf8", Path::new("/usr/lib/locale/C.utf8"))?;
@@ -112,9 +119,9 @@ fn guest_initramfs(package: &KernelPackage, scratch: &Path) -> Result<Tree> {
     }
     tree.text("init", include_str!("init/l2.sh"), 0o755);
     tree.text("etc/passwd", "root:x:0:0:root:/:/bin/sh\n", 0o644);
-    package.add_modules(&mut tree, &["virtio_pci", "virtio_blk", "virtio_rng", "ext4"], scratch)?;
+    package.add_modules(&mut tree, &["virtio_pci", "virtio_blk", "virtio_rng", "virtio_net", "ext4"], scratch)?;
     // By names that busybox has no applet for, or by their path: its shell prefers its own.
-    for tool in ["mkfs.ext4", "e2fsck", "lsblk", "fstrim"] {
+    for tool in ["mkfs.ext4", "e2fsck", "lsblk", "fstrim", "ethtool", "iperf3"] {
         tree.tool(tool)?;
     }
     Ok(tree)

@@ -137,7 +137,14 @@ impl Tree {
     }
 }
 
-fn entry(to: &mut impl Write, inode: usize, path: &Path, mode: u32, bytes: &[u8], device: (u32, u32)) -> io::Result<()> {
+fn entry(
+    to: &mut impl Write,
+    inode: usize,
+    path: &Path,
+    mode: u32,
+    bytes: &[u8],
+    device: (u32, u32),
+) -> io::Result<()> {
     let name = path.as_os_str().as_encoded_bytes();
     let padding = |length: usize| &[0u8; 3][..(4 - length % 4) % 4];
     // magic, inode, mode, uid, gid, links, mtime, size, device (2), rdevice (2), length of the name with its zero, checksum

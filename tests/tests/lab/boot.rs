@@ -4,7 +4,8 @@ use ringvm_tests::Result;
 use ringvm_tests::lab::{Exit, Guest, Kernel, disk, lab, vm};
 
 /// What no boot of a sound machine leaves in the kernel's log.
-const COMPLAINTS: &str = "BUG:|WARNING: CPU|Call Trace|unchecked MSR access|ACPI Error|ACPI BIOS Error|can't claim BAR|no space for";
+const COMPLAINTS: &str =
+    "BUG:|WARNING: CPU|Call Trace|unchecked MSR access|ACPI Error|ACPI BIOS Error|can't claim BAR|no space for";
 
 #[test]
 fn bzimage_with_1_cpu() {

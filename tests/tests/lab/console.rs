@@ -76,7 +76,9 @@ impl<'a> Terminal<'a> {
     fn is_usable(&self) -> Result<()> {
         self.clear()?;
         self.presses("Enter")?;
-        self.enters("stty -a | tr ' ' '\\n' | grep -xE -e '-?(icanon|echo|isig|icrnl|opost)' | sort | xargs echo mode:")?;
+        self.enters(
+            "stty -a | tr ' ' '\\n' | grep -xE -e '-?(icanon|echo|isig|icrnl|opost)' | sort | xargs echo mode:",
+        )?;
         let screen = self.shows("mode: ", 20)?;
         assert!(screen.contains("mode: echo icanon icrnl isig opost"), "{screen}");
         Ok(())

@@ -15,7 +15,8 @@ fn ext4_holds_a_tree_trims_and_is_clean_after_power_off() {
         guest.run("mkfs.ext4 -q /dev/vda && mount -t ext4 /dev/vda /mnt")?;
         guest.run("mkdir /mnt/tree /mnt/big && cp -a /bin /lib /lib64 /modules /init /mnt/tree/")?;
         let sums = "find . -type f -exec md5sum {} + | sort -k 2 | md5sum";
-        let whole = guest.run(&format!("(cd /mnt/tree && {sums}) && (cd / && find bin lib lib64 modules init -type f | wc -l)"))?;
+        let whole = guest
+            .run(&format!("(cd /mnt/tree && {sums}) && (cd / && find bin lib lib64 modules init -type f | wc -l)"))?;
         // 48 MiB that no hole can stand for.
         guest.run("yes ringvm | head -c 50331648 > /mnt/big/file && sync")?;
         guest.run("echo 3 > /proc/sys/vm/drop_caches")?;

@@ -26,7 +26,9 @@ fn verify(direct_storage: bool) {
         let mut guest = lab.boot(&vm().cpus(2).memory("640M").fio().disk(served))?;
         let queues = |text: &str| -> Vec<u64> {
             let lines = text.lines().filter(|line| line.contains("-req."));
-            lines.map(|line| line.split_whitespace().skip(1).take(2).map(|n| n.parse::<u64>().unwrap_or(0)).sum()).collect()
+            lines
+                .map(|line| line.split_whitespace().skip(1).take(2).map(|n| n.parse::<u64>().unwrap_or(0)).sum())
+                .collect()
         };
         let before = queues(&guest.run("cat /proc/interrupts")?);
         for direct in [0, 1] {

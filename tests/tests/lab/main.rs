@@ -9,3 +9,4 @@ mod filesystem;
 mod fio;
 mod host_failures;
 mod lifecycle;
+mod net;
