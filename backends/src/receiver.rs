@@ -1,7 +1,8 @@
 //! A queue whose chains wait for what comes from outside: buffers are held until the source has a frame for them.
 //!
 //! Frames land in the driver's buffers without a copy. The source is read in bursts, each one batch of the data ring, for as
-//! long as all of a burst bring something; then one poll of it waits for the next frame. A frame may fill several chains if
+//! long as all of a burst bring something; then one poll of it waits for the next frame. Kernels that know no reads of what is
+//! there now (taps before 6.2 or so) let the reads of a smaller burst wait instead. A frame may fill several chains if
 //! the driver agreed to that; chains that a read had room in but did not need are held for the next.
 
 use std::collections::VecDeque;
@@ -56,6 +57,9 @@ const DELIVERED: usize = 0;
 /// The slot of the poll, beyond those of reads.
 const POLL: u32 = BATCH as u32;
 
+/// Reads that wait at once, where they have to: each is woken for every frame.
+const PATIENT: usize = 8;
+
 /// One read in flight: the chains that offer their room to it.
 #[derive(Default)]
 struct Read {
@@ -88,6 +92,8 @@ pub struct Receiver<S: Source> {
     in_flight: usize,
     /// A read of the burst found nothing.
     empty: bool,
+    /// Reads wait for frames, for want of those that don't.
+    patient: bool,
     /// Chains without a frame yet, in the driver's order.
     held: VecDeque<Chain>,
     /// Those that the burst in flight gives back.
@@ -106,6 +112,7 @@ impl<S: Source> Receiver<S> {
             reads,
             in_flight: 0,
             empty: false,
+            patient: false,
             held: VecDeque::new(),
             returned: Vec::new(),
             spare: Vec::new(),
@@ -224,13 +231,15 @@ impl<S: Source> Task for Receiver<S> {
             return false;
         }
         self.service.disable_kicks();
+        let burst = if self.patient { PATIENT } else { BATCH };
         let mut count = 0;
-        while count < BATCH && self.gather(count) {
+        while count < burst && self.gather(count) {
             let mut io = Io::new(ring, Token { task: self.service.task(), slot: count as u32 });
             #[allow(unsafe_code)]
             // SAFETY: the room stays as it is until the read has completed, and its chains until they are given back.
             unsafe {
-                io.read_now(self.source.fd(), &self.reads[count].room);
+                let (fd, room) = (self.source.fd(), &self.reads[count].room);
+                if self.patient { io.read(fd, room, u64::MAX) } else { io.read_now(fd, room) }
             }
             count += 1;
         }
@@ -253,6 +262,9 @@ impl<S: Source> Task for Receiver<S> {
                 match -result {
                     libc::EAGAIN => self.empty = true,
                     libc::EINTR | libc::ECANCELED => {}
+                    libc::EOPNOTSUPP if !self.patient => self.patient = true,
+                    // The rest of the burst that found it out.
+                    libc::EOPNOTSUPP if !self.returned.is_empty() => {}
                     libc::EBADFD if !self.source.enabled() => self.state = State::Away,
                     // A frame that the kernel could not hand over; the next may be sound.
                     libc::EINVAL | libc::EIO | libc::EMSGSIZE | libc::ENOBUFS => {
@@ -280,8 +292,11 @@ impl<S: Source> Task for Receiver<S> {
     }
 
     fn stop(&mut self, ring: &mut Ring) {
-        if self.state == State::Polling {
-            ring.cancel(Token { task: self.service.task(), slot: POLL });
+        let mut cancel = |slot| ring.cancel(Token { task: self.service.task(), slot });
+        match self.state {
+            State::Polling => cancel(POLL),
+            State::Reading if self.patient => (0..PATIENT as u32).for_each(cancel),
+            _ => {}
         }
     }
 
