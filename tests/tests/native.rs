@@ -5,23 +5,15 @@
 
 use std::fs;
 use std::io::Write;
-use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
+use ringvm_tests::embedded::{self, figure, guest, succeed};
 use ringvm_tests::host::{Need, need};
-use ringvm_tests::native::{self, Ended, LIMIT, RingVm};
+use ringvm_tests::native::LIMIT;
 use ringvm_tests::paths;
 use rustix::process::Signal;
-use tempfile::{NamedTempFile, TempDir};
-
-/// The guest's image, written once.
-static GUEST: LazyLock<(TempDir, PathBuf)> = LazyLock::new(|| {
-    let dir = TempDir::new_in(paths::target()).expect("the target folder is writable");
-    let path = ringvm_bench::guest::write_to(dir.path()).expect("the target folder is writable");
-    (dir, path)
-});
+use tempfile::NamedTempFile;
 
 /// Whether this host can run these tests; if not, and that was allowed, they end here.
 fn ready() -> bool {
@@ -35,34 +27,8 @@ fn image(megabytes: u64) -> NamedTempFile {
     image
 }
 
-/// The guest with its job and further options of `ringvm run`.
-fn guest(job: &str, options: &[&str]) -> RingVm {
-    let kernel = GUEST.1.to_str().expect("a path of ours is text");
-    let fixed = ["run", "--kernel", kernel, "--cmdline", job, "--memory", "256M", "--serial", "stdio"];
-    native::ringvm(fixed.iter().chain(options)).expect("the binary is built")
-}
-
 fn disk(image: &NamedTempFile, more: &str) -> String {
     format!("path={},{more}", image.path().display())
-}
-
-/// Runs a job that must succeed, and returns what the guest said.
-fn succeed(job: &str, options: &[&str]) -> String {
-    let ended = guest(job, options).run().expect("it ends");
-    assert_success(&ended);
-    ended.stdout
-}
-
-fn assert_success(ended: &Ended) {
-    let done = ended.stdout.contains("ringvm-guest: done") && !ended.stdout.contains("FAILED");
-    assert!(done && ended.code() == 0, "code {}: {}{}", ended.code(), ended.stdout, ended.stderr);
-}
-
-/// The number behind `key=` in the guest's last result.
-fn figure(said: &str, key: &str) -> u64 {
-    let result = said.lines().rfind(|line| line.contains(": result ")).unwrap_or_else(|| panic!("no result in {said}"));
-    let value = result.split_whitespace().find_map(|word| word.strip_prefix(key)?.strip_prefix('='));
-    value.and_then(|value| value.parse().ok()).unwrap_or_else(|| panic!("no {key} in {result}"))
 }
 
 #[test]
@@ -239,7 +205,7 @@ fn pitfall_56_serial_output_without_a_reader_is_bounded() {
     rustix::io::ioctl_fionbio(&writer, false).expect("and blocking again");
     let started = Command::new(paths::ringvm().expect("the binary is built"))
         .args(["run", "--memory", "64M", "--cmdline", "job=info job=info job=info", "--kernel"])
-        .arg(&GUEST.1)
+        .arg(embedded::kernel())
         .stdin(Stdio::null())
         .stdout(writer)
         .spawn();
@@ -268,7 +234,7 @@ fn a_closed_stdout_is_said_before_the_guest_starts() {
     drop(reader);
     let child = Command::new(paths::ringvm().expect("the binary is built"))
         .args(["run", "--memory", "64M", "--cmdline", "job=info", "--kernel"])
-        .arg(&GUEST.1)
+        .arg(embedded::kernel())
         .stdin(Stdio::null())
         .stdout(writer)
         .stderr(Stdio::piped())

@@ -16,7 +16,7 @@ const SEGMENT_LEN: usize = 16;
 /// Flag of a write-zeroes segment: its space may be given back.
 const SEGMENT_UNMAP: u32 = 1;
 
-/// What a request wants, as [`super::handler::BlockHandler`] counts it.
+/// What a request wants; statistics count by it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(usize)]
 pub enum Kind {

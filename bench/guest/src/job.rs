@@ -24,6 +24,8 @@ pub enum Kind {
     Hostile,
     /// Reads from an entropy device.
     Entropy,
+    /// Frames through a NIC.
+    Net(Traffic),
     /// Restarts the machine.
     Reboot,
     /// Triple-faults.
@@ -47,6 +49,21 @@ pub enum Load {
     WriteZeroes,
 }
 
+/// What a NIC is used for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Traffic {
+    /// Sends as fast as it goes, measured.
+    Transmit,
+    /// Counts what comes, measured.
+    Receive,
+    /// Sends numbered frames over a port that is looped, and checks each that comes back.
+    Echo,
+    /// Exchanges numbered frames with another such guest.
+    Peer,
+    /// Sends what no sound driver does over a port that is looped.
+    Hostile,
+}
+
 /// How verify lays requests out in descriptors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Framing {
@@ -67,23 +84,23 @@ pub struct Options {
     pub random: bool,
     /// Which block device.
     pub disk: usize,
-    /// Bytes per request.
+    /// Bytes per request; of a NIC, per receive buffer that frames may span.
     pub bs: usize,
-    /// Requests in flight, per queue.
+    /// Requests or frames in flight, per queue.
     pub depth: usize,
-    /// How many queues are used; all that the device has if not given.
+    /// How many queues are used; all that the device has if not given. Of a NIC, how many pairs; one if not given.
     pub queues: Option<u16>,
     /// How many vCPUs drive them.
     pub cpus: usize,
     /// How long a measurement lasts.
     pub time_ms: Option<u64>,
-    /// How many operations are done.
+    /// How many operations are done, or frames sent.
     pub ops: Option<u64>,
     /// How long is run before a measurement.
     pub warm_ms: u64,
     /// Interrupts rather than polling.
     pub irq: bool,
-    /// Bytes of the disk that are used; all if not given.
+    /// Bytes of the disk that are used; all if not given. Bytes of a frame; random if not given.
     pub size: Option<u64>,
     /// Where the random sequences start.
     pub seed: u64,
@@ -119,7 +136,13 @@ pub struct Options {
     pub stall_ms: u64,
     /// A result per queue too.
     pub per_queue: bool,
-    /// How to reboot, and which hostile act.
+    /// NIC: whether frames of random size may be longer than Ethernet's usual 1514 bytes.
+    pub jumbo: bool,
+    /// NIC: whether MRG_RXBUF may be negotiated.
+    pub mrg: bool,
+    /// NIC: whether frames are left to the device to be cut into TCP segments.
+    pub tso: bool,
+    /// How to reboot, which hostile act, and which of two peers.
     pub word: String,
 }
 
@@ -156,6 +179,9 @@ impl Default for Options {
             mask: true,
             stall_ms: 20_000,
             per_queue: false,
+            jumbo: false,
+            mrg: true,
+            tso: false,
             word: String::new(),
         }
     }
@@ -191,13 +217,17 @@ impl Options {
             "disk" => number(value).map(|n| self.disk = n as usize),
             "bs" => bytes(value).filter(|&n| n > 0 && n % blk::SECTOR as u64 == 0).map(|n| self.bs = n as usize),
             "depth" => number(value).filter(|n| (1..=32_768).contains(n)).map(|n| self.depth = n as usize),
-            "queues" => number(value).filter(|n| (1..=64).contains(n)).map(|n| self.queues = Some(n as u16)),
+            "queues" | "pairs" => number(value).filter(|n| (1..=64).contains(n)).map(|n| self.queues = Some(n as u16)),
             "cpus" => number(value).filter(|n| (1..=MAX_CPUS as u64).contains(n)).map(|n| self.cpus = n as usize),
             "time" => milliseconds(value).map(|n| self.time_ms = Some(n)),
-            "ops" => number(value).map(|n| self.ops = Some(n)),
+            "ops" | "frames" => number(value).map(|n| self.ops = Some(n)),
             "warm" => milliseconds(value).map(|n| self.warm_ms = n),
             "poll" => flag(value).map(|on| self.irq = !on),
             "irq" => flag(value).map(|on| self.irq = on),
+            "size" if value == "random" => {
+                self.size = None;
+                Some(())
+            }
             "size" => bytes(value).map(|n| self.size = Some(n)),
             "seed" => number(value).map(|n| self.seed = n),
             "segs" if value == "random" => {
@@ -231,7 +261,10 @@ impl Options {
             "mask" => flag(value).map(|on| self.mask = on),
             "stall" => milliseconds(value).map(|n| self.stall_ms = n),
             "per_queue" => flag(value).map(|on| self.per_queue = on),
-            "via" | "kind" => {
+            "jumbo" => flag(value).map(|on| self.jumbo = on),
+            "mrg" => flag(value).map(|on| self.mrg = on),
+            "tso" => flag(value).map(|on| self.tso = on),
+            "via" | "kind" | "role" => {
                 self.word = String::from(value);
                 Some(())
             }
@@ -256,6 +289,11 @@ impl Options {
             "reset" => (Kind::Reset, true),
             "hostile" => (Kind::Hostile, true),
             "rng" => (Kind::Entropy, false),
+            "net-tx" => (Kind::Net(Traffic::Transmit), false),
+            "net-rx" => (Kind::Net(Traffic::Receive), false),
+            "net-echo" => (Kind::Net(Traffic::Echo), true),
+            "net-hostile" => (Kind::Net(Traffic::Hostile), false),
+            "net-peer" => (Kind::Net(Traffic::Peer), true),
             "reboot" => (Kind::Reboot, false),
             "crash" => (Kind::Crash, false),
             _ => return None,

@@ -15,6 +15,8 @@ mod blk;
 mod boot;
 mod clock;
 mod entropy;
+mod exchange;
+mod flood;
 mod framing;
 mod hist;
 mod hostile;
@@ -25,6 +27,8 @@ mod lane;
 mod load;
 mod mem;
 mod model;
+mod net;
+mod net_hostile;
 mod paging;
 mod pci;
 mod port;
@@ -39,7 +43,7 @@ mod verify;
 mod virtio;
 mod wait;
 
-use crate::job::{Kind, Options};
+use crate::job::{Kind, Options, Traffic};
 use crate::pvh::StartInfo;
 
 /// Where each vCPU arrives in ring 3.
@@ -78,6 +82,11 @@ fn run(options: &Options, start: &StartInfo, clock_source: &str) {
         Kind::Reset => verify::reset(options),
         Kind::Hostile => hostile::run(options),
         Kind::Entropy => entropy::run(options),
+        Kind::Net(Traffic::Transmit) => flood::transmit(options),
+        Kind::Net(Traffic::Receive) => flood::receive(options),
+        Kind::Net(Traffic::Echo) => exchange::echo(options),
+        Kind::Net(Traffic::Peer) => exchange::peer(options),
+        Kind::Net(Traffic::Hostile) => net_hostile::run(options),
         Kind::Reboot if options.word == "acpi" => {
             say!("rebooting via=acpi");
             power::reboot_by_acpi()

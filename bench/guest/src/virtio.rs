@@ -14,6 +14,8 @@ const MODERN: u16 = 0x1040;
 const TRANSITIONAL: core::ops::RangeInclusive<u16> = 0x1000..=0x103f;
 const SUBSYSTEM_ID: u8 = 0x2e;
 
+/// virtio-net.
+pub const NET: u16 = 1;
 /// virtio-blk.
 pub const BLOCK: u16 = 2;
 /// virtio-rng.
