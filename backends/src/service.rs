@@ -65,7 +65,8 @@ impl Service {
     pub(crate) fn break_off(&mut self, error: &RingError) {
         self.stats.bad_chains += 1;
         if self.state == State::Running {
-            tracing::warn!(queue = %self.name, %error, "the driver broke the queue, the device needs a reset");
+            // A driver can do this at will, so it is the transport, told by the fault line, that warns, as often as it likes.
+            tracing::info!(queue = %self.name, %error, "the driver broke the queue, the device needs a reset");
             self.state = State::Broken;
             self.fault.raise();
         }

@@ -22,6 +22,8 @@ pub(crate) struct BlockHandler<S> {
     /// Cleared: every write is durable before it is answered.
     pub(crate) writeback: Arc<AtomicBool>,
     pub(crate) name: String,
+    /// Requests that the host has failed.
+    pub(crate) failures: u64,
 }
 
 /// A block request in flight.
@@ -107,7 +109,7 @@ impl<S: Storage> BlockHandler<S> {
         Progress::Done(Ok(()))
     }
 
-    fn step(&self, chain: &Chain, request: &Request<S::Op>, progress: Result<Progress, Refusal>) -> Step {
+    fn step(&mut self, chain: &Chain, request: &Request<S::Op>, progress: Result<Progress, Refusal>) -> Step {
         let status = match progress {
             Ok(Progress::Pending) => return Step::Pending,
             Ok(Progress::Done(Ok(()))) => VIRTIO_BLK_S_OK as u8,
@@ -129,8 +131,13 @@ impl<S: Storage> BlockHandler<S> {
     }
 
     #[cold]
-    fn report(&self, kind: Kind, error: &io::Error) {
-        tracing::warn!(disk = %self.name, kind = KINDS[kind as usize], %error, "the host failed a request");
+    fn report(&mut self, kind: Kind, error: &io::Error) {
+        self.failures += 1;
+        // A failing disk fails every request: one line each time their number has doubled.
+        if self.failures.is_power_of_two() {
+            let (kind, failures) = (KINDS[kind as usize], self.failures);
+            tracing::warn!(disk = %self.name, kind, %error, failures, "the host failed a request");
+        }
     }
 }
 

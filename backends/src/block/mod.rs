@@ -120,6 +120,7 @@ impl BlockDevice {
             serial: self.serial,
             writeback: Arc::clone(&self.writeback),
             name: self.info.name.clone(),
+            failures: 0,
         }
     }
 }

@@ -61,6 +61,7 @@ fn fuzz_block_request() {
                 serial: [b'x'; SERIAL_LEN],
                 writeback: Arc::new(AtomicBool::new(true)),
                 name: "fuzzed".into(),
+                failures: 0,
             };
             let faults = Arc::new(AtomicUsize::new(0));
             let counter = Arc::clone(&faults);
