@@ -203,7 +203,7 @@ impl Queue {
     ///
     /// # Errors
     /// When the ring or the chain can't be followed. Nothing of it can be answered; the queue must not be used further.
-    pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
+    pub(crate) fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
         if self.seen_avail == self.next_avail {
             // Pairs with the driver's barrier between filling ring entries and publishing the index.
             self.seen_avail = self.avail_word(1).load(Ordering::Acquire);

@@ -13,7 +13,7 @@ use crate::guest_io::GuestIo;
 use crate::io::Io;
 use crate::queue::{Chain, RingError};
 use crate::reactor::Task;
-use crate::ring::{Ring, Token};
+use crate::ring::{MAX_PIECES, Ring, Token};
 use crate::service::{BATCH, Service};
 
 /// Where frames come from. Lives on one thread.
@@ -60,6 +60,13 @@ const POLL: u32 = BATCH as u32;
 /// Reads that wait at once, where they have to: each is woken for every frame.
 const PATIENT: usize = 8;
 
+/// What drivers offer at least per chain: a frame of the usual MTU with its header.
+const PLAIN_BUFFER: u64 = 1530;
+
+/// Bursts that may be refused in a row before the source counts as gone: its queue may have been disabled and enabled again
+/// in between.
+const MAX_STRIKES: u8 = 3;
+
 /// One read in flight: the chains that offer their room to it.
 #[derive(Default)]
 struct Read {
@@ -92,6 +99,9 @@ pub struct Receiver<S: Source> {
     in_flight: usize,
     /// A read of the burst found nothing.
     empty: bool,
+    /// A read of the burst was refused, and how many bursts in a row were.
+    refused: Option<i32>,
+    strikes: u8,
     /// Reads wait for frames, for want of those that don't.
     patient: bool,
     /// Chains without a frame yet, in the driver's order.
@@ -112,6 +122,8 @@ impl<S: Source> Receiver<S> {
             reads,
             in_flight: 0,
             empty: false,
+            refused: None,
+            strikes: 0,
             patient: false,
             held: VecDeque::new(),
             returned: Vec::new(),
@@ -135,12 +147,22 @@ impl<S: Source> Receiver<S> {
         Some(chain)
     }
 
+    /// Whether the ring is so short that its driver may wait for frames before it offers more than `room`. Only a frame that
+    /// does not fit is lost then, and counted.
+    fn has_all_there_is(&self, room: u64) -> bool {
+        let often = u64::from(self.service.queue.size()) / 2 * PLAIN_BUFFER;
+        self.service.is_running() && often < self.source.frame_len() && room >= PLAIN_BUFFER
+    }
+
     /// Collects room for one frame. Returns whether there was enough.
     fn gather(&mut self, index: usize) -> bool {
         let want = if self.source.merges() { self.source.frame_len() } else { 1 };
         self.reads[index].room.clear();
         while self.reads[index].room.len() < want {
             let Some(chain) = self.next_chain() else {
+                if index == 0 && self.has_all_there_is(self.reads[0].room.len()) {
+                    return true;
+                }
                 // What was collected is kept for when the driver has offered more.
                 for chain in self.reads[index].chains.drain(..).rev() {
                     self.held.push_front(chain);
@@ -148,6 +170,12 @@ impl<S: Source> Receiver<S> {
                 return false;
             };
             let read = &mut self.reads[index];
+            if read.room.pieces().len() + chain.writable.pieces().len() > MAX_PIECES {
+                let head = chain.head;
+                self.service.break_off(&RingError::Content { head, what: "receive buffers in too many pieces" });
+                self.held.push_front(chain);
+                return false;
+            }
             read.room.append(&chain.writable);
             read.chains.push(chain);
         }
@@ -190,6 +218,15 @@ impl<S: Source> Receiver<S> {
         for chain in self.returned.drain(..).rev() {
             self.held.push_front(chain);
         }
+        match self.refused.take() {
+            Some(errno) if self.state != State::Away => {
+                self.strikes += 1;
+                if self.strikes >= MAX_STRIKES {
+                    self.die(errno);
+                }
+            }
+            _ => self.strikes = 0,
+        }
         if matches!(self.state, State::Dead | State::Away) || !self.service.is_running() {
             return;
         }
@@ -227,7 +264,8 @@ impl<S: Source> Task for Receiver<S> {
             State::Away => self.source.enabled(),
             State::Reading | State::Polling | State::Dead => false,
         };
-        if !due || !self.service.is_running() {
+        // The kernel still uses what the reads in flight point to.
+        if !due || self.in_flight > 0 || !self.service.is_running() {
             return false;
         }
         self.service.disable_kicks();
@@ -272,7 +310,9 @@ impl<S: Source> Task for Receiver<S> {
                         // Not at once again: if it is the source that fails, its poll says so.
                         self.empty = true;
                     }
-                    errno => self.die(if errno == 0 { libc::EPIPE } else { errno }),
+                    // A datagram of nothing.
+                    0 => self.service.stats.count(DELIVERED, 0, false),
+                    errno => self.refused = Some(errno),
                 }
                 let read = &mut self.reads[slot as usize];
                 self.returned.append(&mut read.chains);

@@ -444,6 +444,32 @@ fn two_nics_are_joined_and_find_each_other_again() {
 }
 
 #[test]
+fn a_short_ring_of_small_buffers_does_not_stall() {
+    // A driver that offers more only when half of its buffers came back, each good for a plain frame.
+    let mut rig = Rig::new(&NetOptions { queue_size: 64, ..loopback() }, u64::MAX);
+    rig.offer(0, &[1536; 64]);
+    for i in 0..60u8 {
+        rig.send(&frame(1000, i));
+        assert!(rig.receive(0).0 == frame(1000, i), "frame {i}");
+    }
+}
+
+#[test]
+fn a_datagram_of_nothing_is_dropped() {
+    let path = link_path("empty");
+    let options = NetOptions { loopback: false, link: Some(path.clone()), ..loopback() };
+    let mut first = Rig::new(&options, u64::MAX);
+    first.offer(0, &[2048; 100]);
+    let mut second = Rig::new(&options, u64::MAX);
+    let stranger = std::os::unix::net::UnixDatagram::unbound().unwrap();
+    for _ in 0..10 {
+        stranger.send_to(&[], path.with_extension("0")).unwrap();
+    }
+    second.send(&frame(1000, 1));
+    assert!(first.receive(0).0 == frame(1000, 1));
+}
+
+#[test]
 fn options_that_can_not_be_are_refused_in_one_line() {
     let refusal = |change: fn(&mut NetOptions)| {
         let mut options = loopback();

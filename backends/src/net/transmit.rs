@@ -9,6 +9,7 @@ use crate::guest_io::GuestIo;
 use crate::io::Io;
 use crate::port::{Ends, Offloads, Port};
 use crate::queue::Chain;
+use crate::ring::MAX_PIECES;
 use crate::worker::{Handler, Outcome, Step};
 
 /// What is counted, in the order of [`TransmitHandler::OPS`].
@@ -63,9 +64,8 @@ impl Handler for TransmitHandler {
     fn start(&mut self, chain: &mut Chain, request: &mut Transmit, io: &mut Io<'_>) -> Step {
         let header = if chain.unmapped { None } else { chain.readable.take::<HEADER_LEN>() };
         let len = chain.readable.len();
-        let Some(header) =
-            header.filter(|header| (MIN_FRAME..=MAX_FRAME).contains(&len) && is_sound(header, len, self.agreed))
-        else {
+        let fits = (MIN_FRAME..=MAX_FRAME).contains(&len) && chain.readable.pieces().len() < MAX_PIECES;
+        let Some(header) = header.filter(|header| fits && is_sound(header, len, self.agreed)) else {
             return done(Op::Malformed, 0);
         };
         *request.header = header;

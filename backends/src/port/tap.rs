@@ -38,6 +38,8 @@ pub struct Tap {
     ends: Vec<Ends>,
     offloads: Offloads,
     mtu: Option<u16>,
+    /// Whether what is sent may find no room: a macvtap's buffer is bounded, a tap's only if somebody bounded it.
+    may_block: bool,
     /// How many queues are attached, where there are several.
     attached: Mutex<usize>,
 }
@@ -113,12 +115,15 @@ impl Tap {
         let first = files.first().ok_or_else(|| error("opening", io::ErrorKind::InvalidInput.into(), ""))?;
         let offloads = probe_offloads(first)
             .map_err(|e| error("asking for its offloads", e, "; it has to be created with IFF_VNET_HDR"))?;
+        let mut buffer: libc::c_int = 0;
+        let known = ioctl(first, libc::TUNGETSNDBUF, &raw mut buffer as usize).is_ok();
+        let may_block = !known || buffer != libc::c_int::MAX;
         let attached = Mutex::new(files.len());
         let ends = files.into_iter().map(|file| {
             let file = Arc::new(file);
             Ends { rx: Arc::clone(&file), tx: file }
         });
-        Ok(Self { name: name.to_owned(), ends: ends.collect(), offloads, mtu: None, attached })
+        Ok(Self { name: name.to_owned(), ends: ends.collect(), offloads, mtu: None, may_block, attached })
     }
 }
 
@@ -144,7 +149,7 @@ impl Port for Tap {
     }
 
     fn may_block(&self) -> bool {
-        false
+        self.may_block
     }
 
     fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {

@@ -15,8 +15,9 @@ use super::{Geometry, Progress, Storage};
 use crate::guest_io::GuestIo;
 use crate::io::Io;
 
-/// Most bytes bounced at once.
-const MAX_BOUNCE: u64 = 1 << 20;
+/// Most bytes that one request bounces at once. A guest may have as many requests in flight as its queues have descriptors,
+/// and with misaligned buffers makes each hold this much of the host's memory.
+const MAX_BOUNCE: u64 = 128 << 10;
 
 /// How long a write waits before it looks again whether the block it shares with another is free.
 const CONFLICT_PAUSE: Duration = Duration::from_micros(100);
