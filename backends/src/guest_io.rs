@@ -1,6 +1,6 @@
 //! I/O vectors over guest memory, in host addresses.
 //!
-//! A [`GuestIo`] is filled by [`crate::queue::Queue::pop`] and handed to the kernel as it is. The addresses in it stay
+//! A [`GuestIo`] is filled by the queue and handed to the kernel as it is. The addresses in it stay
 //! valid because whoever owns the queue owns its guest memory too, and because the data ring waits for every operation in
 //! flight before either is dropped (see [`crate::ring`]). The guest may change the bytes at any moment, so they are only
 //! ever copied, never borrowed.

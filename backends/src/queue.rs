@@ -228,9 +228,9 @@ impl Queue {
         Ok(true)
     }
 
-    /// Takes back the last [`Self::pop`], if it was of `head` and the driver has not rewritten the entry since: the chain is
+    /// Takes back the last `pop`, if it was of `head` and the driver has not rewritten the entry since: the chain is
     /// available again, as if never seen.
-    pub fn unpop(&mut self, head: u16) -> bool {
+    pub(crate) fn unpop(&mut self, head: u16) -> bool {
         let last = self.next_avail.wrapping_sub(1);
         if self.avail_word(2 + usize::from(last & (self.size - 1))).load(Ordering::Relaxed) != head {
             return false;
