@@ -366,6 +366,25 @@ fn control_commands_are_obeyed_or_refused() {
 }
 
 #[test]
+fn pitfall_36_offloads_switched_off_while_running_are_off() {
+    let mut rig = Rig::new(&loopback(), u64::MAX);
+    rig.offer(0, &[65600; 3]);
+    let open_checksum = [1, 0, 0, 0, 0, 0, 34, 0, 16, 0, 0, 0];
+    for (offloads, unwanted) in [(0u64, 1), (GUEST_CSUM, 1)] {
+        assert_eq!(rig.control(&[&[5, 0][..], &offloads.to_le_bytes()].concat()), 0);
+        rig.queue_frame(0, &open_checksum, &frame(60, 0), 12);
+        rig.publish(1);
+        rig.used(1);
+        let start = Instant::now();
+        while rig.counted("dropped_unwanted") + rig.counted("received") < unwanted + u64::from(offloads != 0) {
+            assert!(start.elapsed() < PATIENCE);
+        }
+        assert_eq!(rig.counted("dropped_unwanted"), unwanted);
+    }
+    assert_eq!(rig.counted("received"), 1);
+}
+
+#[test]
 fn pitfall_39_configuration_space_is_read_only() {
     let mut rig = Rig::new(&NetOptions { mtu: Some(9000), queues: 2, ..loopback() }, u64::MAX);
     for (offset, len) in [(0, 6), (6, 2), (0, 17), (16, 1), (u32::MAX, 1)] {

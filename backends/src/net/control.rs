@@ -1,6 +1,6 @@
 //! The control queue (virtio 1.3, section 5.1.6.5): a class, a command, its data, and an answer of one byte.
 
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use virtio_bindings::virtio_net::{
@@ -27,6 +27,8 @@ pub(super) struct Control {
     pub(super) mac: Mutex<[u8; 6]>,
     /// How many pairs are in use.
     pub(super) active: Arc<AtomicU16>,
+    /// What the driver takes unfinished now, as feature bits: what was negotiated, until it says otherwise.
+    pub(super) guest_offloads: Arc<AtomicU64>,
     /// Doorbells of the receive queues that run, by pair.
     pub(super) receivers: Mutex<Vec<Option<EventFd>>>,
     /// What was asked for, in the driver's terms.
@@ -127,7 +129,12 @@ impl ControlHandler {
                     return Err(Refused);
                 }
                 let offloads = features::guest_offloads(wanted);
-                self.control.port.set_offloads(offloads).map_err(|error| self.failed("changing the offloads", &error))
+                self.control
+                    .port
+                    .set_offloads(offloads)
+                    .map_err(|error| self.failed("changing the offloads", &error))?;
+                self.control.guest_offloads.store(wanted, Ordering::Relaxed);
+                Ok(())
             }
             _ => Err(Refused),
         }

@@ -101,6 +101,7 @@ impl NetDevice {
             port: Arc::clone(&port),
             mac: Mutex::new(mac),
             active: Arc::new(AtomicU16::new(pairs)),
+            guest_offloads: Arc::default(),
             receivers: Mutex::new((0..pairs).map(|_| None).collect()),
             rx: Mutex::new(RxMode::default()),
         };
@@ -156,7 +157,7 @@ impl NetDevice {
             ends: self.port.ends(usize::from(pair)),
             frame_len: self.frame_len(),
             merges: self.has(features::MRG_RXBUF),
-            agreed: features::guest_offloads(self.features),
+            agreed: Arc::clone(&self.control.guest_offloads),
             active: Arc::clone(&self.control.active),
             gone: Interrupt::Call(Arc::new(move || {
                 if !down.swap(true, Ordering::AcqRel) {
@@ -202,6 +203,7 @@ impl Device for NetDevice {
                 .map_err(|source| self.host_error("setting the port's offloads", source))?;
         }
         self.features = features;
+        self.control.guest_offloads.store(features, Ordering::Relaxed);
         Ok(())
     }
 

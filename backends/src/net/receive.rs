@@ -2,12 +2,13 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 
+use super::features::guest_offloads;
 use super::frame::{HEADER_LEN, MIN_FRAME, NUM_BUFFERS, is_sound};
 use crate::guest_io::GuestIo;
 use crate::interrupt::Interrupt;
-use crate::port::{Ends, Offloads};
+use crate::port::Ends;
 use crate::receiver::{Source, Verdict};
 
 /// What is dropped, as indices into [`ReceiveSource::OPS`].
@@ -23,8 +24,8 @@ pub(super) struct ReceiveSource {
     pub(super) frame_len: u64,
     /// Whether frames may span chains (VIRTIO_NET_F_MRG_RXBUF).
     pub(super) merges: bool,
-    /// What the driver takes unfinished.
-    pub(super) agreed: Offloads,
+    /// What the driver takes unfinished now, as feature bits.
+    pub(super) agreed: Arc<AtomicU64>,
     /// How many pairs are in use.
     pub(super) active: Arc<AtomicU16>,
     /// Raised when the port is gone.
@@ -64,7 +65,7 @@ impl Source for ReceiveSource {
             return Verdict::Drop(OVERSIZED);
         }
         let bytes = len - HEADER_LEN as u64;
-        if !is_sound(&header, bytes, self.agreed) {
+        if !is_sound(&header, bytes, guest_offloads(self.agreed.load(Ordering::Relaxed))) {
             return Verdict::Drop(UNWANTED);
         }
         room.copy_from_at(NUM_BUFFERS, &chains.to_le_bytes());
