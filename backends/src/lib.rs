@@ -10,6 +10,7 @@ pub mod driver;
 pub mod guest_io;
 pub mod interrupt;
 pub mod io;
+pub mod keyval;
 pub mod net;
 pub mod port;
 pub mod queue;
@@ -21,6 +22,7 @@ pub mod rng;
 pub mod service;
 pub mod stats;
 pub mod storage;
+pub mod summary;
 pub mod worker;
 
 /// Where tests put images: beside the test binary, on a disk. The usual directory for such files may be a tmpfs, where

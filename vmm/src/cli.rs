@@ -6,10 +6,10 @@ use std::path::PathBuf;
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ringvm_backends::block::BlockOptions;
+use ringvm_backends::keyval;
 use ringvm_backends::net::NetOptions;
 
 use crate::config::{BootProtocol, Config, ConfigError, MemoryConfig, Serial, TripleFault, check_disk};
-use crate::keyval;
 
 const RUN_EXAMPLES: &str = "\
 Examples:

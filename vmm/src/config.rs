@@ -5,13 +5,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ringvm_backends::block::BlockOptions;
+use ringvm_backends::keyval::{self, parse_size};
 use ringvm_backends::net::NetOptions;
 use ringvm_backends::reactor::ReactorOptions;
 use serde::Deserialize;
 use serde::de::{self, Deserializer, MapAccess, Visitor};
 use thiserror::Error;
-
-use crate::keyval;
 
 /// Everything that can be said about a machine.
 #[derive(Clone, Debug, Deserialize, PartialEq)]
@@ -199,24 +198,6 @@ impl<'de> Deserialize<'de> for MemoryConfig {
 /// A number of bytes: `4096`, `512M`, `1G`; the units are powers of 1024.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ByteSize(pub u64);
-
-/// Reads a number of bytes.
-///
-/// # Errors
-/// One line about what is wrong.
-pub fn parse_size(text: &str) -> Result<u64, String> {
-    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let shift = match &text[digits..] {
-        "" => 0,
-        "K" | "k" | "KiB" => 10,
-        "M" | "m" | "MiB" => 20,
-        "G" | "g" | "GiB" => 30,
-        "T" | "t" | "TiB" => 40,
-        _ => return Err(format!("`{text}` is not a size like 4096, 512M or 1G")),
-    };
-    let number: u64 = text[..digits].parse().map_err(|_| format!("`{text}` is not a size like 4096, 512M or 1G"))?;
-    number.checked_mul(1 << shift).ok_or_else(|| format!("`{text}` is more than 64 bits of bytes"))
-}
 
 impl<'de> Deserialize<'de> for ByteSize {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -490,17 +471,5 @@ mod tests {
         }
         let error = Config::read(Path::new("/nonexistent/vm.toml")).unwrap_err().to_string();
         assert!(error.contains("No such file"), "{error}");
-    }
-
-    #[test]
-    fn sizes_are_read_or_refused() {
-        for (text, bytes) in
-            [("0", 0), ("4096", 4096), ("1K", 1024), ("512M", 512 << 20), ("2GiB", 2 << 30), ("1t", 1 << 40)]
-        {
-            assert_eq!(parse_size(text), Ok(bytes));
-        }
-        for text in ["", "G", "-1", "1.5G", "1GB", " 1G", "99999999999T", "1G1"] {
-            assert!(parse_size(text).is_err(), "{text}");
-        }
     }
 }

@@ -12,6 +12,7 @@ use ringvm_backends::device::{Device, DeviceError};
 use ringvm_backends::net::{self, NetDevice};
 use ringvm_backends::reactor::ReactorPool;
 use ringvm_backends::rng::RngDevice;
+use ringvm_backends::summary::summary;
 use rustix::stdio::{stdin, stdout};
 use rustix::termios::isatty;
 use rustix::thread::CpuSet;
@@ -28,7 +29,6 @@ use crate::legacy::console::{Console, Streams};
 use crate::legacy::terminal::{RawMode, is_interactive};
 use crate::machine::{Blueprint, Machine, MachineError, Running};
 use crate::signals::SignalThread;
-use crate::summary::summary;
 
 /// Why a machine did not run, or did not end well.
 #[derive(Debug, Error)]

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use ringvm_backends::stats::{DeviceStats, QueueStats};
+use crate::stats::{DeviceStats, QueueStats};
 
 /// All devices, for standard error.
 #[must_use]

@@ -9,8 +9,6 @@ use serde::de::value::{SeqDeserializer, StrDeserializer};
 use serde::de::{DeserializeOwned, DeserializeSeed, Deserializer, IntoDeserializer, MapAccess, Visitor};
 use serde::forward_to_deserialize_any;
 
-use crate::config::parse_size;
-
 /// Why a string can't be read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Error(String);
@@ -52,6 +50,24 @@ impl serde::de::Error for Error {
 pub fn from_str<T: DeserializeOwned>(input: &str, positional: Option<&'static str>) -> Result<T, Error> {
     let pairs = parse(input, positional)?;
     T::deserialize(Pairs { pairs })
+}
+
+/// Reads a number of bytes.
+///
+/// # Errors
+/// One line about what is wrong.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let shift = match &text[digits..] {
+        "" => 0,
+        "K" | "k" | "KiB" => 10,
+        "M" | "m" | "MiB" => 20,
+        "G" | "g" | "GiB" => 30,
+        "T" | "t" | "TiB" => 40,
+        _ => return Err(format!("`{text}` is not a size like 4096, 512M or 1G")),
+    };
+    let number: u64 = text[..digits].parse().map_err(|_| format!("`{text}` is not a size like 4096, 512M or 1G"))?;
+    number.checked_mul(1 << shift).ok_or_else(|| format!("`{text}` is more than 64 bits of bytes"))
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -392,5 +408,17 @@ mod tests {
                 }
             }
         });
+    }
+
+    #[test]
+    fn sizes_are_read_or_refused() {
+        for (text, bytes) in
+            [("0", 0), ("4096", 4096), ("1K", 1024), ("512M", 512 << 20), ("2GiB", 2 << 30), ("1t", 1 << 40)]
+        {
+            assert_eq!(parse_size(text), Ok(bytes));
+        }
+        for text in ["", "G", "-1", "1.5G", "1GB", " 1G", "99999999999T", "1G1"] {
+            assert!(parse_size(text).is_err(), "{text}");
+        }
     }
 }
