@@ -11,6 +11,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::inflight::InflightTable;
 use crate::interrupt::Interrupt;
 use crate::stats::DeviceStats;
 
@@ -93,6 +94,9 @@ pub struct QueueParts {
     pub fault: Interrupt,
     /// Where to start.
     pub from: QueueState,
+    /// Where requests in flight are noted, if the queue shall survive a crash of whoever serves it. What is noted there
+    /// already is served again first, and `from` is then what follows from the table.
+    pub inflight: Option<InflightTable>,
 }
 
 /// Why a device refused a request of its transport.

@@ -8,6 +8,7 @@ pub mod block;
 pub mod device;
 pub mod driver;
 pub mod guest_io;
+pub mod inflight;
 pub mod interrupt;
 pub mod io;
 pub mod keyval;

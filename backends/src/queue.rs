@@ -19,6 +19,7 @@ use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, Me
 
 use crate::device::{GuestMemory, QueueState, RingConfig};
 use crate::guest_io::GuestIo;
+use crate::inflight::{InflightTable, crash_point};
 use crate::interrupt::Interrupt;
 
 /// Feature bits that this ring implements; every device offers them.
@@ -86,6 +87,9 @@ pub enum RingError {
     /// A device-readable descriptor behind a device-writable one.
     #[error("chain at descriptor {0} has a readable buffer behind a writable one")]
     Order(u16),
+    /// The table of requests in flight can't be that of this queue.
+    #[error("{0}")]
+    Inflight(&'static str),
     /// The device could not find what a chain of its kind must have, e.g. room for a status.
     #[error("chain at descriptor {head}: {what}")]
     Content {
@@ -137,6 +141,10 @@ pub struct Queue {
     seen_avail: u16,
     /// One bit per head that was popped and not completed.
     in_flight: Vec<u64>,
+    /// Where the same is noted for a successor.
+    table: Option<InflightTable>,
+    /// Heads that a predecessor has left in flight, the oldest last.
+    replay: Vec<u16>,
     call: Interrupt,
 }
 
@@ -177,8 +185,28 @@ impl Queue {
             published: from.next_used,
             seen_avail: from.next_avail,
             in_flight: vec![0; usize::from(ring.size).div_ceil(64)],
+            table: None,
+            replay: Vec::new(),
             call,
         })
+    }
+
+    /// Goes on after a predecessor that may have ended at any moment: whatever it popped is either published or in the table,
+    /// which is kept from now on. Before the first `pop`.
+    ///
+    /// # Errors
+    /// A table that can't be this queue's.
+    pub(crate) fn take_over(&mut self, mut table: InflightTable) -> Result<(), RingError> {
+        let used = self.used_word(1).load(Ordering::Acquire);
+        self.replay = table.take_over(self.size, used).map_err(RingError::Inflight)?;
+        if !self.replay.is_empty() {
+            self.replay.reverse();
+            (self.next_used, self.published) = (used, used);
+            self.next_avail = used.wrapping_add(self.replay.len() as u16);
+            self.seen_avail = self.next_avail;
+        }
+        self.table = Some(table);
+        Ok(())
     }
 
     /// The number of descriptors.
@@ -196,7 +224,7 @@ impl Queue {
     /// Whether the driver has made something available that was not popped.
     #[must_use]
     pub fn has_avail(&self) -> bool {
-        self.avail_word(1).load(Ordering::Acquire) != self.next_avail
+        !self.replay.is_empty() || self.avail_word(1).load(Ordering::Acquire) != self.next_avail
     }
 
     /// Takes the next chain into `chain`; `false` if there is none.
@@ -204,6 +232,11 @@ impl Queue {
     /// # Errors
     /// When the ring or the chain can't be followed. Nothing of it can be answered; the queue must not be used further.
     pub(crate) fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
+        if let Some(head) = self.replay.pop() {
+            self.follow(head, chain)?;
+            self.in_flight[usize::from(head / 64)] |= 1 << (head % 64);
+            return Ok(true);
+        }
         if self.seen_avail == self.next_avail {
             // Pairs with the driver's barrier between filling ring entries and publishing the index.
             self.seen_avail = self.avail_word(1).load(Ordering::Acquire);
@@ -225,6 +258,9 @@ impl Queue {
         self.follow(head, chain)?;
         self.in_flight[word] |= bit;
         self.next_avail = self.next_avail.wrapping_add(1);
+        if let Some(table) = &mut self.table {
+            table.popped(head);
+        }
         Ok(true)
     }
 
@@ -237,6 +273,9 @@ impl Queue {
         }
         self.in_flight[usize::from(head / 64)] &= !(1 << (head % 64));
         self.next_avail = last;
+        if let Some(table) = &mut self.table {
+            table.returned(head);
+        }
         true
     }
 
@@ -254,6 +293,10 @@ impl Queue {
             (*entry.add(1)).store(len, Ordering::Relaxed);
         }
         self.next_used = self.next_used.wrapping_add(1);
+        if let Some(table) = &mut self.table {
+            crash_point();
+            table.completed(head);
+        }
     }
 
     /// Publishes what was completed, and raises the interrupt if the driver asks for one. Returns `Some(raised)` if there
@@ -265,6 +308,10 @@ impl Queue {
         let old = self.published;
         self.published = self.next_used;
         self.used_word(1).store(self.next_used, Ordering::Release);
+        if let Some(table) = &mut self.table {
+            crash_point();
+            table.published(self.next_used);
+        }
         // The index must be visible before the driver's wish is read (2.7.10.1), else both sides may go to sleep.
         fence(Ordering::SeqCst);
         let wanted = if self.event_idx {

@@ -66,12 +66,12 @@ impl Queues {
         if place.is_some() {
             return Err(refuse("runs already"));
         }
-        let QueueParts { ring, mem, kick, call, fault, from } = parts;
-        let queue = Queue::new(mem, &ring, features, from, call).map_err(|source| DeviceError::Ring {
-            device: self.name.clone(),
-            index,
-            source,
-        })?;
+        let QueueParts { ring, mem, kick, call, fault, from, inflight } = parts;
+        let broken = |source| DeviceError::Ring { device: self.name.clone(), index, source };
+        let mut queue = Queue::new(mem, &ring, features, from, call).map_err(broken)?;
+        if let Some(table) = inflight {
+            queue.take_over(table).map_err(broken)?;
+        }
         let name = format!("{}.{index}", self.name);
         let reactor = self.pool.least_loaded();
         let task = reactor

@@ -104,6 +104,7 @@ impl Rig {
                 faults.fetch_add(1, Ordering::SeqCst);
             })),
             from,
+            inflight: None,
         };
         self.device.start_queue(index as u16, parts).unwrap();
     }

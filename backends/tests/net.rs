@@ -77,6 +77,7 @@ impl Rig {
                 faults.fetch_add(1, Ordering::SeqCst);
             })),
             from,
+            inflight: None,
         };
         self.device.start_queue(index as u16, parts).unwrap();
     }
@@ -409,8 +410,8 @@ fn the_control_queue_stands_where_the_driver_looks_for_it() {
         mem: rig.mem.clone(),
         kick: EventFd::new(EFD_NONBLOCK).unwrap(),
         call: Interrupt::None,
-        fault: Interrupt::None,
         from: QueueState::default(),
+        inflight: None,
     };
     let more = parts(&rig);
     rig.device.start_queue(3, more).unwrap_err();

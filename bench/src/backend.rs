@@ -263,6 +263,7 @@ impl<'a> Lane<'a> {
             call,
             fault: Interrupt::None,
             from: QueueState::default(),
+            inflight: None,
         };
         Ok(device.start_queue(index, parts)?)
     }

@@ -324,6 +324,7 @@ impl Transport {
                 signals.need_reset(&format!("the driver broke the ring of queue {index}"));
             })),
             from: queue.from,
+            inflight: None,
         });
         let started = match parts {
             Ok(parts) => self.device.start_queue(index as u16, parts).map_err(|error| error.to_string()),

@@ -1,0 +1,284 @@
+//! Crashes at every point between two stores of a request's life, against a model of what a driver may see.
+
+use std::cell::Cell;
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+
+use proptest::prelude::*;
+use vm_memory::{GuestAddress, GuestMemoryMmap};
+
+use super::*;
+use crate::device::{GuestMemory, QueueState};
+use crate::driver::{Buffer, Driver};
+use crate::interrupt::Interrupt;
+use crate::queue::{Chain, Queue, RING_FEATURES, RingError};
+
+const SIZE: u16 = 8;
+const RING: u64 = 0x1000;
+
+thread_local! {
+    /// Crash points left to pass; `None` if there is no crash to come.
+    static LEFT: Cell<Option<u32>> = const { Cell::new(None) };
+}
+
+/// What a crash unwinds with.
+struct Crash;
+
+pub(super) fn may_crash() {
+    match LEFT.get() {
+        Some(0) => {
+            LEFT.set(None);
+            // Without the message of a panic: it is no mistake.
+            resume_unwind(Box::new(Crash));
+        }
+        Some(left) => LEFT.set(Some(left - 1)),
+        None => {}
+    }
+}
+
+/// Runs `work` and crashes it after `left` crash points. Returns whether it came to that.
+fn crashes(left: u32, work: impl FnOnce()) -> bool {
+    LEFT.set(Some(left));
+    let result = catch_unwind(AssertUnwindSafe(work));
+    LEFT.set(None);
+    match result {
+        Ok(()) => false,
+        Err(payload) if payload.is::<Crash>() => true,
+        Err(payload) => resume_unwind(payload),
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    /// The driver offers this many requests.
+    Offer(u8),
+    /// The device takes this many.
+    Take(u8),
+    /// The device completes one of those it has taken.
+    Complete(u8),
+    /// It publishes what it completed.
+    Publish,
+    /// It gives its youngest back as if it had not taken it.
+    GiveBack,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let step = prop_oneof![
+        (1..4u8).prop_map(Step::Offer),
+        (1..4u8).prop_map(Step::Take),
+        any::<u8>().prop_map(Step::Complete),
+        any::<u8>().prop_map(Step::Complete),
+        Just(Step::Publish),
+        Just(Step::GiveBack),
+    ];
+    proptest::collection::vec(step, 1..30)
+}
+
+struct Model {
+    mem: GuestMemory,
+    driver: Driver,
+    area: InflightArea,
+    /// Heads that the driver has offered and not seen again, in its order.
+    offered: Vec<u16>,
+    seen: usize,
+    submitted: usize,
+}
+
+impl Model {
+    fn new() -> Self {
+        let mem: GuestMemory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap());
+        let driver = Driver::new(mem.clone(), RING, SIZE, RING_FEATURES);
+        let area = InflightArea::new(2, SIZE).unwrap();
+        Self { mem, driver, area, offered: Vec::new(), seen: 0, submitted: 0 }
+    }
+
+    /// A device that knows nothing but what its predecessors have left in memory.
+    fn device(&self) -> Queue {
+        let used = self.driver.used_index();
+        // What a frontend can know of a ring whose device is gone.
+        let from = QueueState { next_avail: used, next_used: used };
+        let mut queue =
+            Queue::new(self.mem.clone(), &self.driver.ring(), RING_FEATURES, from, Interrupt::None).unwrap();
+        // As it comes to another process.
+        let file = self.area.file().try_clone().unwrap().into();
+        let area = InflightArea::from_file(file, 0, self.area.size(), 2, SIZE).unwrap();
+        queue.take_over(area.table(1).unwrap()).unwrap();
+        queue
+    }
+
+    fn reap(&mut self) {
+        while let Some((head, len)) = self.driver.next_used() {
+            let place = self.offered.iter().position(|&offered| offered == head);
+            self.offered.remove(place.unwrap_or_else(|| panic!("{head} was completed twice, or never asked for")));
+            assert_eq!(len, 0x100 + u32::from(head));
+            self.seen += 1;
+        }
+    }
+
+    fn offer(&mut self) {
+        if let Some(head) = self.driver.add(&[Buffer { addr: 0x3000, len: 16, writable: true }]) {
+            self.offered.push(head);
+            self.submitted += 1;
+        }
+    }
+
+    /// One life of a device.
+    fn live(&mut self, steps: &[Step]) {
+        let mut queue = self.device();
+        let mut taken = VecDeque::new();
+        let mut chain = Chain::default();
+        for step in steps {
+            match *step {
+                Step::Offer(count) => {
+                    self.reap();
+                    (0..count).for_each(|_| self.offer());
+                    self.driver.publish();
+                }
+                Step::Take(count) => {
+                    for _ in 0..count {
+                        if queue.pop(&mut chain).unwrap() {
+                            taken.push_back(chain.head);
+                        }
+                    }
+                }
+                Step::Complete(which) if !taken.is_empty() => {
+                    let head = taken.remove(usize::from(which) % taken.len()).unwrap();
+                    queue.complete(head, 0x100 + u32::from(head));
+                }
+                Step::Publish => drop(queue.notify()),
+                Step::GiveBack => {
+                    if let Some(head) = taken.pop_back()
+                        && !queue.unpop(head)
+                    {
+                        taken.push_back(head);
+                    }
+                }
+                Step::Complete(_) => {}
+            }
+        }
+    }
+
+    /// A life that ends well: whatever was offered is completed, in the driver's order where nobody was in between.
+    fn finish(&mut self) {
+        self.reap();
+        let mut queue = self.device();
+        let mut chain = Chain::default();
+        while queue.pop(&mut chain).unwrap() {
+            assert!(self.offered.contains(&chain.head), "{} is served again though it was published", chain.head);
+            queue.complete(chain.head, 0x100 + u32::from(chain.head));
+        }
+        queue.notify();
+        self.reap();
+        assert!(self.offered.is_empty(), "lost: {:?}", self.offered);
+        assert_eq!(self.seen, self.submitted);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    /// PITFALLS 55: nothing is lost or doubled wherever a device ends, its successor too.
+    #[test]
+    fn pitfall_55_no_crash_point_loses_or_doubles_a_request(first in steps(), second in steps(), again in 0..60u32) {
+        for point in 0.. {
+            let mut model = Model::new();
+            let crashed = crashes(point, || model.live(&first));
+            crashes(again, || model.live(&second));
+            model.finish();
+            if !crashed {
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn pitfall_55_what_was_in_flight_is_served_again_in_its_old_order_index_0_included() {
+    let mut model = Model::new();
+    let mut queue = model.device();
+    // The other way round, so that the order of heads is none that a table has by itself.
+    (0..5).for_each(|_| model.offer());
+    model.driver.publish();
+    let mut chain = Chain::default();
+    let mut heads: Vec<u16> = (0..5).map(|_| if queue.pop(&mut chain).unwrap() { chain.head } else { SIZE }).collect();
+    heads.rotate_left(2);
+    heads.into_iter().for_each(|head| queue.complete(head, 0x100 + u32::from(head)));
+    queue.notify();
+    model.reap();
+    (0..5).for_each(|_| model.offer());
+    model.driver.publish();
+    let offered = model.offered.clone();
+    assert!(!offered.is_sorted() && offered.contains(&0));
+    (0..4).for_each(|_| assert!(queue.pop(&mut chain).unwrap()));
+    queue.complete(offered[1], 0x100 + u32::from(offered[1]));
+    queue.notify();
+    queue.complete(offered[2], 0);
+    drop(queue);
+    let mut queue = model.device();
+    assert!(queue.has_avail());
+    let mut again = Vec::new();
+    while queue.pop(&mut chain).unwrap() {
+        again.push(chain.head);
+    }
+    assert_eq!(again, [offered[0], offered[2], offered[3], offered[4]]);
+    drop(queue);
+    model.finish();
+}
+
+#[test]
+fn a_queue_that_was_drained_goes_on_where_it_is_told() {
+    let mut model = Model::new();
+    for _ in 0..3 {
+        model.offer();
+        model.driver.publish();
+        model.finish();
+    }
+    let queue = model.device();
+    assert_eq!(queue.state(), QueueState { next_avail: 3, next_used: 3 });
+}
+
+#[test]
+fn pitfall_45_tables_and_queues_that_do_not_fit_are_refused() {
+    for (queues, size) in [(0, 8), (1, 0), (1, MAX_ENTRIES + 1)] {
+        assert!(InflightArea::new(queues, size).is_err(), "{queues} of {size}");
+    }
+    let model = Model::new();
+    let file = || -> OwnedFd { model.area.file().try_clone().unwrap().into() };
+    let len = model.area.size();
+    for (offset, len, queues, size) in [
+        (0, len, 3, SIZE),
+        (0, len, 2, 64),
+        (0, 2 * len, 2, SIZE),
+        (64, len, 2, SIZE),
+        (u64::MAX - 7, len, 2, SIZE),
+        (4, len - 64, 1, SIZE),
+    ] {
+        let error = InflightArea::from_file(file(), offset, len, queues, size).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{offset} {len} {queues} {size}: {error}");
+    }
+    assert!(model.area.table(2).is_none());
+
+    let driver = Driver::new(model.mem.clone(), RING, 2 * SIZE, RING_FEATURES);
+    let from = QueueState::default();
+    let mut queue = Queue::new(model.mem.clone(), &driver.ring(), RING_FEATURES, from, Interrupt::None).unwrap();
+    assert!(matches!(queue.take_over(model.area.table(0).unwrap()), Err(RingError::Inflight(_))));
+}
+
+#[test]
+fn pitfall_45_nonsense_in_a_table_is_bounded() {
+    let model = Model::new();
+    let table = model.area.table(1).unwrap();
+    table.word(VERSION_AT).store(VERSION, Ordering::Relaxed);
+    table.word(ENTRIES_AT).store(u16::MAX, Ordering::Relaxed);
+    table.word(LAST_BATCH_AT).store(7, Ordering::Relaxed);
+    table.word(USED_AT).store(0x8000, Ordering::Relaxed);
+    for head in 0..SIZE {
+        // Each links to itself or to nowhere.
+        table.link(head).store(if head == 7 { 7 } else { 0xffff }, Ordering::Relaxed);
+        table.mark(head).store(if head == 3 { 9 } else { 1 }, Ordering::Relaxed);
+    }
+    let mut table = table;
+    assert_eq!(table.take_over(SIZE, 0).unwrap(), [0, 1, 2, 4, 5, 6]);
+    table.word(VERSION_AT).store(2, Ordering::Relaxed);
+    assert!(table.take_over(SIZE, 0).is_err());
+}
