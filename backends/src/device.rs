@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use serde::Deserialize;
 use thiserror::Error;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use vm_memory::GuestMemoryMmap;
@@ -51,7 +52,7 @@ impl DeviceInfo {
 }
 
 /// Reads a configuration space; bytes beyond its end are zero.
-pub(crate) fn read_space(space: &[u8], offset: u32, data: &mut [u8]) {
+pub fn read_space(space: &[u8], offset: u32, data: &mut [u8]) {
     data.fill(0);
     let from = space.get(offset as usize..).unwrap_or_default();
     let count = from.len().min(data.len());
@@ -97,6 +98,17 @@ pub struct QueueParts {
     /// Where requests in flight are noted, if the queue shall survive a crash of whoever serves it. What is noted there
     /// already is served again first, and `from` is then what follows from the table.
     pub inflight: Option<InflightTable>,
+}
+
+/// Where the queues of a device are served.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum Place {
+    /// On I/O threads of the process that has the guest.
+    #[default]
+    Process,
+    /// In a process of their own.
+    Daemon,
 }
 
 /// Why a device refused a request of its transport.

@@ -111,7 +111,13 @@ impl InflightArea {
         let at = table_len(self.queue_size) * u64::from(index);
         // SAFETY: the mapping holds the tables of all queues.
         let base = (index < self.queues).then(|| unsafe { self.map.base.add(at as usize) })?;
-        Some(InflightTable { base, entries: self.queue_size, next_number: 0, batch: Vec::new(), _map: Arc::clone(&self.map) })
+        Some(InflightTable {
+            base,
+            entries: self.queue_size,
+            next_number: 0,
+            batch: Vec::new(),
+            _map: Arc::clone(&self.map),
+        })
     }
 }
 

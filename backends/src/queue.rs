@@ -492,6 +492,14 @@ fn translate(mem: &GuestMemory, mut addr: u64, mut len: u64, io: &mut GuestIo) -
     Some(())
 }
 
+/// The used index of a ring that nobody serves, or `None` if the ring does not lie in memory.
+#[must_use]
+pub fn used_index(mem: &GuestMemory, ring: &RingConfig) -> Option<u16> {
+    let used = host_range(mem, ring.used, 6 + 8 * u64::from(ring.size)).filter(|_| ring.used.is_multiple_of(4))?;
+    // SAFETY: the ring is mapped for as long as `mem` lives, its index lies behind the flags, on an even address.
+    Some(unsafe { &*used.cast::<AtomicU16>().add(1) }.load(Ordering::Acquire))
+}
+
 fn area(mem: &GuestMemory, area: &'static str, addr: u64, len: u64, align: u64) -> Result<*mut u8, RingError> {
     if !addr.is_multiple_of(align) {
         return Err(RingError::Misaligned { area, addr });

@@ -105,6 +105,17 @@ pub struct DeviceStats {
 }
 
 impl DeviceStats {
+    /// Adds what another life of the same device counted.
+    pub fn merge(&mut self, other: &Self) {
+        for (index, theirs) in &other.queues {
+            match self.queues.iter_mut().find(|(mine, _)| mine == index) {
+                Some((_, mine)) => mine.merge(theirs),
+                None => self.queues.push((*index, theirs.clone())),
+            }
+        }
+        self.queues.sort_by_key(|(index, _)| *index);
+    }
+
     /// All queues together; `None` if none has ever run.
     #[must_use]
     pub fn total(&self) -> Option<QueueStats> {

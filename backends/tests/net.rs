@@ -410,6 +410,7 @@ fn the_control_queue_stands_where_the_driver_looks_for_it() {
         mem: rig.mem.clone(),
         kick: EventFd::new(EFD_NONBLOCK).unwrap(),
         call: Interrupt::None,
+        fault: Interrupt::None,
         from: QueueState::default(),
         inflight: None,
     };

@@ -1,6 +1,7 @@
 //! `ringvm check`: what this host offers, and what to do about what is missing.
 
-use std::fs::OpenOptions;
+mod net;
+
 use std::io::{self, Write};
 
 use ringvm_backends::reactor::{ReactorOptions, ReactorPool};
@@ -45,7 +46,8 @@ impl Finding {
 /// Prints what was found; the exit code tells whether ringvm can run.
 #[must_use]
 pub fn check() -> Exit {
-    let findings = [kvm(), io_uring(), memory(), hugepages(), tap(), locked_memory(), open_files()];
+    let mut findings = vec![kvm(), io_uring(), memory(), hugepages(), locked_memory(), open_files()];
+    findings.extend(net::net());
     let mut text = String::new();
     for finding in &findings {
         let mark = match finding.level {
@@ -112,19 +114,6 @@ fn hugepages() -> Finding {
     } else {
         let advice = "only for --memory hugepages=: reserve some, e.g. sysctl vm.nr_hugepages=512";
         Finding::bad(Level::Limited, "huge pages", text, advice)
-    }
-}
-
-fn tap() -> Finding {
-    match OpenOptions::new().read(true).write(true).open("/dev/net/tun") {
-        Ok(_) => Finding::good("tap", "/dev/net/tun opens"),
-        Err(error) => {
-            let advice = match error.kind() {
-                io::ErrorKind::NotFound => "only for networks: load the tun module",
-                _ => "only for networks: run as a user who may open it, with CAP_NET_ADMIN",
-            };
-            Finding::bad(Level::Limited, "tap", format!("opening /dev/net/tun: {error}"), advice)
-        }
     }
 }
 

@@ -7,9 +7,11 @@ use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ringvm_backends::block::BlockOptions;
 use ringvm_backends::keyval;
-use ringvm_backends::net::NetOptions;
+use ringvm_backends::net::{NetOptions, OpenError};
 
-use crate::config::{BootProtocol, Config, ConfigError, MemoryConfig, Serial, TripleFault, check_disk};
+use crate::config::{
+    BootProtocol, Config, ConfigError, MemoryConfig, Serial, TripleFault, VhostUserOptions, check_disk,
+};
 
 const RUN_EXAMPLES: &str = "\
 Examples:
@@ -120,13 +122,18 @@ pub struct RunArgs {
     #[arg(long, value_name = "SWITCH", num_args = 0..=1, default_missing_value = "on", help_heading = "Machine")]
     pub rng: Option<OnOff>,
     /// Add a disk (virtio-blk); may be repeated. Keys: path, direct=on|off, readonly=on|off, queues=N, queue-size=N,
-    /// serial=TEXT, block-size=BYTES, storage=raw|null, size=SIZE (null storage only)
+    /// serial=TEXT, block-size=BYTES, storage=raw|null, size=SIZE (null storage only), place=process|daemon; or fd=N in place of path;
+    /// or socket=PATH of a daemon (with queues, queue-size)
     #[arg(long, value_name = "OPTIONS", help_heading = "Devices")]
     pub disk: Vec<String>,
     /// Add a NIC (virtio-net); may be repeated. Keys: one of tap=NAME|/dev/tapN, fds=[N,…], link=PATH, loopback=on; mac=ADDRESS,
-    /// queues=PAIRS, queue-size=N, mtu=BYTES
+    /// queues=PAIRS, queue-size=N, mtu=BYTES, place=process|daemon; or socket=PATH of a daemon (with queue-size)
     #[arg(long, value_name = "OPTIONS", help_heading = "Devices")]
     pub net: Vec<String>,
+    /// Add a device of any kind that a vhost-user daemon serves; may be repeated. Keys: type=NAME|ID, socket=PATH, queues=N,
+    /// queue-size=N
+    #[arg(long, value_name = "OPTIONS", help_heading = "Devices")]
+    pub vhost_user: Vec<String>,
     /// Number of I/O threads [default: one per queue, at most one per host CPU]
     #[arg(long, value_name = "N", help_heading = "Devices")]
     pub io_threads: Option<usize>,
@@ -179,8 +186,18 @@ impl RunArgs {
         for text in &self.net {
             let net = keyval::from_str::<NetOptions>(text, Some("tap"));
             let net = net.map_err(|error| option("net", text, error.to_string()))?;
-            net.validate().map_err(|error| option("net", text, error.to_string()))?;
+            net.validate().map_err(|error| match error {
+                // The option says already which NIC it is.
+                OpenError::Option { what, .. } => option("net", text, what),
+                error => option("net", text, error.to_string()),
+            })?;
             config.net.push(net);
+        }
+        for text in &self.vhost_user {
+            let device = keyval::from_str::<VhostUserOptions>(text, None);
+            let device = device.map_err(|error| option("vhost-user", text, error.to_string()))?;
+            device.device_type().map_err(|reason| option("vhost-user", text, reason))?;
+            config.vhost_user.push(device);
         }
         config.io_threads = self.io_threads.or(config.io_threads);
         if !self.io_affinity.is_empty() {

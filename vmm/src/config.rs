@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ringvm_backends::block::BlockOptions;
+use ringvm_backends::device::Place;
 use ringvm_backends::keyval::{self, parse_size};
 use ringvm_backends::net::NetOptions;
 use ringvm_backends::reactor::ReactorOptions;
@@ -33,6 +34,8 @@ pub struct Config {
     /// NICs, in the order of their slots, behind the disks.
     #[serde(default)]
     pub net: Vec<NetOptions>,
+    /// Devices of any kind that daemons serve, behind those.
+    pub vhost_user: Vec<VhostUserOptions>,
     /// Serial port.
     pub serial: Serial,
     /// Whether there is an entropy device.
@@ -62,6 +65,7 @@ impl Default for Config {
             memory: MemoryConfig::default(),
             disk: Vec::new(),
             net: Vec::new(),
+            vhost_user: Vec::new(),
             serial: Serial::Stdio,
             rng: false,
             io_threads: None,
@@ -71,6 +75,58 @@ impl Default for Config {
             on_triple_fault: TripleFault::Exit,
             stats: false,
         }
+    }
+}
+
+/// A device of any kind that a daemon serves.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct VhostUserOptions {
+    /// What it is: `net`, `blk`, `console`, `rng`, `scsi`, `9p`, `gpu`, `input`, `vsock`, `fs`, `pmem`, or a virtio device ID.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Where the daemon listens.
+    pub socket: PathBuf,
+    /// Queues that the driver gets; all that the daemon has, if left out.
+    pub queues: Option<u16>,
+    /// Descriptors per queue, a power of two of at most 32768.
+    #[serde(default = "default_queue_size")]
+    pub queue_size: u16,
+}
+
+fn default_queue_size() -> u16 {
+    256
+}
+
+impl VhostUserOptions {
+    /// The virtio device ID.
+    ///
+    /// # Errors
+    /// One line about what is wrong with the options.
+    pub fn device_type(&self) -> Result<u32, String> {
+        /// Virtio 1.3, section 5.
+        const KINDS: [(&str, u32); 11] = [
+            ("net", 1),
+            ("blk", 2),
+            ("console", 3),
+            ("rng", 4),
+            ("scsi", 8),
+            ("9p", 9),
+            ("gpu", 16),
+            ("input", 18),
+            ("vsock", 19),
+            ("fs", 26),
+            ("pmem", 27),
+        ];
+        if !self.queue_size.is_power_of_two() || self.queue_size > 1 << 15 {
+            return Err(format!("queue-size={} is not a power of two from 1 to 32768", self.queue_size));
+        }
+        let known = KINDS.iter().find(|(name, _)| *name == self.kind).map(|(_, id)| *id);
+        let number = || self.kind.parse().ok().filter(|id| (1..64).contains(id));
+        known.or_else(number).ok_or_else(|| {
+            let names: Vec<_> = KINDS.iter().map(|(name, _)| *name).collect();
+            format!("type={} is not one of {}, or a virtio device ID from 1 to 63", self.kind, names.join(", "))
+        })
     }
 }
 
@@ -349,7 +405,17 @@ impl Config {
         for net in &self.net {
             net.validate().map_err(|error| ConfigError::Option(error.to_string()))?;
         }
-        let devices = self.disk.len() + self.net.len() + usize::from(self.rng);
+        for device in &self.vhost_user {
+            device.device_type().map_err(ConfigError::Option)?;
+        }
+        if self.memory.ksm && self.has_daemons() {
+            return refuse(
+                "--memory: ksm=on keeps other processes out, so that no daemon can serve this machine; drop it, or \
+                 place=daemon, socket= and --vhost-user"
+                    .into(),
+            );
+        }
+        let devices = self.disk.len() + self.net.len() + self.vhost_user.len() + usize::from(self.rng);
         if devices > MAX_DEVICES {
             return refuse(format!("{devices} devices are more than the {MAX_DEVICES} slots of the PCI bus"));
         }
@@ -366,22 +432,34 @@ impl Config {
         }
     }
 
-    /// The I/O threads, or `None` if no device needs any.
+    /// Whether anything is served by another process.
+    fn has_daemons(&self) -> bool {
+        self.disk.iter().any(|disk| disk.place == Place::Daemon || disk.socket.is_some())
+            || self.net.iter().any(|net| net.place == Place::Daemon || net.socket.is_some())
+            || !self.vhost_user.is_empty()
+    }
+
+    /// How many queues are served in this process.
     #[must_use]
-    pub fn reactor_options(&self) -> Option<ReactorOptions> {
-        let disks = self.disk.iter().map(|disk| usize::from(disk.queues)).sum::<usize>();
-        let nets = self.net.iter().map(|net| 2 * usize::from(net.queues)).sum::<usize>();
-        let queues = disks + nets + usize::from(self.rng);
-        if queues == 0 {
-            return None;
-        }
+    pub fn queues_here(&self) -> usize {
+        let here = |place, socket: &Option<PathBuf>| place == Place::Process && socket.is_none();
+        let disks = self.disk.iter().filter(|disk| here(disk.place, &disk.socket));
+        let nets = self.net.iter().filter(|net| here(net.place, &net.socket));
+        disks.map(|disk| usize::from(disk.queues)).sum::<usize>()
+            + nets.map(|net| 2 * usize::from(net.queues)).sum::<usize>()
+            + usize::from(self.rng)
+    }
+
+    /// The I/O threads, of this process and of each daemon that it starts.
+    #[must_use]
+    pub fn reactor_options(&self) -> ReactorOptions {
         let default = ReactorOptions::default();
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        Some(ReactorOptions {
-            count: self.io_threads.unwrap_or(queues.min(cpus)),
+        ReactorOptions {
+            count: self.io_threads.unwrap_or(self.queues_here().clamp(1, cpus)),
             affinity: self.io_affinity.clone(),
             poll: self.poll_us.map_or(default.poll, Duration::from_micros),
-        })
+        }
     }
 }
 
@@ -445,7 +523,7 @@ mod tests {
         assert_eq!((config.memory.size, config.memory.hugepages), (1 << 30, Some(HugePages::TwoMib)));
         assert_eq!(config.serial, Serial::File("/tmp/console".into()));
         assert!(config.disk[0].direct && config.disk[0].queues == 4 && config.disk[1].readonly);
-        let options = config.reactor_options().unwrap();
+        let options = config.reactor_options();
         assert_eq!((options.count, options.poll), (2, Duration::ZERO));
         assert_eq!(parse("kernel = \"k\"\nmemory = \"64M\"").unwrap().memory.size, 64 << 20);
         assert_eq!(parse("kernel = \"k\"\nmemory = \"64M\"").unwrap().effective_cmdline(), "console=ttyS0");

@@ -38,6 +38,8 @@ pub enum Event {
     End(Ending),
     /// Statistics are wanted on stderr (SIGUSR1).
     Statistics,
+    /// Disks shall change their place (SIGUSR2).
+    Move,
 }
 
 /// Where events are sent. The first ending of a machine decides; of later ones only signals matter.
@@ -64,6 +66,11 @@ impl Events {
     /// Asks for statistics.
     pub fn statistics(&self) {
         self.send(Event::Statistics);
+    }
+
+    /// Asks for disks to change their place.
+    pub fn change_places(&self) {
+        self.send(Event::Move);
     }
 
     /// Whether the machine is at its end: a vCPU must not go on then.

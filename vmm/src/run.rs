@@ -5,10 +5,11 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 
 use crossbeam_channel::Receiver;
-use ringvm_backends::block::{BlockDevice, OpenError};
-use ringvm_backends::device::{Device, DeviceError};
+use ringvm_backends::block::OpenError;
+use ringvm_backends::device::{Device, DeviceError, Place};
 use ringvm_backends::net::{self, NetDevice};
 use ringvm_backends::reactor::ReactorPool;
 use ringvm_backends::rng::RngDevice;
@@ -18,6 +19,7 @@ use rustix::termios::isatty;
 use rustix::thread::CpuSet;
 use thiserror::Error;
 use tracing::{info, warn};
+use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET};
 
 use crate::advice::advice;
 use crate::boot::{BootError, BootSource, Initramfs, Kernel};
@@ -28,7 +30,10 @@ use crate::kvm::{Kvm, KvmError};
 use crate::legacy::console::{Console, Streams};
 use crate::legacy::terminal::{RawMode, is_interactive};
 use crate::machine::{Blueprint, Machine, MachineError, Running};
+use crate::placement::{Moved, Mover, PlaceError, PlacedDisk, nic_in_daemon};
 use crate::signals::SignalThread;
+use crate::vhost_user::peer::Peer;
+use crate::vhost_user::{ConnectError, VhostUserDevice, Wanted};
 
 /// Why a machine did not run, or did not end well.
 #[derive(Debug, Error)]
@@ -58,6 +63,9 @@ pub enum RunError {
     /// A NIC's port can't be opened.
     #[error(transparent)]
     Net(#[from] net::OpenError),
+    /// A device can't be served where it should be.
+    #[error(transparent)]
+    Place(PlaceError),
     /// KVM can't be used.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -112,6 +120,7 @@ impl RunError {
             | Self::Boot(_)
             | Self::Disk(_)
             | Self::Net(_)
+            | Self::Place(_)
             | Self::Serial { .. } => Exit::Configuration,
             Self::Kvm(KvmError::Cpus { .. }) => Exit::Configuration,
             Self::Machine(MachineError::Layout(_) | MachineError::Boot(_) | MachineError::Pci(_)) => {
@@ -123,6 +132,22 @@ impl RunError {
             Self::Flush(_) | Self::HostFailure(_) => Exit::Host,
             Self::GuestCrash(_) => Exit::GuestCrash,
         }
+    }
+}
+
+impl From<PlaceError> for RunError {
+    fn from(error: PlaceError) -> Self {
+        match error {
+            PlaceError::Disk(error) => Self::Disk(error),
+            PlaceError::Net(error) => Self::Net(error),
+            error => Self::Place(error),
+        }
+    }
+}
+
+impl From<ConnectError> for RunError {
+    fn from(error: ConnectError) -> Self {
+        Self::Place(error.into())
     }
 }
 
@@ -139,7 +164,7 @@ pub fn run(config: &Config) -> Result<Exit, RunError> {
     let initramfs = config.initramfs.as_deref().map(Initramfs::open).transpose()?;
     let kvm = Kvm::open()?;
     check_cpus(config, &kvm)?;
-    let devices = open_devices(config)?;
+    let (devices, movers) = open_devices(config)?;
     let (events, receiver) = Events::channel();
     let console = open_console(config, &events)?;
     let blueprint = Blueprint {
@@ -159,7 +184,7 @@ pub fn run(config: &Config) -> Result<Exit, RunError> {
         }
         Serial::File(_) | Serial::Null => None,
     };
-    let result = run_machines(config, &blueprint, machine, &receiver);
+    let result = run_machines(config, &blueprint, machine, &receiver, &movers);
     drop(signals);
     if let Some(console) = console {
         console.finish();
@@ -174,10 +199,11 @@ fn run_machines(
     blueprint: &Blueprint<'_>,
     mut machine: Machine,
     receiver: &Receiver<Event>,
+    movers: &[Mover],
 ) -> Result<Exit, RunError> {
     loop {
         let running = machine.start()?;
-        let ending = wait(&running, receiver);
+        let ending = wait(&running, receiver, movers);
         info!(?ending, "the machine stops");
         let stats = config.stats.then(|| running.stats());
         let mut devices = running.stop()?;
@@ -203,14 +229,29 @@ fn run_machines(
 }
 
 /// Waits for the machine's end.
-fn wait(running: &Running, receiver: &Receiver<Event>) -> Ending {
+fn wait(running: &Running, receiver: &Receiver<Event>, movers: &[Mover]) -> Ending {
     for event in receiver {
         match event {
             Event::End(ending) => return ending,
             Event::Statistics => eprint!("{}", summary(&running.stats())),
+            Event::Move => movers.iter().for_each(change_place),
         }
     }
     Ending::Panic("nobody is left to report the end of the machine".into())
+}
+
+/// Moves a disk to the place where it is not, and says how it went.
+fn change_place(mover: &Mover) {
+    match mover.toggle() {
+        Ok(Moved { name, place, pause }) => {
+            let place = match place {
+                Place::Process => "this process",
+                Place::Daemon => "a daemon",
+            };
+            eprintln!("{name}: moved to {place}, nobody served it for {} us", pause.as_micros());
+        }
+        Err(error) => eprintln!("ringvm: {error}; it stays where it is"),
+    }
 }
 
 fn restarts(config: &Config, ending: &Ending) -> bool {
@@ -280,20 +321,50 @@ fn check_cpus(config: &Config, kvm: &Kvm) -> Result<(), KvmError> {
     if config.cpus > limit { Err(KvmError::Cpus { wanted: config.cpus, limit }) } else { Ok(()) }
 }
 
-fn open_devices(config: &Config) -> Result<Vec<Box<dyn Device>>, RunError> {
-    let Some(options) = config.reactor_options() else { return Ok(Vec::new()) };
-    let pool = ReactorPool::new(&options).map_err(|source| RunError::Reactor { source })?;
-    let mut devices: Vec<Box<dyn Device>> = Vec::new();
+type Devices = Vec<Box<dyn Device>>;
+
+fn open_devices(config: &Config) -> Result<(Devices, Vec<Mover>), RunError> {
+    let reactors = config.reactor_options();
+    let pool = (config.queues_here() > 0).then(|| ReactorPool::new(&reactors)).transpose();
+    let pool = pool.map_err(|source| RunError::Reactor { source })?;
+    let here = || pool.as_ref().ok_or_else(|| RunError::Internal("there are no I/O threads".into()));
+    let daemon = |name: &str, socket: &Path, wanted| {
+        VhostUserDevice::connect(name, Peer::Socket(socket.to_owned()), &wanted).map(Box::new)
+    };
+    let mut devices: Devices = Vec::new();
+    let mut movers = Vec::new();
     for (index, disk) in config.disk.iter().enumerate() {
-        devices.push(Box::new(BlockDevice::open(&format!("disk{index}"), disk, &pool)?));
+        let name = format!("disk{index}");
+        if let Some(socket) = &disk.socket {
+            let queues = Some(disk.queues);
+            let wanted = Wanted { device_type: VIRTIO_ID_BLOCK, queues, queue_size: disk.queue_size };
+            devices.push(daemon(&name, socket, wanted)?);
+        } else {
+            let (disk, mover) = PlacedDisk::open(&name, disk, &reactors, pool.as_ref(), config.stats)?;
+            devices.push(Box::new(disk));
+            movers.push(mover);
+        }
     }
     for (index, net) in config.net.iter().enumerate() {
-        devices.push(Box::new(NetDevice::open(&format!("net{index}"), net, &pool)?));
+        let name = format!("net{index}");
+        if let Some(socket) = &net.socket {
+            let wanted = Wanted { device_type: VIRTIO_ID_NET, queues: None, queue_size: net.queue_size };
+            devices.push(daemon(&name, socket, wanted)?);
+        } else if net.place == Place::Daemon {
+            devices.push(Box::new(nic_in_daemon(&name, net, &reactors, config.stats)?));
+        } else {
+            devices.push(Box::new(NetDevice::open(&name, net, here()?)?));
+        }
+    }
+    for (index, options) in config.vhost_user.iter().enumerate() {
+        let device_type = options.device_type().map_err(RunError::Internal)?;
+        let wanted = Wanted { device_type, queues: options.queues, queue_size: options.queue_size };
+        devices.push(daemon(&format!("vhost{index}"), &options.socket, wanted)?);
     }
     if config.rng {
-        devices.push(Box::new(RngDevice::new("rng0", &pool)));
+        devices.push(Box::new(RngDevice::new("rng0", here()?)));
     }
-    Ok(devices)
+    Ok((devices, movers))
 }
 
 fn open_console(config: &Config, events: &Events) -> Result<Option<Console>, RunError> {

@@ -3,7 +3,7 @@
 use std::io;
 use std::thread::{self, JoinHandle};
 
-use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 use signal_hook::iterator::{Handle, Signals};
 
 use crate::events::{Ending, Events};
@@ -17,12 +17,13 @@ pub struct SignalThread {
 }
 
 impl SignalThread {
-    /// Starts to listen: SIGTERM, SIGINT, SIGQUIT and SIGHUP end the machine, SIGUSR1 asks for statistics.
+    /// Starts to listen: SIGTERM, SIGINT, SIGQUIT and SIGHUP end the machine, SIGUSR1 asks for statistics, SIGUSR2 for
+    /// disks to change their place.
     ///
     /// # Errors
     /// When the host has no thread or descriptor left.
     pub fn start(events: Events) -> io::Result<Self> {
-        let mut wanted = vec![SIGTERM, SIGINT, SIGQUIT, SIGUSR1];
+        let mut wanted = vec![SIGTERM, SIGINT, SIGQUIT, SIGUSR1, SIGUSR2];
         if !is_ignored(SIGHUP) {
             // nohup(1) means that it shall go on.
             wanted.push(SIGHUP);
@@ -33,6 +34,7 @@ impl SignalThread {
             for signal in signals.forever() {
                 match signal {
                     SIGUSR1 => events.statistics(),
+                    SIGUSR2 => events.change_places(),
                     SIGINT => events.end(Ending::Signal("SIGINT")),
                     SIGQUIT => events.end(Ending::Signal("SIGQUIT")),
                     SIGHUP => events.end(Ending::Signal("SIGHUP")),

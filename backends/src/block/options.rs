@@ -3,15 +3,16 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use rustix::fs::{AtFlags, StatxFlags};
 use serde::Deserialize;
 use thiserror::Error;
 
+use crate::device::Place;
 use crate::storage::Geometry;
 use crate::storage::null::Null;
 use crate::storage::raw::{DirectAlign, Raw};
@@ -38,8 +39,15 @@ pub enum StorageKind {
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct BlockOptions {
-    /// Image file or block device; required for raw storage.
+    /// Image file or block device; raw storage needs it, or `fd`.
     pub path: Option<PathBuf>,
+    /// A descriptor of the image, opened (and locked, if need be) by whoever started this process.
+    pub fd: Option<RawFd>,
+    /// Where the disk is served. Not looked at here, but by whoever has the guest.
+    #[serde(default)]
+    pub place: Place,
+    /// A daemon that serves the disk already; everything but the queues is its own then. Likewise.
+    pub socket: Option<PathBuf>,
     /// What holds the bytes.
     #[serde(default)]
     pub storage: StorageKind,
@@ -75,6 +83,9 @@ impl Default for BlockOptions {
     fn default() -> Self {
         Self {
             path: None,
+            fd: None,
+            place: Place::Process,
+            socket: None,
             storage: StorageKind::Raw,
             size: None,
             direct: false,
@@ -121,7 +132,11 @@ pub(crate) enum Backing {
 
 impl BlockOptions {
     fn name(&self) -> String {
-        self.path.as_ref().map_or_else(|| "(null storage)".into(), |path| path.display().to_string())
+        match (&self.path, self.fd, &self.socket) {
+            (Some(path), ..) | (.., Some(path)) => path.display().to_string(),
+            (None, Some(fd), None) => format!("fd {fd}"),
+            (None, None, None) => "(null storage)".into(),
+        }
     }
 
     fn refuse(&self, what: impl Into<String>) -> OpenError {
@@ -133,12 +148,34 @@ impl BlockOptions {
     /// # Errors
     /// [`OpenError::Option`] for the first thing found.
     pub fn validate(&self) -> Result<(), OpenError> {
+        let one = self.path.is_some() || self.fd.is_some();
         match self.storage {
-            StorageKind::Raw if self.path.is_none() => return Err(self.refuse("path= is missing, name an image file")),
+            _ if self.socket.is_some() => {
+                let daemons = Self {
+                    socket: self.socket.clone(),
+                    queues: self.queues,
+                    queue_size: self.queue_size,
+                    ..Self::default()
+                };
+                if *self != daemons {
+                    return Err(
+                        self.refuse("with socket= only queues= and queue-size= are said here, the rest to the daemon")
+                    );
+                }
+            }
+            _ if self.path.is_some() && self.fd.is_some() => {
+                return Err(self.refuse("path= and fd= exclude each other, leave out one of the two"));
+            }
+            _ if self.fd.is_some_and(|fd| fd <= 2) => {
+                return Err(
+                    self.refuse("fd= 0, 1 and 2 are for input, output and errors; inherit it under a higher number")
+                );
+            }
+            StorageKind::Raw if !one => return Err(self.refuse("path= is missing, name an image file")),
             StorageKind::Raw if self.size.is_some() => {
                 return Err(self.refuse("size= is for storage=null, an image has the size of its file"));
             }
-            StorageKind::Null if self.path.is_some() => {
+            StorageKind::Null if one => {
                 return Err(self.refuse("storage=null takes no path=, leave out one of the two"));
             }
             StorageKind::Null if self.size.is_none() => {
@@ -173,10 +210,9 @@ impl BlockOptions {
 
     /// Opens what holds the bytes, locked against other writers.
     pub(crate) fn open(&self) -> Result<Backing, OpenError> {
-        self.validate()?;
-        match (self.storage, &self.path) {
-            (StorageKind::Raw, Some(path)) => self.open_raw(path).map(Backing::Raw),
-            _ => self.null().map(Backing::Null),
+        match self.open_image()? {
+            Some(image) => self.raw(image).map(Backing::Raw),
+            None => self.null().map(Backing::Null),
         }
     }
 
@@ -187,34 +223,84 @@ impl BlockOptions {
         Ok(Null(Geometry { capacity, logical_block, physical_block, readonly: self.readonly, discard: true }))
     }
 
-    fn open_raw(&self, path: &Path) -> Result<Raw, OpenError> {
-        let host = |what, source: io::Error, hint| OpenError::Host { disk: self.name(), what, source, hint };
-        // Looked at before opening: opening a FIFO would wait for its other end.
-        let meta = std::fs::metadata(path).map_err(|e| {
-            let hint =
-                if e.kind() == io::ErrorKind::NotFound { "; create it first, e.g. with truncate -s 10G" } else { "" };
-            host("opening the image", e, hint)
-        })?;
-        let kind = meta.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            let found = if kind.is_dir() { "a directory" } else { "a special file" };
-            return Err(self.refuse(format!("it is {found}, name an image file or a block device")));
+    /// Opens and locks the image, or takes the descriptor that was inherited; `None` for null storage. Whoever is given it
+    /// as `fd` shares the lock, so that the disk can change its place without being free for anybody in between.
+    ///
+    /// # Errors
+    /// Anything that is wrong with the options or the image.
+    pub fn open_image(&self) -> Result<Option<File>, OpenError> {
+        self.validate()?;
+        if self.storage == StorageKind::Null {
+            return Ok(None);
         }
-        let direct = if self.direct { libc::O_DIRECT } else { 0 };
-        let file = OpenOptions::new().read(true).write(!self.readonly).custom_flags(direct).open(path);
-        let mut file = file.map_err(|e| match e.raw_os_error() {
-            Some(libc::EINVAL) if self.direct => host("opening with direct=on", e, NO_DIRECT),
-            Some(libc::EACCES | libc::EPERM | libc::EROFS) if !self.readonly => {
-                host("opening the image for writing", e, "; check its permissions or use readonly=on")
+        let host = |what, source: io::Error, hint| OpenError::Host { disk: self.name(), what, source, hint };
+        let file = match (&self.path, self.fd) {
+            (Some(path), _) => {
+                // Looked at before opening: opening a FIFO would wait for its other end.
+                let meta = std::fs::metadata(path).map_err(|e| {
+                    let missing = e.kind() == io::ErrorKind::NotFound;
+                    let hint = if missing { "; create it first, e.g. with truncate -s 10G" } else { "" };
+                    host("opening the image", e, hint)
+                })?;
+                self.check_kind(&meta)?;
+                let direct = if self.direct { libc::O_DIRECT } else { 0 };
+                let file = OpenOptions::new().read(true).write(!self.readonly).custom_flags(direct).open(path);
+                file.map_err(|e| match e.raw_os_error() {
+                    Some(libc::EINVAL) if self.direct => host("opening with direct=on", e, NO_DIRECT),
+                    Some(libc::EACCES | libc::EPERM | libc::EROFS) if !self.readonly => {
+                        host("opening the image for writing", e, "; check its permissions or use readonly=on")
+                    }
+                    _ => host("opening the image", e, ""),
+                })?
             }
-            _ => host("opening the image", e, ""),
-        })?;
+            (None, Some(fd)) => self.inherit(fd)?,
+            (None, None) => return Err(self.refuse("path= is missing, name an image file")),
+        };
         lock(&file, self.readonly).map_err(|e| match e.raw_os_error() {
             Some(libc::EAGAIN | libc::EACCES) => {
                 host("locking the image", e, "; another process uses it, stop that one or open it readonly=on in both")
             }
             _ => host("locking the image", e, ""),
         })?;
+        Ok(Some(file))
+    }
+
+    fn check_kind(&self, meta: &std::fs::Metadata) -> Result<(), OpenError> {
+        let kind = meta.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            let found = if kind.is_dir() { "a directory" } else { "a special file" };
+            return Err(self.refuse(format!("it is {found}, name an image file or a block device")));
+        }
+        Ok(())
+    }
+
+    /// A descriptor of our own for an inherited one, in the mode that is asked for.
+    fn inherit(&self, fd: RawFd) -> Result<File, OpenError> {
+        use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+        let host = |what, source: io::Error, hint| OpenError::Host { disk: self.name(), what, source, hint };
+        // SAFETY: F_DUPFD_CLOEXEC only looks the number up; a number that is not open is an error.
+        let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
+        if copy < 0 {
+            return Err(host("using the descriptor", io::Error::last_os_error(), "; inherit it open"));
+        }
+        // SAFETY: the descriptor was made just now and nobody else knows it.
+        let file = unsafe { File::from_raw_fd(copy) };
+        self.check_kind(&file.metadata().map_err(|e| host("looking at the image", e, ""))?)?;
+        let flags = fcntl_getfl(&file).map_err(|e| host("asking how it was opened", e.into(), ""))?;
+        if flags & OFlags::RWMODE == OFlags::WRONLY || !self.readonly && flags & OFlags::RWMODE != OFlags::RDWR {
+            return Err(self.refuse("it is not open for reading and writing; open it so, or use readonly=on"));
+        }
+        let mut wanted = flags;
+        wanted.set(OFlags::DIRECT, self.direct);
+        if wanted != flags {
+            fcntl_setfl(&file, wanted).map_err(|e| host("setting direct=", e.into(), NO_DIRECT))?;
+        }
+        Ok(file)
+    }
+
+    fn raw(&self, mut file: File) -> Result<Raw, OpenError> {
+        let host = |what, source: io::Error, hint| OpenError::Host { disk: self.name(), what, source, hint };
+        let meta = file.metadata().map_err(|e| host("looking at the image", e, ""))?;
         let align = if self.direct { Some(self.direct_align(&file)?) } else { None };
         let logical_block = self.block_size.unwrap_or_else(|| align.map_or(512, |align| align.offset.clamp(512, 4096)));
         let size = file.seek(SeekFrom::End(0)).map_err(|e| host("reading the size", e, ""))?;

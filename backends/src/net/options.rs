@@ -3,13 +3,14 @@
 use std::fmt;
 use std::io;
 use std::os::fd::RawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
 use serde::Deserialize;
 use thiserror::Error;
 
+use crate::device::Place;
 use crate::port::Port;
 use crate::port::link::Link;
 use crate::port::loopback::Loopback;
@@ -79,6 +80,11 @@ pub struct NetOptions {
     /// Whatever is transmitted is received.
     #[serde(default)]
     pub loopback: bool,
+    /// Where the NIC is served. Not looked at here, but by whoever has the guest.
+    #[serde(default)]
+    pub place: Place,
+    /// A daemon that serves the NIC already; everything but the size of its queues is its own then. Likewise.
+    pub socket: Option<PathBuf>,
     /// Address of the NIC; one is made if it is left out.
     pub mac: Option<Mac>,
     /// Number of queue pairs, 1 to 32.
@@ -106,6 +112,8 @@ impl Default for NetOptions {
             fds: Vec::new(),
             link: None,
             loopback: false,
+            place: Place::Process,
+            socket: None,
             mac: None,
             queues: default_pairs(),
             queue_size: default_queue_size(),
@@ -145,6 +153,7 @@ impl NetOptions {
         match (&self.tap, &self.link) {
             (Some(tap), _) => tap.clone(),
             (_, Some(link)) => link.display().to_string(),
+            _ if self.socket.is_some() => self.socket.as_deref().unwrap_or(Path::new("")).display().to_string(),
             _ if !self.fds.is_empty() => format!("fds={:?}", self.fds),
             _ => "loopback".into(),
         }
@@ -159,11 +168,22 @@ impl NetOptions {
     /// # Errors
     /// [`OpenError::Option`] for the first thing found.
     pub fn validate(&self) -> Result<(), OpenError> {
-        let ports = [self.tap.is_some(), !self.fds.is_empty(), self.link.is_some(), self.loopback];
+        if self.socket.is_some() {
+            let daemons = Self { socket: self.socket.clone(), queue_size: self.queue_size, ..Self::default() };
+            if *self != daemons {
+                return Err(self.refuse("with socket= only queue-size= is said here, the rest to the daemon"));
+            }
+        }
+        let ports =
+            [self.tap.is_some(), !self.fds.is_empty(), self.link.is_some(), self.loopback, self.socket.is_some()];
         match ports.iter().filter(|named| **named).count() {
             1 => {}
-            0 => return Err(self.refuse("no port is named: give one of tap=, fds=, link= and loopback=on")),
-            _ => return Err(self.refuse("more than one port is named: give one of tap=, fds=, link= and loopback=on")),
+            0 => return Err(self.refuse("no port is named: give one of tap=, fds=, link=, loopback=on and socket=")),
+            _ => {
+                return Err(
+                    self.refuse("more than one port is named: give one of tap=, fds=, link=, loopback=on and socket=")
+                );
+            }
         }
         if !(1..=MAX_PAIRS).contains(&self.queues) {
             return Err(self.refuse(format!("queues={} is not from 1 to {MAX_PAIRS}", self.queues)));
@@ -185,7 +205,10 @@ impl NetOptions {
     }
 
     /// Opens the port.
-    pub(crate) fn open(&self) -> Result<Arc<dyn Port>, OpenError> {
+    ///
+    /// # Errors
+    /// Anything that is wrong with the options or the port.
+    pub fn open(&self) -> Result<Arc<dyn Port>, OpenError> {
         self.validate()?;
         let pairs = usize::from(self.queues);
         let host = |what, source| OpenError::Host { net: self.name(), what, source };
@@ -198,7 +221,10 @@ impl NetOptions {
     }
 
     /// The address, or one of the locally administered that is not likely to be met twice.
-    pub(crate) fn mac_or_random(&self) -> io::Result<[u8; 6]> {
+    ///
+    /// # Errors
+    /// When the host has no random numbers.
+    pub fn mac_or_random(&self) -> io::Result<[u8; 6]> {
         if let Some(Mac(mac)) = self.mac {
             return Ok(mac);
         }

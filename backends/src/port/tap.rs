@@ -100,6 +100,12 @@ impl Tap {
         });
         let owned = owned.collect::<Result<Vec<_>, _>>()?;
         let name = format!("fd {}", fds.iter().map(ToString::to_string).collect::<Vec<_>>().join(","));
+        if owned.len() > 1 {
+            for fd in &owned {
+                // Whoever used it before may have left with queues detached; one that is attached says EINVAL.
+                let _ = set_queue(fd, libc::IFF_ATTACH_QUEUE);
+            }
+        }
         let interface = owned.first().and_then(|fd| interface_of(fd).ok());
         let tap = Self::over(&name, owned)?;
         Ok(Self { mtu: interface.as_deref().and_then(interface_mtu), ..tap })
@@ -165,9 +171,7 @@ impl Port for Tap {
             } else {
                 (*attached - 1, libc::IFF_DETACH_QUEUE)
             };
-            let mut request = request("");
-            request.ifr_ifru.ifru_flags = flag as libc::c_short;
-            ioctl(&self.ends[pair].tx, libc::TUNSETQUEUE, &raw mut request as usize)?;
+            set_queue(&self.ends[pair].tx, flag)?;
             *attached = if flag == libc::IFF_ATTACH_QUEUE { pair + 1 } else { pair };
         }
         Ok(())
@@ -194,6 +198,13 @@ impl Port for Tap {
         }
         ioctl(&self.ends[0].tx, libc::TUNSETTXFILTER, &raw mut tun as usize)
     }
+}
+
+/// Attaches a queue to its interface, or detaches it.
+fn set_queue(file: &OwnedFd, flag: libc::c_int) -> io::Result<()> {
+    let mut request = request("");
+    request.ifr_ifru.ifru_flags = flag as libc::c_short;
+    ioctl(file, libc::TUNSETQUEUE, &raw mut request as usize)
 }
 
 /// Addresses in a filter; with more, everything is brought.

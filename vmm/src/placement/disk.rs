@@ -1,0 +1,388 @@
+//! A disk that changes its place while the guest uses it: served on I/O threads of this process, or in a daemon.
+//!
+//! Both places are a [`Device`] over the same open image. A move stops each queue where it is, with nothing in flight, and
+//! starts it at the same position in the other place; doorbells and interrupts stay what they are.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fmt::Write as _;
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use ringvm_backends::block::{BlockDevice, BlockOptions, StorageKind};
+use ringvm_backends::device::{
+    Device, DeviceError, DeviceInfo, GuestMemory, Place, QueueParts, QueueState, RingConfig,
+};
+use ringvm_backends::inflight::InflightTable;
+use ringvm_backends::interrupt::Interrupt;
+use ringvm_backends::reactor::{ReactorOptions, ReactorPool};
+use ringvm_backends::stats::DeviceStats;
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{PlaceError, common_arguments, program};
+use crate::vhost_user::peer::{self, Peer, Program};
+use crate::vhost_user::{VhostUserDevice, Wanted};
+
+const PROGRAM: &str = "ringvm-blk";
+
+/// A disk, wherever it is served.
+pub struct PlacedDisk {
+    info: DeviceInfo,
+    shared: Arc<Mutex<Placed>>,
+}
+
+/// Moves a disk whose other half is the machine's.
+#[derive(Clone)]
+pub struct Mover(Arc<Mutex<Placed>>);
+
+/// What one move did.
+#[derive(Clone, Debug)]
+pub struct Moved {
+    /// Name of the disk.
+    pub name: String,
+    /// Where it is now.
+    pub place: Place,
+    /// How long nobody served it.
+    pub pause: Duration,
+}
+
+enum Server {
+    Process(BlockDevice),
+    Daemon(VhostUserDevice),
+}
+
+impl Server {
+    fn device(&mut self) -> &mut dyn Device {
+        match self {
+            Self::Process(device) => device,
+            Self::Daemon(device) => device,
+        }
+    }
+
+    fn device_ref(&self) -> &dyn Device {
+        match self {
+            Self::Process(device) => device,
+            Self::Daemon(device) => device,
+        }
+    }
+
+    /// What the last stop of a queue has left behind.
+    fn left(&mut self, index: u16) -> Option<InflightTable> {
+        match self {
+            Self::Process(_) => None,
+            Self::Daemon(device) => device.left_in_flight(index),
+        }
+    }
+}
+
+struct Placed {
+    name: String,
+    options: BlockOptions,
+    reactors: ReactorOptions,
+    stats: bool,
+    /// Keeps the lock, wherever the disk is.
+    image: Option<Arc<OwnedFd>>,
+    /// As long as it was ever served here.
+    pool: Option<ReactorPool>,
+    server: Server,
+    place: Place,
+    features: Option<u64>,
+    /// Bytes of the configuration space that the driver has written.
+    written: BTreeMap<u32, u8>,
+    config_changed: Interrupt,
+    running: BTreeMap<u16, Kept>,
+    /// What was counted in other places.
+    past: Vec<DeviceStats>,
+}
+
+/// What a queue needs to start again.
+struct Kept {
+    ring: RingConfig,
+    mem: GuestMemory,
+    kick: EventFd,
+    call: Interrupt,
+    fault: Interrupt,
+}
+
+impl Kept {
+    fn parts(&self, from: QueueState, inflight: Option<InflightTable>) -> std::io::Result<QueueParts> {
+        Ok(QueueParts {
+            ring: self.ring,
+            mem: Arc::clone(&self.mem),
+            kick: self.kick.try_clone()?,
+            call: self.call.clone(),
+            fault: self.fault.clone(),
+            from,
+            inflight,
+        })
+    }
+}
+
+impl PlacedDisk {
+    /// Opens a disk in the place that its options name. `pool` serves it here.
+    ///
+    /// # Errors
+    /// Anything that is wrong with the options, the image or the daemon.
+    pub fn open(
+        name: &str,
+        options: &BlockOptions,
+        reactors: &ReactorOptions,
+        pool: Option<&ReactorPool>,
+        stats: bool,
+    ) -> Result<(Self, Mover), PlaceError> {
+        let image = options.open_image()?.map(|file: File| Arc::new(OwnedFd::from(file)));
+        let mut pool = pool.cloned();
+        let server = serve(name, options, options.place, reactors, &mut pool, image.as_ref(), stats)?;
+        let info = server.device_ref().info().clone();
+        let shared = Arc::new(Mutex::new(Placed {
+            name: name.to_owned(),
+            options: options.clone(),
+            reactors: reactors.clone(),
+            stats,
+            image,
+            pool,
+            server,
+            place: options.place,
+            features: None,
+            written: BTreeMap::new(),
+            config_changed: Interrupt::None,
+            running: BTreeMap::new(),
+            past: Vec::new(),
+        }));
+        Ok((Self { info, shared: Arc::clone(&shared) }, Mover(shared)))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Placed> {
+        lock(&self.shared)
+    }
+}
+
+fn lock(placed: &Mutex<Placed>) -> MutexGuard<'_, Placed> {
+    placed.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Serves the disk in a place.
+fn serve(
+    name: &str,
+    options: &BlockOptions,
+    place: Place,
+    reactors: &ReactorOptions,
+    pool: &mut Option<ReactorPool>,
+    image: Option<&Arc<OwnedFd>>,
+    stats: bool,
+) -> Result<Server, PlaceError> {
+    match place {
+        Place::Process => {
+            let pool = match pool {
+                Some(pool) => pool,
+                None => pool.insert(ReactorPool::new(reactors).map_err(|source| PlaceError::Host {
+                    device: name.to_owned(),
+                    what: "starting I/O threads",
+                    source,
+                })?),
+            };
+            let here = match image {
+                Some(image) => BlockOptions { path: None, fd: Some(image.as_raw_fd()), ..options.clone() },
+                None => options.clone(),
+            };
+            Ok(Server::Process(BlockDevice::open(name, &here, pool)?))
+        }
+        Place::Daemon => {
+            let program = Program::new(
+                program(PROGRAM),
+                arguments(name, options, reactors, stats),
+                image.cloned().into_iter().collect(),
+            );
+            let wanted =
+                Wanted { device_type: VIRTIO_ID_BLOCK, queues: Some(options.queues), queue_size: options.queue_size };
+            Ok(Server::Daemon(VhostUserDevice::connect(name, Peer::Program(program), &wanted)?))
+        }
+    }
+}
+
+/// What a daemon is told of the disk.
+fn arguments(name: &str, options: &BlockOptions, reactors: &ReactorOptions, stats: bool) -> Vec<OsString> {
+    let on = |flag| if flag { "on" } else { "off" };
+    let mut disk = match options.storage {
+        StorageKind::Raw => format!("fd={},direct={}", peer::INHERITED, on(options.direct)),
+        StorageKind::Null => format!("storage=null,size={}", options.size.unwrap_or(0)),
+    };
+    let mut add = |key: &str, value: &dyn std::fmt::Display| {
+        // Writing to a string does not fail.
+        _ = write!(disk, ",{key}={value}");
+    };
+    add("readonly", &on(options.readonly));
+    add("queues", &options.queues);
+    add("queue-size", &options.queue_size);
+    if let Some(size) = options.block_size {
+        add("block-size", &size);
+    }
+    if let Some(serial) = &options.serial {
+        add("serial", &format_args!("\"{serial}\""));
+    }
+    let mut words = vec!["--disk".into(), disk.into()];
+    words.extend(common_arguments(name, reactors, usize::from(options.queues), stats));
+    words
+}
+
+impl Placed {
+    /// Brings a new server to where the driver has the old one, short of its queues.
+    fn prepare(&self, server: &mut Server) -> Result<(), DeviceError> {
+        let device = server.device();
+        device.on_config_change(self.config_changed.clone());
+        if let Some(features) = self.features {
+            device.ack_features(features)?;
+        }
+        for (&offset, &byte) in &self.written {
+            device.write_config(offset, &[byte])?;
+        }
+        Ok(())
+    }
+
+    fn move_to(&mut self, place: Place) -> Result<Moved, PlaceError> {
+        let Self { name, options, reactors, pool, image, stats, .. } = self;
+        let mut next = serve(name, options, place, reactors, pool, image.as_ref(), *stats)?;
+        self.prepare(&mut next)?;
+        if let Server::Daemon(device) = &self.server
+            && !device.is_connected()
+        {
+            return Err(PlaceError::Away { device: self.name.clone() });
+        }
+        let start = Instant::now();
+        let mut stopped = Vec::new();
+        for &index in self.running.keys() {
+            let from = self.server.device().stop_queue(index).unwrap_or_default();
+            stopped.push((index, from, self.server.left(index)));
+        }
+        let mut started = Vec::new();
+        let mut failure = None;
+        for (index, from, left) in stopped {
+            let parts = self.running[&index].parts(from, left);
+            let result = parts
+                .map_err(|source| DeviceError::Host {
+                    device: self.name.clone(),
+                    what: "duplicating a doorbell",
+                    source,
+                })
+                .and_then(|parts| next.device().start_queue(index, parts));
+            started.push((index, from));
+            if let Err(error) = result {
+                failure.get_or_insert(error);
+            }
+        }
+        if let Some(error) = failure {
+            // Back to where it was; nothing was lost.
+            for (index, from) in started {
+                let from = next.device().stop_queue(index).unwrap_or(from);
+                let back = self.running[&index].parts(from, next.left(index));
+                if let Ok(parts) = back {
+                    self.server.device().start_queue(index, parts)?;
+                }
+            }
+            return Err(error.into());
+        }
+        for kept in self.running.values() {
+            // What the old place has said last may not have been heard (PITFALLS 48).
+            kept.call.raise();
+        }
+        let pause = start.elapsed();
+        self.past.push(self.server.device().stats());
+        self.server = next;
+        self.place = place;
+        Ok(Moved { name: self.name.clone(), place, pause })
+    }
+}
+
+impl Mover {
+    /// Moves the disk to the place where it is not.
+    ///
+    /// # Errors
+    /// When it can't be served there. It goes on where it is.
+    pub fn toggle(&self) -> Result<Moved, PlaceError> {
+        let mut placed = lock(&self.0);
+        let place = match placed.place {
+            Place::Process => Place::Daemon,
+            Place::Daemon => Place::Process,
+        };
+        placed.move_to(place)
+    }
+}
+
+impl Device for PlacedDisk {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn ack_features(&mut self, features: u64) -> Result<(), DeviceError> {
+        let mut placed = self.lock();
+        placed.server.device().ack_features(features)?;
+        placed.features = Some(features);
+        Ok(())
+    }
+
+    fn read_config(&self, offset: u32, data: &mut [u8]) {
+        self.lock().server.device_ref().read_config(offset, data);
+    }
+
+    fn write_config(&mut self, offset: u32, data: &[u8]) -> Result<(), DeviceError> {
+        let mut placed = self.lock();
+        placed.server.device().write_config(offset, data)?;
+        placed.written.extend((offset..).zip(data.iter().copied()));
+        Ok(())
+    }
+
+    fn start_queue(&mut self, index: u16, parts: QueueParts) -> Result<(), DeviceError> {
+        let mut placed = self.lock();
+        let QueueParts { ring, mem, kick, call, fault, .. } = &parts;
+        let kick = kick.try_clone().map_err(|source| DeviceError::Host {
+            device: placed.name.clone(),
+            what: "duplicating a doorbell",
+            source,
+        })?;
+        let kept = Kept { ring: *ring, mem: Arc::clone(mem), kick, call: call.clone(), fault: fault.clone() };
+        placed.server.device().start_queue(index, parts)?;
+        placed.running.insert(index, kept);
+        Ok(())
+    }
+
+    fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
+        let mut placed = self.lock();
+        placed.running.remove(&index);
+        placed.server.device().stop_queue(index)
+    }
+
+    fn reset(&mut self) {
+        let mut placed = self.lock();
+        placed.running.clear();
+        placed.written.clear();
+        placed.features = None;
+        placed.server.device().reset();
+    }
+
+    fn on_config_change(&mut self, notify: Interrupt) {
+        let mut placed = self.lock();
+        placed.config_changed = notify.clone();
+        placed.server.device().on_config_change(notify);
+    }
+
+    fn flush(&mut self) -> Result<(), DeviceError> {
+        let mut placed = self.lock();
+        let Some(image) = &placed.image else { return placed.server.device().flush() };
+        // The same file, wherever it was written.
+        rustix::fs::fdatasync(image).map_err(|source| DeviceError::Host {
+            device: placed.name.clone(),
+            what: "flushing",
+            source: source.into(),
+        })
+    }
+
+    fn stats(&self) -> DeviceStats {
+        let placed = self.lock();
+        let mut all = placed.server.device_ref().stats();
+        placed.past.iter().for_each(|past| all.merge(past));
+        all
+    }
+}

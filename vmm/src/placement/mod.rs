@@ -1,0 +1,78 @@
+//! Where devices are served: in this process, in daemons of its own, or in those of others. One word of the configuration.
+
+mod disk;
+mod net;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use ringvm_backends::block::{self};
+use ringvm_backends::device::DeviceError;
+use ringvm_backends::net as nic;
+use ringvm_backends::reactor::ReactorOptions;
+use thiserror::Error;
+
+use crate::vhost_user::ConnectError;
+
+pub use disk::{Moved, Mover, PlacedDisk};
+pub use net::nic_in_daemon;
+
+/// Where the programs are, if not beside this one.
+const DAEMONS: &str = "RINGVM_DAEMONS";
+
+/// Why a device is not where it should be.
+#[derive(Debug, Error)]
+pub enum PlaceError {
+    /// A disk can't be opened.
+    #[error(transparent)]
+    Disk(#[from] block::OpenError),
+    /// A NIC's port can't be opened.
+    #[error(transparent)]
+    Net(#[from] nic::OpenError),
+    /// Its daemon can't be used.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// A queue can't be served there.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The host ran out of something.
+    #[error("{device}: {what}: {source}")]
+    Host {
+        /// Name of the device.
+        device: String,
+        /// What was tried.
+        what: &'static str,
+        /// What came back.
+        source: std::io::Error,
+    },
+    /// The daemon that has it is away, and requests in flight with it.
+    #[error("{device}: its daemon is away, so that it can't move now; it comes back by itself")]
+    Away {
+        /// Name of the device.
+        device: String,
+    },
+}
+
+/// The path of a program of ours: beside this one, or where the environment says.
+fn program(name: &str) -> PathBuf {
+    match std::env::var_os(DAEMONS) {
+        Some(dir) => PathBuf::from(dir).join(name),
+        None => std::env::current_exe().map_or_else(|_| name.into(), |exe| exe.with_file_name(name)),
+    }
+}
+
+/// What every daemon is told, whatever it serves on so many queues.
+fn common_arguments(name: &str, reactors: &ReactorOptions, queues: usize, stats: bool) -> Vec<OsString> {
+    let threads = reactors.count.min(queues).max(1);
+    let mut words = vec!["--name".into(), name.to_owned()];
+    words.extend(["--io-threads".into(), threads.to_string()]);
+    words.extend(["--poll-us".into(), reactors.poll.as_micros().to_string()]);
+    if !reactors.affinity.is_empty() {
+        let cpus: Vec<_> = reactors.affinity.iter().map(ToString::to_string).collect();
+        words.extend(["--io-affinity".into(), cpus.join(",")]);
+    }
+    if stats {
+        words.push("--stats".into());
+    }
+    words.into_iter().map(OsString::from).collect()
+}

@@ -1,0 +1,275 @@
+//! One connection to a daemon: the messages that bring it to where the device is. Whatever fails ends the connection, never
+//! more than that.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use ringvm_backends::device::{GuestMemory, QueueState, RingConfig};
+use ringvm_backends::inflight::{InflightArea, InflightTable};
+use thiserror::Error;
+use vhost::vhost_user::message::{
+    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures as Protocol,
+    VhostUserVirtioFeatures,
+};
+use vhost::vhost_user::{
+    Frontend, FrontendReqHandler, HandlerResult, VhostUserFrontend, VhostUserFrontendReqHandlerMut,
+};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
+use vmm_sys_util::eventfd::EventFd;
+
+/// Longest wait for the answer to a message that needs no work of the device.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Longest wait for a ring to end what it has in flight.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(60);
+/// What is asked of a daemon, if it offers it.
+const WANTED: Protocol = Protocol::MQ
+    .union(Protocol::REPLY_ACK)
+    .union(Protocol::CONFIG)
+    .union(Protocol::BACKEND_REQ)
+    .union(Protocol::RESET_DEVICE)
+    .union(Protocol::INFLIGHT_SHMFD);
+const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+/// More queues than this have no index in the messages that carry descriptors.
+const MAX_QUEUES: u64 = 256;
+
+/// A message that was not obeyed.
+#[derive(Debug, Error)]
+#[error("{what}: {source}")]
+pub(super) struct LinkError {
+    what: &'static str,
+    source: io::Error,
+}
+
+impl LinkError {
+    fn new(what: &'static str, message: impl Into<String>) -> Self {
+        Self { what, source: io::Error::other(message.into()) }
+    }
+}
+
+trait Context<T> {
+    fn context(self, what: &'static str) -> Result<T, LinkError>;
+}
+
+impl<T, E: std::error::Error + Send + Sync + 'static> Context<T> for Result<T, E> {
+    fn context(self, what: &'static str) -> Result<T, LinkError> {
+        self.map_err(|error| LinkError { what, source: io::Error::other(error) })
+    }
+}
+
+/// The memory of requests in flight that a daemon has made, which outlives it here.
+pub(super) struct Inflight {
+    about: VhostUserInflight,
+    file: File,
+}
+
+impl Inflight {
+    /// The table of one queue, for somebody in this process.
+    pub(super) fn table(&self, index: u16) -> Option<InflightTable> {
+        let VhostUserInflight { mmap_size, mmap_offset, num_queues, queue_size } = self.about;
+        let file = self.file.try_clone().ok()?;
+        InflightArea::from_file(file.into(), mmap_offset, mmap_size, num_queues, queue_size).ok()?.table(index)
+    }
+}
+
+/// What one ring needs over there.
+pub(super) struct Vring<'a> {
+    pub(super) ring: &'a RingConfig,
+    pub(super) from: QueueState,
+    pub(super) kick: &'a EventFd,
+    pub(super) call: &'a EventFd,
+    pub(super) err: &'a EventFd,
+}
+
+/// Hears of changes to the configuration space.
+struct Listener {
+    changed: Arc<AtomicBool>,
+}
+
+impl VhostUserFrontendReqHandlerMut for Listener {
+    fn handle_config_change(&mut self) -> HandlerResult<u64> {
+        // Looked at without being in the middle of a message of ours.
+        self.changed.store(true, Ordering::Release);
+        Ok(0)
+    }
+}
+
+/// What a daemon says of itself.
+pub(super) struct About {
+    /// Device features, without those of the protocol.
+    pub(super) features: u64,
+    /// Most queues it serves, if it says.
+    pub(super) queues: Option<u16>,
+}
+
+/// A live connection.
+pub(super) struct Link {
+    frontend: Frontend,
+    socket: UnixStream,
+    features: u64,
+    protocol: Protocol,
+    events: Option<FrontendReqHandler<Mutex<Listener>>>,
+    config_changed: Arc<AtomicBool>,
+}
+
+impl Link {
+    /// Greets the other side, and hears what it can.
+    pub(super) fn open(socket: UnixStream) -> Result<(Self, About), LinkError> {
+        for set in [UnixStream::set_read_timeout, UnixStream::set_write_timeout] {
+            set(&socket, Some(PATIENCE)).context("limiting waits")?;
+        }
+        let copy = socket.try_clone().context("duplicating the socket")?;
+        let mut frontend = Frontend::from_stream(copy, MAX_QUEUES);
+        frontend.set_owner().context("SET_OWNER")?;
+        let features = frontend.get_features().context("GET_FEATURES")?;
+        let mut protocol = Protocol::empty();
+        let mut queues = None;
+        if features & PROTOCOL_FEATURES != 0 {
+            protocol = frontend.get_protocol_features().context("GET_PROTOCOL_FEATURES")? & WANTED;
+            frontend.set_protocol_features(protocol).context("SET_PROTOCOL_FEATURES")?;
+        }
+        if protocol.contains(Protocol::REPLY_ACK) {
+            frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        }
+        if protocol.contains(Protocol::MQ) {
+            let count = frontend.get_queue_num().context("GET_QUEUE_NUM")?;
+            queues = Some(count.min(MAX_QUEUES) as u16);
+        }
+        let config_changed = Arc::new(AtomicBool::new(false));
+        let mut events = None;
+        if protocol.contains(Protocol::BACKEND_REQ) {
+            let listener = Arc::new(Mutex::new(Listener { changed: Arc::clone(&config_changed) }));
+            let mut handler = FrontendReqHandler::new(listener).context("making a channel for events")?;
+            handler.set_reply_ack_flag(protocol.contains(Protocol::REPLY_ACK));
+            frontend.set_backend_request_fd(&handler.get_tx_raw_fd()).context("SET_BACKEND_REQ_FD")?;
+            events = Some(handler);
+        }
+        let about = About { features: features & !PROTOCOL_FEATURES, queues };
+        Ok((Self { frontend, socket, features, protocol, events, config_changed }, about))
+    }
+
+    /// The socket, to learn when it ends.
+    pub(super) fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    /// What becomes readable when the daemon has something to say.
+    #[allow(unsafe_code, reason = "the crate shows this socket as a number only")]
+    pub(super) fn events(&self) -> Option<BorrowedFd<'_>> {
+        // SAFETY: the handler owns the socket, and is borrowed for as long.
+        self.events.as_ref().map(|events| unsafe { BorrowedFd::borrow_raw(events.as_raw_fd()) })
+    }
+
+    /// Hears it. Returns whether the configuration space has changed.
+    pub(super) fn hear(&mut self) -> Result<bool, LinkError> {
+        if let Some(events) = &mut self.events {
+            events.handle_request().context("hearing an event")?;
+        }
+        Ok(self.config_changed.swap(false, Ordering::AcqRel))
+    }
+
+    /// Whether the configuration space is the daemon's.
+    pub(super) fn has_config(&self) -> bool {
+        self.protocol.contains(Protocol::CONFIG)
+    }
+
+    /// Reads `len` bytes of the configuration space.
+    pub(super) fn read_config(&mut self, len: u32) -> Result<Vec<u8>, LinkError> {
+        let (_, space) = self
+            .frontend
+            .get_config(0, len, VhostUserConfigFlags::empty(), &vec![0; len as usize])
+            .context("GET_CONFIG")?;
+        Ok(space)
+    }
+
+    /// Writes to the configuration space.
+    pub(super) fn write_config(&mut self, offset: u32, data: &[u8]) -> Result<(), LinkError> {
+        self.frontend.set_config(offset, VhostUserConfigFlags::empty(), data).context("SET_CONFIG")
+    }
+
+    /// Says what the driver has accepted.
+    pub(super) fn set_features(&mut self, features: u64) -> Result<(), LinkError> {
+        self.frontend.set_features(features | self.features & PROTOCOL_FEATURES).context("SET_FEATURES")
+    }
+
+    /// Shows it the guest's memory.
+    pub(super) fn set_memory(&mut self, memory: &GuestMemory) -> Result<(), LinkError> {
+        let regions = memory.iter().map(VhostUserMemoryRegionInfo::from_guest_region).collect::<Result<Vec<_>, _>>();
+        let regions = regions.context("sharing the guest's memory")?;
+        self.frontend.set_mem_table(&regions).context("SET_MEM_TABLE")?;
+        Ok(())
+    }
+
+    /// Has the daemon note requests in flight: in the memory that `kept` names, or else in some of its own, which is kept then.
+    pub(super) fn set_inflight(
+        &mut self,
+        kept: &mut Option<Inflight>,
+        queues: u16,
+        queue_size: u16,
+    ) -> Result<(), LinkError> {
+        if !self.protocol.contains(Protocol::INFLIGHT_SHMFD) {
+            return Ok(());
+        }
+        let inflight = match kept {
+            Some(inflight) => inflight,
+            None => {
+                let wanted = VhostUserInflight { num_queues: queues, queue_size, ..VhostUserInflight::default() };
+                let (about, file) = self.frontend.get_inflight_fd(&wanted).context("GET_INFLIGHT_FD")?;
+                // What is not answered is as it was asked for.
+                let about = VhostUserInflight { num_queues: queues, queue_size, ..about };
+                kept.insert(Inflight { about, file })
+            }
+        };
+        self.frontend.set_inflight_fd(&inflight.about, inflight.file.as_raw_fd()).context("SET_INFLIGHT_FD")
+    }
+
+    /// Has a ring served.
+    pub(super) fn start(&mut self, index: u16, memory: &GuestMemory, vring: &Vring<'_>) -> Result<(), LinkError> {
+        let host = |address: u64| {
+            let host = memory.get_host_address(GuestAddress(address)).context("finding the ring in memory")?;
+            Ok::<_, LinkError>(host as u64)
+        };
+        let RingConfig { size, desc, avail, used } = *vring.ring;
+        let addresses = VringConfigData {
+            queue_max_size: size,
+            queue_size: size,
+            flags: 0,
+            desc_table_addr: host(desc)?,
+            used_ring_addr: host(used)?,
+            avail_ring_addr: host(avail)?,
+            log_addr: None,
+        };
+        let queue = usize::from(index);
+        self.frontend.set_vring_num(queue, size).context("SET_VRING_NUM")?;
+        self.frontend.set_vring_addr(queue, &addresses).context("SET_VRING_ADDR")?;
+        self.frontend.set_vring_base(queue, vring.from.next_avail).context("SET_VRING_BASE")?;
+        self.frontend.set_vring_call(queue, vring.call).context("SET_VRING_CALL")?;
+        self.frontend.set_vring_err(queue, vring.err).context("SET_VRING_ERR")?;
+        self.frontend.set_vring_kick(queue, vring.kick).context("SET_VRING_KICK")?;
+        if self.features & PROTOCOL_FEATURES != 0 {
+            self.frontend.set_vring_enable(queue, true).context("SET_VRING_ENABLE")?;
+        }
+        Ok(())
+    }
+
+    /// Has a ring ended, with nothing in flight, and hears where it stands.
+    pub(super) fn stop(&mut self, index: u16) -> Result<u16, LinkError> {
+        self.socket.set_read_timeout(Some(DRAIN_PATIENCE)).context("waiting for a ring")?;
+        let base = self.frontend.get_vring_base(index.into()).context("GET_VRING_BASE")?;
+        self.socket.set_read_timeout(Some(PATIENCE)).context("limiting waits")?;
+        u16::try_from(base).map_err(|_| LinkError::new("GET_VRING_BASE", format!("{base} is no ring index")))
+    }
+
+    /// Back to the state before the features were accepted, where the daemon knows of such a thing.
+    pub(super) fn reset(&mut self) -> Result<(), LinkError> {
+        if self.protocol.contains(Protocol::RESET_DEVICE) {
+            self.frontend.reset_device().context("RESET_DEVICE")?;
+        }
+        Ok(())
+    }
+}
