@@ -269,11 +269,21 @@ impl Ring {
 }
 
 impl Drop for Ring {
-    /// Waits for everything in flight: its buffers are about to go.
+    /// Waits for everything in flight: its buffers are about to go. What waits for others is ended, they may never come.
     fn drop(&mut self) {
         let mut completions = Vec::new();
         while self.in_flight > 0 {
-            let entered = self.submit().and_then(|()| self.ring.submit_and_wait(1).map(drop));
+            let limit = types::Timespec::from(ENDS_BY_ITSELF);
+            let wait = types::SubmitArgs::new().timespec(&limit);
+            let entered = self.submit().and_then(|()| self.ring.submitter().submit_with_args(1, &wait).map(drop));
+            if let Err(e) = &entered
+                && e.raw_os_error() == Some(libc::ETIME)
+            {
+                // Kernels before 5.19 don't know this; what waits there ends with whom it waits for.
+                let all = types::CancelBuilder::any();
+                self.push(CANCEL, opcode::AsyncCancel2::new(all).build());
+                continue;
+            }
             if let Err(e) = entered
                 && !matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY | libc::ENOMEM))
             {
@@ -285,6 +295,9 @@ impl Drop for Ring {
         }
     }
 }
+
+/// Longest time that storage takes for what is in flight when a ring goes; what is left then waits for others.
+const ENDS_BY_ITSELF: Duration = Duration::from_secs(1);
 
 const ENTER_GETEVENTS: u32 = 1;
 
@@ -339,6 +352,18 @@ mod tests {
         let mut ring = Ring::new().unwrap();
         ring.sleep(Token { task: 0, slot: 1 }, Duration::from_millis(1));
         assert_eq!(reap_all(&mut ring), [(Token { task: 0, slot: 1 }, -libc::ETIME)]);
+    }
+
+    #[test]
+    fn dropping_ends_what_waits_for_others() {
+        let never = vmm_sys_util::eventfd::EventFd::new(0).unwrap();
+        let mut ring = Ring::new().unwrap();
+        // SAFETY: the event outlives the ring.
+        let fd = unsafe { BorrowedFd::borrow_raw(never.as_raw_fd()) };
+        ring.poll(Token { task: 0, slot: 0 }, fd, libc::POLLIN as u32);
+        ring.submit().unwrap();
+        ring.poll(Token { task: 0, slot: 1 }, fd, libc::POLLIN as u32);
+        drop(ring);
     }
 
     #[test]

@@ -1,12 +1,13 @@
 //! The control queue (virtio 1.3, section 5.1.6.5): a class, a command, its data, and an answer of one byte.
 
-use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_CTRL_GUEST_OFFLOADS, VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET, VIRTIO_NET_CTRL_MAC,
-    VIRTIO_NET_CTRL_MAC_ADDR_SET, VIRTIO_NET_CTRL_MAC_TABLE_SET, VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET,
-    VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_ALLMULTI, VIRTIO_NET_CTRL_RX_PROMISC, VIRTIO_NET_ERR, VIRTIO_NET_OK,
+    VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, VIRTIO_NET_CTRL_GUEST_OFFLOADS,
+    VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET, VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_ADDR_SET,
+    VIRTIO_NET_CTRL_MAC_TABLE_SET, VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_CTRL_RX,
+    VIRTIO_NET_CTRL_RX_ALLMULTI, VIRTIO_NET_CTRL_RX_PROMISC, VIRTIO_NET_ERR, VIRTIO_NET_OK,
 };
 use vmm_sys_util::eventfd::EventFd;
 
@@ -31,6 +32,8 @@ pub(super) struct Control {
     pub(super) guest_offloads: Arc<AtomicU64>,
     /// Doorbells of the receive queues that run, by pair.
     pub(super) receivers: Mutex<Vec<Option<EventFd>>>,
+    /// The driver shall tell the network where it is, and has not said yet that it did.
+    pub(super) announce: AtomicBool,
     /// What was asked for, in the driver's terms.
     pub(super) rx: Mutex<RxMode>,
 }
@@ -134,6 +137,10 @@ impl ControlHandler {
                     .set_offloads(offloads)
                     .map_err(|error| self.failed("changing the offloads", &error))?;
                 self.control.guest_offloads.store(wanted, Ordering::Relaxed);
+                Ok(())
+            }
+            (VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK) if self.has(features::GUEST_ANNOUNCE) => {
+                self.control.announce.store(false, Ordering::Release);
                 Ok(())
             }
             _ => Err(Refused),

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
-use virtio_bindings::virtio_net::VIRTIO_NET_S_LINK_UP;
+use virtio_bindings::virtio_net::{VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP};
 
 use crate::device::{Device, DeviceError, DeviceInfo, QueueParts, QueueState};
 use crate::interrupt::Interrupt;
@@ -90,6 +90,7 @@ impl NetDevice {
             features::CTRL_VQ,
             features::CTRL_RX,
             features::CTRL_MAC_ADDR,
+            features::GUEST_ANNOUNCE,
         ] {
             features |= 1 << bit;
         }
@@ -103,6 +104,7 @@ impl NetDevice {
             active: Arc::new(AtomicU16::new(pairs)),
             guest_offloads: Arc::default(),
             receivers: Mutex::new((0..pairs).map(|_| None).collect()),
+            announce: AtomicBool::new(false),
             rx: Mutex::new(RxMode::default()),
         };
         let count = queue_sizes.len();
@@ -151,7 +153,7 @@ impl NetDevice {
     }
 
     fn receive_source(&self, pair: u16) -> ReceiveSource {
-        let (down, changed) = (Arc::clone(&self.down), Arc::clone(&self.config_changed));
+        let (down, changed) = (Arc::clone(&self.down), self.config_change());
         ReceiveSource {
             pair,
             ends: self.port.ends(usize::from(pair)),
@@ -161,17 +163,41 @@ impl NetDevice {
             active: Arc::clone(&self.control.active),
             gone: Interrupt::Call(Arc::new(move || {
                 if !down.swap(true, Ordering::AcqRel) {
-                    let changed = changed.lock().unwrap_or_else(PoisonError::into_inner).clone();
                     changed.raise();
                 }
             })),
         }
     }
 
+    /// Whoever was reached through the port and then was not may have forgotten the station, or be somebody else by now: the
+    /// driver is asked to announce itself (5.1.6.5.4).
+    fn found_again(&self) -> Interrupt {
+        let (control, changed) = (Arc::clone(&self.control), self.config_change());
+        let wanted = self.has(features::GUEST_ANNOUNCE);
+        Interrupt::Call(Arc::new(move || {
+            if wanted && !control.announce.swap(true, Ordering::AcqRel) {
+                changed.raise();
+            }
+        }))
+    }
+
+    /// Tells the driver that the configuration space has changed, however it wants that to be told by then.
+    fn config_change(&self) -> Interrupt {
+        let changed = Arc::clone(&self.config_changed);
+        Interrupt::Call(Arc::new(move || {
+            // Cloned, so that the call is made without the lock.
+            let changed = changed.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            changed.raise();
+        }))
+    }
+
     fn config(&self) -> [u8; CONFIG_LEN] {
         let mut space = [0; CONFIG_LEN];
         let mut put = |at: usize, bytes: &[u8]| space[at..at + bytes.len()].copy_from_slice(bytes);
-        let status = if self.down.load(Ordering::Acquire) { 0 } else { VIRTIO_NET_S_LINK_UP as u16 };
+        let announce = self.control.announce.load(Ordering::Acquire);
+        let announce = if announce { VIRTIO_NET_S_ANNOUNCE as u16 } else { 0 };
+        let up = !self.down.load(Ordering::Acquire);
+        let status = if up { VIRTIO_NET_S_LINK_UP as u16 | announce } else { 0 };
         put(0, &*self.control.mac.lock().unwrap_or_else(PoisonError::into_inner));
         put(6, &status.to_le_bytes());
         put(8, &self.max_pairs.to_le_bytes());
@@ -233,8 +259,8 @@ impl Device for NetDevice {
             Role::Transmit(pair) => {
                 let pair = usize::from(pair);
                 let agreed = features::host_offloads(self.features);
-                let handler =
-                    TransmitHandler { ends: self.port.ends(pair), port: Arc::clone(&self.port), pair, agreed };
+                let (ends, port, found) = (self.port.ends(pair), Arc::clone(&self.port), self.found_again());
+                let handler = TransmitHandler { port, pair, ends, agreed, lost: false, found };
                 self.queues.start(index, parts, self.features, move || handler)
             }
             Role::Control => {
@@ -258,6 +284,7 @@ impl Device for NetDevice {
         *self.control.mac.lock().unwrap_or_else(PoisonError::into_inner) = self.mac;
         self.control.receivers.lock().unwrap_or_else(PoisonError::into_inner).fill_with(|| None);
         self.control.reset_filter();
+        self.control.announce.store(false, Ordering::Release);
         // A driver serves one pair until it says otherwise; frames spread over others would be lost.
         let single = self.control.set_pairs(1).and_then(|()| self.port.set_offloads(crate::port::Offloads::default()));
         if let Err(error) = single

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::frame::{HEADER_LEN, MAX_FRAME, MIN_FRAME, is_sound};
 use crate::guest_io::GuestIo;
+use crate::interrupt::Interrupt;
 use crate::io::Io;
 use crate::port::{Ends, Offloads, Port};
 use crate::queue::Chain;
@@ -31,6 +32,10 @@ pub(super) struct TransmitHandler {
     pub(super) ends: Ends,
     /// What the driver may leave to the other side.
     pub(super) agreed: Offloads,
+    /// The last frame found nobody.
+    pub(super) lost: bool,
+    /// Raised when a frame finds somebody again.
+    pub(super) found: Interrupt,
 }
 
 /// A frame on its way.
@@ -81,7 +86,12 @@ impl Handler for TransmitHandler {
         match result {
             // There may be room again.
             0.. if std::mem::take(&mut request.waiting) => self.send(request, io),
-            0.. => done(Op::Sent, request.pieces.len() - HEADER_LEN as u64),
+            0.. => {
+                if std::mem::take(&mut self.lost) {
+                    self.found.raise();
+                }
+                done(Op::Sent, request.pieces.len() - HEADER_LEN as u64)
+            }
             _ => match -result {
                 libc::EAGAIN => {
                     request.waiting = true;
@@ -91,10 +101,14 @@ impl Handler for TransmitHandler {
                 libc::EINTR => self.send(request, io),
                 libc::ENOTCONN | libc::ECONNREFUSED | libc::ECONNRESET | libc::EDESTADDRREQ | libc::EPIPE => {
                     self.port.find_peer(self.pair);
+                    self.lost = true;
                     done(Op::Unreachable, 0)
                 }
                 // The interface is down, gone, or this queue of it disabled; or the queue is being stopped.
-                libc::EIO | libc::EBADFD | libc::ENETDOWN | libc::ECANCELED => done(Op::Unreachable, 0),
+                errno @ (libc::EIO | libc::EBADFD | libc::ENETDOWN | libc::ECANCELED) => {
+                    self.lost |= matches!(errno, libc::EIO | libc::ENETDOWN);
+                    done(Op::Unreachable, 0)
+                }
                 _ => done(Op::Refused, 0),
             },
         }

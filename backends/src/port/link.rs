@@ -6,12 +6,14 @@
 //! connected one waits for room at its peer: so the descriptors stay the same when a side goes and comes again, and the
 //! other finds it with its next frame.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::fs::FlockOperation;
 use rustix::net::sockopt::set_socket_send_buffer_size;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, socket_with};
 
@@ -70,6 +72,9 @@ pub(super) fn grow_buffers(socket: &OwnedFd) {
 
 impl Side {
     fn new(path: &Path) -> io::Result<Self> {
+        // One side at a time: a path that is found stale must not be somebody else's by the time it is removed.
+        let lock = File::create(suffixed(path, ".lock"))?;
+        rustix::fs::flock(&lock, FlockOperation::LockExclusive)?;
         let (first, second) = (path.to_owned(), suffixed(path, ".peer"));
         for (mine, peer) in [(&first, &second), (&second, &first)] {
             let address = SocketAddrUnix::new(mine)?;

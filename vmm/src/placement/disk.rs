@@ -50,21 +50,21 @@ pub struct Moved {
 }
 
 enum Server {
-    Process(BlockDevice),
+    Process(Box<BlockDevice>),
     Daemon(VhostUserDevice),
 }
 
 impl Server {
     fn device(&mut self) -> &mut dyn Device {
         match self {
-            Self::Process(device) => device,
+            Self::Process(device) => device.as_mut(),
             Self::Daemon(device) => device,
         }
     }
 
     fn device_ref(&self) -> &dyn Device {
         match self {
-            Self::Process(device) => device,
+            Self::Process(device) => device.as_ref(),
             Self::Daemon(device) => device,
         }
     }
@@ -188,7 +188,7 @@ fn serve(
                 Some(image) => BlockOptions { path: None, fd: Some(image.as_raw_fd()), ..options.clone() },
                 None => options.clone(),
             };
-            Ok(Server::Process(BlockDevice::open(name, &here, pool)?))
+            Ok(Server::Process(Box::new(BlockDevice::open(name, &here, pool)?)))
         }
         Place::Daemon => {
             let program = Program::new(

@@ -392,10 +392,11 @@ impl Shared {
             self.hear(&mut state);
         }
         for (index, err, call) in &rings {
-            if next() && err.read().is_ok() {
-                if let Some(ring) = &state.rings[*index] {
-                    ring.fault.raise();
-                }
+            if next()
+                && err.read().is_ok()
+                && let Some(ring) = &state.rings[*index]
+            {
+                ring.fault.raise();
             }
             if let Some(call) = call
                 && next()
