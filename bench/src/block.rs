@@ -1,46 +1,44 @@
-//! `ringvm-bench block`: the plan of a measurement. All contestants take turns, run by run, so that whatever the machine
-//! does meanwhile, it does to all of them.
+//! `ringvm-bench block`: disks. At each depth, the plain ring first, then ringvm, or where no VM can be run its backend
+//! alone, then the others.
 
-use std::io::{IsTerminal, Write};
-use std::path::Path;
+mod table;
+
+use std::fmt;
+use std::io::Write;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use anyhow::{Context, Result, bail};
+use serde_json::json;
 
-use crate::backend;
 use crate::cli::BlockOptions;
-use crate::guest;
 use crate::host::{self, Machine};
-use crate::limit;
+use crate::plan::{self, Contender, Plan};
 use crate::report::{self, Series};
-use crate::run::{self, Sample};
+use crate::run::{self, Latency, Sample};
 use crate::scratch::Scratch;
-use crate::signals;
-use crate::table;
-use crate::vmm::{Contestant, Vm};
+use crate::vmm::{Contestant, Disk, Vm};
+use crate::{backend, limit};
 
 /// RAM of a VM in MiB: enough for the guest's buffers at any depth and block size that can be asked for.
 const MEMORY: u32 = 256;
 const WARM: Duration = Duration::from_millis(250);
 const QUEUE_SIZE: u16 = 256;
 /// The name of the reference in tables and reports.
-pub const PLAIN_RING: &str = "plain ring";
+const PLAIN_RING: &str = "plain ring";
 
-/// Who takes part.
-enum Contender {
+/// What takes part without a VM.
+#[derive(Clone, Copy)]
+enum Host {
     PlainRing,
     Backend,
-    Vmm(Contestant),
 }
 
-impl Contender {
-    fn name(&self) -> &str {
-        match self {
+impl fmt::Display for Host {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
             Self::PlainRing => PLAIN_RING,
             Self::Backend => backend::NAME,
-            Self::Vmm(contestant) => &contestant.name,
-        }
+        })
     }
 }
 
@@ -50,61 +48,58 @@ impl Contender {
 /// A host, a disk or a contestant that can't be used, in one line.
 pub fn run(options: &BlockOptions) -> Result<()> {
     let contenders = contenders(options)?;
-    let dir = tempfile::tempdir().context("making a temporary directory")?;
-    signals::remove_on_signal(dir.path());
-    let kernel = guest::write_to(dir.path()).context("writing the guest's image")?;
-    let progress = progress(options, contenders.len());
-    progress.set_message("filling the scratch disk");
+    let plan = Plan::new(options.runs, options.depth.len() * contenders.len())?;
+    plan.progress.set_message("filling the scratch disk");
     let scratch = Scratch::prepare(options)?;
     let place = (scratch.path.display(), scratch.size >> 20, &scratch.file_system);
-    progress.suspend(|| eprintln!("ringvm-bench: disk: {} ({} MiB on {})", place.0, place.1, place.2));
+    plan.progress.suspend(|| eprintln!("ringvm-bench: disk: {} ({} MiB on {})", place.0, place.1, place.2));
     let mut series = Vec::new();
     for &depth in &options.depth {
-        series.extend(at_depth(options, depth, &contenders, &scratch, &kernel, dir.path(), &progress)?);
+        series.extend(at_depth(options, depth, &contenders, &scratch, &plan)?);
     }
-    progress.finish_and_clear();
+    plan.progress.finish_and_clear();
     let machine = Machine::look();
     // The file first: a reader of the table may be gone by now.
     if let Some(path) = &options.json {
-        report::write(path, options, &scratch, &machine, &series)?;
+        let series = series.iter().map(|line| report::describe(line, json!({ "depth": line.point }), "iops")).collect();
+        report::write(path, job(options, &scratch), &machine, series)?;
     }
     let table = table::render(options, &scratch, &machine, &series);
-    std::io::stdout().write_all(table.as_bytes()).context("writing the table to stdout")
+    std::io::stdout().write_all(table.as_bytes()).context("printing the table")
 }
 
-/// The plain ring first, then ringvm, or where no VM can be run its backend alone, then the others.
-fn contenders(options: &BlockOptions) -> Result<Vec<Contender>> {
-    let mut contenders = vec![Contender::PlainRing];
-    let trouble = host::kvm_trouble();
-    if let Some(trouble) = &trouble {
-        eprintln!("ringvm-bench: no VM can be run here: {trouble}");
-        eprintln!("ringvm-bench: measuring the backend alone instead, driven from a process of the host");
+fn contenders(options: &BlockOptions) -> Result<Vec<Contender<Host>>> {
+    let mut contenders = vec![Contender::Host(Host::PlainRing)];
+    if options.backend || host::kvm_trouble().is_some() {
+        contenders.push(Contender::Host(Host::Backend));
     }
-    if trouble.is_some() || options.backend {
-        contenders.push(Contender::Backend);
-    }
-    if trouble.is_none() {
-        contenders.push(Contender::Vmm(Contestant::ringvm(options.ringvm.as_deref())?));
-    }
-    for contestant in &options.against {
-        if trouble.is_some() && contestant.kind.needs_kvm() {
-            eprintln!("ringvm-bench: leaving out {}, which needs /dev/kvm", contestant.name);
-        } else {
-            contenders.push(Contender::Vmm(contestant.clone()));
-        }
-    }
+    let instead = "the backend alone instead, driven from a process of the host";
+    plan::add_vmms(&mut contenders, options.ringvm.as_deref(), &options.against, instead)?;
     Ok(contenders)
+}
+
+fn job(options: &BlockOptions, scratch: &Scratch) -> serde_json::Value {
+    json!({
+        "rw": options.rw.job(),
+        "bs": options.bs,
+        "queues": options.queues,
+        "cpus": options.cpus,
+        "completions": if options.irq { "interrupts" } else { "polled" },
+        "direct": options.direct,
+        "time_ms": options.time.as_millis() as u64,
+        "disk": scratch.path,
+        "disk_bytes": scratch.size,
+        "disk_file_system": scratch.file_system,
+    })
 }
 
 fn at_depth(
     options: &BlockOptions,
     depth: u32,
-    contenders: &[Contender],
+    contenders: &[Contender<Host>],
     scratch: &Scratch,
-    kernel: &Path,
-    dir: &Path,
-    progress: &ProgressBar,
-) -> Result<Vec<Series>> {
+    plan: &Plan,
+) -> Result<Vec<Series<u32>>> {
     let command_line = format!(
         "job={} bs={} depth={depth} queues={} cpus={} irq={} warm={}ms time={}ms size={} seed=1",
         options.rw.job(),
@@ -116,37 +111,20 @@ fn at_depth(
         options.time.as_millis(),
         scratch.size
     );
+    let disk = Disk { path: &scratch.path, direct: options.direct, queues: options.queues, queue_size: QUEUE_SIZE };
     let vm = Vm {
-        kernel,
+        kernel: &plan.kernel,
         command_line: &command_line,
         cpus: options.cpus,
         memory: MEMORY,
-        disk: &scratch.path,
-        direct: options.direct,
-        queues: options.queues,
-        queue_size: QUEUE_SIZE,
+        disk: Some(disk),
+        nic: None,
     };
-    let mut all = Vec::new();
-    for contender in contenders {
-        let command = match contender {
-            Contender::Vmm(contestant) => contestant.command(&vm, dir)?,
-            Contender::PlainRing | Contender::Backend => Vec::new(),
-        };
-        all.push(Series::new(contender.name(), depth, command));
-    }
-    for round in 1..=options.runs {
-        for (contender, series) in contenders.iter().zip(&mut all) {
-            progress.set_message(format!("depth {depth}, run {round} of {}: {}", options.runs, series.name));
-            let sample = match contender {
-                Contender::PlainRing => plain_ring(options, depth, scratch),
-                Contender::Backend => backend::measure(options, depth, scratch, WARM),
-                Contender::Vmm(contestant) => run::measure(contestant, &vm, dir, options.time + WARM),
-            };
-            series.samples.push(sample.with_context(|| format!("measuring {} at depth {depth}", series.name))?);
-            progress.inc(1);
-        }
-    }
-    Ok(all)
+    plan.interleave(depth, &format!("depth {depth}"), contenders, &vm, |contender| match contender {
+        Contender::Host(Host::PlainRing) => plain_ring(options, depth, scratch),
+        Contender::Host(Host::Backend) => backend::measure(options, depth, scratch, WARM),
+        Contender::Vmm(contestant) => guest(contestant, &vm, plan, options.time + WARM),
+    })
 }
 
 fn plain_ring(options: &BlockOptions, depth: u32, scratch: &Scratch) -> Result<Sample> {
@@ -163,14 +141,14 @@ fn plain_ring(options: &BlockOptions, depth: u32, scratch: &Scratch) -> Result<S
     })
 }
 
-/// A bar on stderr; without a terminal there, only what is printed through it.
-fn progress(options: &BlockOptions, contenders: usize) -> ProgressBar {
-    let steps = options.depth.len() as u64 * u64::from(options.runs) * contenders as u64;
-    let bar = ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stderr());
-    if std::io::stderr().is_terminal() {
-        let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}");
-        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-        bar.enable_steady_tick(Duration::from_millis(200));
+fn guest(contestant: &Contestant, vm: &Vm<'_>, plan: &Plan, time: Duration) -> Result<Sample> {
+    let (cpu, vm) = run::observe(contestant, vm, plan.dir.path(), time, |_| Ok(()))?;
+    let errors = vm.number("errors")?;
+    if errors != 0 {
+        bail!("the guest under {} had {errors} failed requests", contestant.name);
     }
-    bar
+    let nanoseconds = |key| vm.number(key).map(Duration::from_nanos);
+    let latency = Latency { p50: nanoseconds("p50_ns")?, p99: nanoseconds("p99_ns")? };
+    let (ops, time) = (vm.number("ops")?, nanoseconds("time_ns")?);
+    Ok(Sample { ops, time, latency: Some(latency), cpu, carried: None, vm: Some(vm) })
 }

@@ -19,15 +19,26 @@ pub struct Cli {
 /// What to measure.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// The block device: IOPS, latency, and what the VMM's threads cost.
-    #[command(after_help = EXAMPLES)]
+    /// The block device: IOPS, latency, and what the VMM's threads cost
+    #[command(after_help = BLOCK_EXAMPLES)]
     Block(Box<BlockOptions>),
+    /// The NIC: frames per second into and out of a tap, and what the VMM's threads cost
+    #[command(after_help = NET_EXAMPLES)]
+    Net(Box<NetOptions>),
 }
 
-const EXAMPLES: &str = "Examples:
+const BLOCK_EXAMPLES: &str = "Examples:
   ringvm-bench block --depth 32 --runs 9
   ringvm-bench block --rw rand-write --direct --size 4G --file /mnt/fast/scratch.img
   ringvm-bench block --against qemu=/usr/bin/qemu-system-x86_64 --json result.json";
+
+const NET_EXAMPLES: &str = "The tap lies in a network namespace of this program's own: no interface of the host is touched. This takes root, or a
+kernel that lets everybody have user namespaces.
+
+Examples:
+  ringvm-bench net --only out --size 64,1500 --runs 9
+  ringvm-bench net --pairs 2 --cpus 2
+  ringvm-bench net --against firecracker=/usr/bin/firecracker --json result.json";
 
 impl Default for Command {
     fn default() -> Self {
@@ -90,6 +101,67 @@ pub struct BlockOptions {
     /// Write all results, the machine and the commands to this file
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
+}
+
+/// How `net` measures.
+#[derive(Args, Clone, Debug)]
+pub struct NetOptions {
+    /// Bytes of the frames that go out, without their check sequence; those of more than 1514 are TCP for the host to cut
+    /// into segments (TSO)
+    #[arg(long, value_delimiter = ',', default_value = "64,1500,65000", value_parser = clap::value_parser!(u32).range(60..=65_535))]
+    pub size: Vec<u32>,
+    /// Bytes of the frames that come in
+    #[arg(long, value_delimiter = ',', default_value = "1500", value_parser = clap::value_parser!(u32).range(60..=1_514))]
+    pub receive_size: Vec<u32>,
+    /// One direction only
+    #[arg(long, value_enum)]
+    pub only: Option<Direction>,
+    /// Frames in flight per pair on the way out, and per system call of the plain process
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub depth: u32,
+    /// Queue pairs of the NIC, all of them used
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=16))]
+    pub pairs: u16,
+    /// vCPUs that drive the pairs
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=16))]
+    pub cpus: u16,
+    /// Runs of each contestant at each size; the table shows medians
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub runs: u32,
+    /// How long one run measures, e.g. 500ms or 2s
+    #[arg(long, default_value = "2s", value_parser = duration)]
+    pub time: Duration,
+    /// The ringvm to measure; the one beside this program if not given
+    #[arg(long, value_name = "PATH")]
+    pub ringvm: Option<PathBuf>,
+    /// Other VMMs, as KIND=PATH; KIND is ringvm, cloud-hypervisor, firecracker, qemu or qemu-tcg
+    #[arg(long, value_name = "KIND=PATH", value_delimiter = ',', value_parser = Contestant::parse)]
+    pub against: Vec<Contestant>,
+    /// Measure the plain process alone, no VM; where there is no /dev/kvm that is done anyway
+    #[arg(long, conflicts_with_all = ["against", "ringvm"])]
+    pub plain: bool,
+    /// Write all results, the machine and the commands to this file
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
+/// Where frames go, as seen by the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Direction {
+    /// From the guest into the tap.
+    Out,
+    /// From the tap to the guest.
+    In,
+}
+
+impl Direction {
+    /// In tables and reports.
+    pub fn words(self) -> &'static str {
+        match self {
+            Self::Out => "out",
+            Self::In => "in",
+        }
+    }
 }
 
 /// Kinds of load, named as the guest's jobs are.

@@ -1,8 +1,8 @@
 //! The harness that measures VMMs with one embedded guest, beside what a plain io_uring ring reaches on the host.
 //!
 //! A measurement is a boot of the guest under a VMM ([`vmm`], [`run`]), its results read from the serial port, what the
-//! process cost read from /proc ([`process`]); runs of all contestants are interleaved ([`block`]) and end in a table
-//! ([`table`]) and, if wanted, in JSON ([`report`]).
+//! process cost read from /proc ([`process`]); runs of all contenders are interleaved ([`plan`]) and end in a table and, if
+//! wanted, in JSON ([`report`]). [`mod@block`] measures disks, [`net`] NICs.
 
 pub mod backend;
 pub mod block;
@@ -12,6 +12,10 @@ pub mod guest;
 pub mod hist;
 pub mod host;
 pub mod limit;
+pub mod net;
+#[path = "../guest/src/packet.rs"]
+pub mod packet;
+pub mod plan;
 pub mod process;
 pub mod report;
 #[path = "../guest/src/rng.rs"]
@@ -19,5 +23,5 @@ pub mod rng;
 pub mod run;
 pub mod scratch;
 pub mod signals;
-pub mod table;
+mod table;
 pub mod vmm;

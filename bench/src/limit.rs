@@ -19,7 +19,7 @@ use rustix::time::{ClockId, clock_gettime};
 use crate::cli::Pattern;
 use crate::hist::Hist;
 use crate::rng::Rng;
-use crate::run::Sample;
+use crate::run::{Latency, Sample};
 
 const ALIGN: usize = 4096;
 /// Per cent of reads in [`Pattern::Mixed`], as in the guest.
@@ -94,17 +94,7 @@ pub fn measure(job: &Job<'_>) -> Result<Sample> {
     let cpu = thread_time().saturating_sub(cpu);
     let (ops, latency) = (ring.ops, ring.latency.clone());
     ring.drain()?;
-    Ok(Sample {
-        ops,
-        time: elapsed,
-        p50: Duration::from_nanos(latency.percentile(500)),
-        p99: Duration::from_nanos(latency.percentile(990)),
-        cpu: Some(cpu),
-        vcpu: None,
-        to_first_instruction: None,
-        memory: None,
-        line: None,
-    })
+    Ok(Sample { ops, time: elapsed, latency: Some(Latency::of(&latency)), cpu: Some(cpu), carried: None, vm: None })
 }
 
 impl<'a> Loop<'a> {
@@ -232,7 +222,7 @@ impl Drop for Loop<'_> {
 }
 
 /// A ring with what a careful programmer would switch on, as far as the kernel has it.
-fn ring(entries: u32) -> io::Result<IoUring> {
+pub(crate) fn ring(entries: u32) -> io::Result<IoUring> {
     IoUring::builder()
         .setup_single_issuer()
         .setup_coop_taskrun()
@@ -240,7 +230,8 @@ fn ring(entries: u32) -> io::Result<IoUring> {
         .or_else(|error| if error.raw_os_error() == Some(libc::EINVAL) { IoUring::new(entries) } else { Err(error) })
 }
 
-fn thread_time() -> Duration {
+/// CPU time of the calling thread so far.
+pub(crate) fn thread_time() -> Duration {
     let time = clock_gettime(ClockId::ThreadCPUTime);
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
@@ -269,7 +260,8 @@ mod tests {
         let file = file(1 << 20);
         for direct in [false, true] {
             let sample = measure(&job(file.path(), Pattern::RandRead, direct)).unwrap();
-            assert!(sample.ops > 0 && sample.p50 > Duration::ZERO && sample.p99 >= sample.p50, "{sample:?}");
+            let latency = sample.latency.unwrap();
+            assert!(sample.ops > 0 && latency.p50 > Duration::ZERO && latency.p99 >= latency.p50, "{sample:?}");
             assert!(sample.time >= Duration::from_millis(50) && sample.cpu.unwrap() > Duration::ZERO, "{sample:?}");
         }
         assert!(std::fs::read(file.path()).unwrap().iter().all(|&byte| byte == 0xff));

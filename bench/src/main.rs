@@ -4,17 +4,30 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use ringvm_bench::cli::{Cli, Command};
-use ringvm_bench::{block, signals};
+use ringvm_bench::{block, net, signals};
 
 fn main() -> ExitCode {
     let command = Cli::parse().command.unwrap_or_default();
-    signals::install();
-    let Command::Block(options) = command;
-    match block::run(&options) {
+    match measure(&command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("ringvm-bench: {error:#}");
             ExitCode::FAILURE
+        }
+    }
+}
+
+fn measure(command: &Command) -> anyhow::Result<()> {
+    match command {
+        Command::Block(options) => {
+            signals::install();
+            block::run(options)
+        }
+        Command::Net(options) => {
+            // Before the first thread is started, which the signals take.
+            net::namespace::enter()?;
+            signals::install();
+            net::run(options)
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The results: samples of each contestant at each depth, their medians, and the JSON file with everything.
+//! The results: samples of each contender at each point, their medians, and the JSON file with everything.
 
 use std::fs;
 use std::path::Path;
@@ -6,29 +6,27 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use crate::cli::BlockOptions;
 use crate::host::Machine;
 use crate::run::Sample;
-use crate::scratch::Scratch;
 
-/// All runs of one contestant at one depth.
+/// All runs of one contender at one point: a depth, a size.
 #[derive(Clone, Debug)]
-pub struct Series {
+pub struct Series<P> {
     /// Who.
     pub name: String,
-    /// Requests in flight per queue.
-    pub depth: u32,
+    /// Where.
+    pub point: P,
     /// The command line, for a VMM.
     pub command: Vec<String>,
     /// The runs.
     pub samples: Vec<Sample>,
 }
 
-impl Series {
+impl<P> Series<P> {
     /// Without runs yet.
-    pub fn new(name: &str, depth: u32, command: Vec<std::ffi::OsString>) -> Self {
+    pub fn new(name: &str, point: P, command: Vec<std::ffi::OsString>) -> Self {
         let command = command.into_iter().map(|word| word.to_string_lossy().into_owned()).collect();
-        Self { name: name.to_owned(), depth, command, samples: Vec::new() }
+        Self { name: name.to_owned(), point, command, samples: Vec::new() }
     }
 
     /// Median, least and most of a figure over the runs that have it.
@@ -37,8 +35,8 @@ impl Series {
     }
 
     /// Of the operations per second.
-    pub fn iops(&self) -> Option<Spread> {
-        self.spread(|sample| Some(sample.iops()))
+    pub fn rate(&self) -> Option<Spread> {
+        self.spread(|sample| Some(sample.rate()))
     }
 }
 
@@ -67,62 +65,53 @@ impl Spread {
     }
 }
 
-/// Writes the JSON file.
+/// Writes the JSON file: the machine, the job, and what [`describe`] makes of each series.
 ///
 /// # Errors
 /// It can't be written.
-pub fn write(
-    path: &Path,
-    options: &BlockOptions,
-    scratch: &Scratch,
-    machine: &Machine,
-    series: &[Series],
-) -> Result<()> {
-    let report = json!({
-        "format": 1,
-        "machine": machine,
-        "job": {
-            "rw": options.rw.job(),
-            "bs": options.bs,
-            "queues": options.queues,
-            "cpus": options.cpus,
-            "completions": if options.irq { "interrupts" } else { "polled" },
-            "direct": options.direct,
-            "time_ms": options.time.as_millis() as u64,
-            "disk": scratch.path,
-            "disk_bytes": scratch.size,
-            "disk_file_system": scratch.file_system,
-        },
-        "series": series.iter().map(describe).collect::<Vec<_>>(),
-    });
+pub fn write(path: &Path, job: Value, machine: &Machine, series: Vec<Value>) -> Result<()> {
+    let report = json!({ "format": 1, "machine": machine, "job": job, "series": series });
     let mut text = serde_json::to_string_pretty(&report).context("putting the report together")?;
     text.push('\n');
     fs::write(path, text).with_context(|| format!("writing the report to {}", path.display()))
 }
 
-fn describe(series: &Series) -> Value {
-    json!({
+/// A series for the file. `point` is an object that says where it was measured; `rate` names operations per second.
+pub fn describe<P>(series: &Series<P>, point: Value, rate: &str) -> Value {
+    let mut all = json!({
         "name": series.name,
-        "depth": series.depth,
         "command": series.command,
-        "median_iops": series.iops().map(|iops| iops.median),
-        "runs": series.samples.iter().map(|sample| json!({
-            "ops": sample.ops,
-            "time_ns": sample.time.as_nanos() as u64,
-            "iops": sample.iops(),
-            "p50_ns": sample.p50.as_nanos() as u64,
-            "p99_ns": sample.p99.as_nanos() as u64,
-            "cpu_ns": sample.cpu.map(|time| time.as_nanos() as u64),
-            "vcpu_ns": sample.vcpu.map(|time| time.as_nanos() as u64),
-            "to_first_instruction_ns": sample.to_first_instruction.map(|time| time.as_nanos() as u64),
-            "memory_beyond_ram": sample.memory,
-            "guest": sample.line,
-        })).collect::<Vec<_>>(),
+        format!("median_{rate}"): series.rate().map(|rate| rate.median),
+        "runs": series.samples.iter().map(|sample| run(sample, rate)).collect::<Vec<_>>(),
+    });
+    if let (Value::Object(all), Value::Object(point)) = (&mut all, point) {
+        all.extend(point);
+    }
+    all
+}
+
+fn run(sample: &Sample, rate: &str) -> Value {
+    let nanoseconds = |time: std::time::Duration| time.as_nanos() as u64;
+    let vm = sample.vm.as_ref();
+    json!({
+        "ops": sample.ops,
+        "time_ns": nanoseconds(sample.time),
+        rate: sample.rate(),
+        "p50_ns": sample.latency.map(|latency| nanoseconds(latency.p50)),
+        "p99_ns": sample.latency.map(|latency| nanoseconds(latency.p99)),
+        "carried": sample.carried,
+        "cpu_ns": sample.cpu.map(nanoseconds),
+        "vcpu_ns": vm.and_then(|vm| vm.vcpu).map(nanoseconds),
+        "to_first_instruction_ns": vm.and_then(|vm| vm.to_first_instruction).map(nanoseconds),
+        "memory_beyond_ram": vm.and_then(|vm| vm.memory),
+        "guest": vm.map(|vm| &vm.line),
     })
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
@@ -130,5 +119,25 @@ mod tests {
         assert_eq!(Spread::of(vec![]), None);
         assert_eq!(Spread::of(vec![3.0, 1.0, 2.0]), Some(Spread { median: 2.0, least: 1.0, most: 3.0 }));
         assert_eq!(Spread::of(vec![4.0, 1.0, 2.0, 3.0]), Some(Spread { median: 2.5, least: 1.0, most: 4.0 }));
+    }
+
+    #[test]
+    fn a_series_is_described_with_its_point_and_its_unit() {
+        let mut series = Series::new("it", (), vec!["/bin/vmm".into()]);
+        let cpu = Some(Duration::from_millis(500));
+        series.samples.push(Sample {
+            ops: 300,
+            time: Duration::from_secs(2),
+            latency: None,
+            cpu,
+            carried: None,
+            vm: None,
+        });
+        let all = describe(&series, json!({ "size": 64 }), "fps");
+        assert_eq!(
+            (&all["size"], &all["median_fps"], &all["runs"][0]["fps"]),
+            (&64.into(), &150.0.into(), &150.0.into())
+        );
+        assert_eq!((&all["runs"][0]["cpu_ns"], &all["command"][0]), (&500_000_000.into(), &"/bin/vmm".into()));
     }
 }

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::process::{Signal, set_parent_process_death_signal};
 
+use crate::hist::Hist;
 use crate::process::{CpuTime, memory_beyond_ram};
 use crate::vmm::{Contestant, Vm};
 
@@ -28,16 +29,39 @@ const PATIENCE: Duration = Duration::from_secs(40);
 /// What one run measured.
 #[derive(Clone, Debug)]
 pub struct Sample {
-    /// Operations.
+    /// Operations, or frames.
     pub ops: u64,
     /// In this time.
     pub time: Duration,
-    /// Median latency.
+    /// How long operations took, where that was looked at.
+    pub latency: Option<Latency>,
+    /// CPU time of the VMM's threads other than vCPUs (of the one thread, without a VM).
+    pub cpu: Option<Duration>,
+    /// Frames that the tap has carried by its own count, from before the measurement to after it.
+    pub carried: Option<u64>,
+    /// What was looked at besides, of a VMM.
+    pub vm: Option<VmSample>,
+}
+
+/// How long operations took.
+#[derive(Clone, Copy, Debug)]
+pub struct Latency {
+    /// Median.
     pub p50: Duration,
     /// 99th percentile.
     pub p99: Duration,
-    /// CPU time of the VMM's threads other than vCPUs (of the one thread, for the plain ring).
-    pub cpu: Option<Duration>,
+}
+
+impl Latency {
+    /// Of what a histogram in nanoseconds has.
+    pub fn of(hist: &Hist) -> Self {
+        Self { p50: Duration::from_nanos(hist.percentile(500)), p99: Duration::from_nanos(hist.percentile(990)) }
+    }
+}
+
+/// What only a VMM's run has.
+#[derive(Clone, Debug)]
+pub struct VmSample {
     /// CPU time of the vCPU threads.
     pub vcpu: Option<Duration>,
     /// From before the VMM is started to its guest's first instruction.
@@ -45,12 +69,25 @@ pub struct Sample {
     /// Resident bytes besides the guest's RAM.
     pub memory: Option<u64>,
     /// The guest's own line.
-    pub line: Option<String>,
+    pub line: String,
+}
+
+impl VmSample {
+    /// A number in the guest's line.
+    ///
+    /// # Errors
+    /// It is not there.
+    pub fn number(&self, key: &str) -> Result<u64> {
+        fields(&self.line)
+            .get(key)
+            .and_then(|value| value.parse().ok())
+            .ok_or_else(|| anyhow!("the guest's result has no {key}: {}", self.line))
+    }
 }
 
 impl Sample {
     /// Operations per second.
-    pub fn iops(&self) -> f64 {
+    pub fn rate(&self) -> f64 {
         self.ops as f64 / self.time.as_secs_f64().max(1e-9)
     }
 
@@ -223,19 +260,37 @@ pub fn fields(line: &str) -> HashMap<&str, &str> {
     line.split_ascii_whitespace().filter_map(|word| word.split_once('=')).collect()
 }
 
-/// Boots the guest under a VMM, with a job that prints `start` and `result`, and measures.
+/// What the guest's job is at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moment {
+    /// It begins to measure.
+    Start,
+    /// It has measured.
+    End,
+}
+
+/// Boots the guest under a VMM, with a job that prints `start` and `result`. Returns the CPU time that threads other than
+/// vCPUs took in between, and the rest. `at` is called at both moments.
 ///
 /// # Errors
-/// The VMM or its guest fails.
-pub fn measure(contestant: &Contestant, vm: &Vm<'_>, dir: &Path, time: Duration) -> Result<Sample> {
+/// The VMM or its guest fails, or `at` does.
+pub fn observe(
+    contestant: &Contestant,
+    vm: &Vm<'_>,
+    dir: &Path,
+    time: Duration,
+    mut at: impl FnMut(Moment) -> Result<()>,
+) -> Result<(Option<Duration>, VmSample)> {
     let words = contestant.command(vm, dir)?;
     let mut running = Running::start(&contestant.name, &words, dir, time)?;
     let (mut before, mut result) = (None, None);
     while let Some(line) = running.next_line()? {
         if line.starts_with("start ") {
             before = CpuTime::of(running.pid(), contestant.kind).ok();
+            at(Moment::Start)?;
         } else if let Some(text) = line.strip_prefix("result ") {
             let after = CpuTime::of(running.pid(), contestant.kind).ok();
+            at(Moment::End)?;
             let memory = memory_beyond_ram(running.pid(), contestant.kind, u64::from(vm.memory) << 20).ok();
             let cpu = before.zip(after).map(|(before, after)| after.since(before));
             result = Some((text.to_owned(), cpu, memory));
@@ -251,27 +306,9 @@ pub fn measure(contestant: &Contestant, vm: &Vm<'_>, dir: &Path, time: Duration)
     if status.code().is_none() {
         bail!("{} was ended by a signal ({status}){}", contestant.name, running.context());
     }
-    let fields = fields(&line);
-    let number = |key: &str| -> Result<u64> {
-        fields
-            .get(key)
-            .and_then(|value| value.parse().ok())
-            .ok_or_else(|| anyhow!("the guest's result has no {key}: {line}"))
-    };
-    if number("errors")? != 0 {
-        bail!("the guest under {} had {} failed requests{}", contestant.name, number("errors")?, running.context());
-    }
-    Ok(Sample {
-        ops: number("ops")?,
-        time: Duration::from_nanos(number("time_ns")?),
-        p50: Duration::from_nanos(number("p50_ns")?),
-        p99: Duration::from_nanos(number("p99_ns")?),
-        cpu: cpu.map(|cpu| cpu.others),
-        vcpu: cpu.map(|cpu| cpu.vcpus),
-        to_first_instruction: running.to_first_instruction(),
-        memory,
-        line: Some(line),
-    })
+    let to_first_instruction = running.to_first_instruction();
+    let vm = VmSample { vcpu: cpu.map(|cpu| cpu.vcpus), to_first_instruction, memory, line };
+    Ok((cpu.map(|cpu| cpu.others), vm))
 }
 
 #[cfg(test)]

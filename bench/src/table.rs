@@ -1,119 +1,80 @@
-//! The table that a measurement ends in.
-
-use std::fmt::Write;
-use std::time::Duration;
+//! What the tables of all measurements have in common.
 
 use comfy_table::presets::NOTHING;
 use comfy_table::{Cell, CellAlignment, Table, TableComponent};
 
-use crate::backend;
-use crate::block::PLAIN_RING;
-use crate::cli::BlockOptions;
-use crate::host::Machine;
 use crate::report::{Series, Spread};
-use crate::scratch::Scratch;
 
-/// Puts the table and what must be said with it together.
-pub fn render(options: &BlockOptions, scratch: &Scratch, machine: &Machine, series: &[Series]) -> String {
-    let mut text = String::new();
-    // Writing to a string does not fail.
-    let _ = writeln!(text, "\n{}", title(options, scratch));
-    let _ = writeln!(text, "{} x {}, Linux {}\n", machine.cpus, machine.cpu, machine.kernel);
-    let _ = writeln!(text, "{}\n", body(series));
-    let _ = writeln!(
-        text,
-        "IOPS: median (least-most). p50, p99: latency. CPU: per operation, of all threads of the VMM but"
-    );
-    let _ = writeln!(text, "those of the vCPUs, where the guest works and polls; of the plain ring, its one thread.");
-    if series.iter().any(|line| line.name == backend::NAME) {
-        let _ = writeln!(text, "{}: no VM; a thread of this process takes the guest's place.", backend::NAME);
-    }
-    for name in names(series) {
-        if let Some(line) = start_line(series, &name) {
-            let _ = writeln!(text, "{line}");
-        }
-    }
-    text
+/// A table whose rows come in groups.
+pub(crate) struct Grid {
+    table: Table,
+    /// The first column of the row before.
+    group: Option<String>,
 }
 
-fn title(options: &BlockOptions, scratch: &Scratch) -> String {
-    let plural = |count: u32, word: &str| if count == 1 { format!("one {word}") } else { format!("{count} {word}s") };
-    format!(
-        "{} KiB {}, {} {} of {} MiB, {}, {}, {}; medians of {}",
-        options.bs as f64 / 1024.0,
-        options.rw.words(),
-        if options.direct { "O_DIRECT," } else { "page-cached" },
-        scratch.file_system,
-        scratch.size >> 20,
-        plural(u32::from(options.queues), "queue"),
-        plural(u32::from(options.cpus), "vCPU"),
-        if options.irq { "interrupts" } else { "polling guest" },
-        plural(options.runs, "interleaved run")
-    )
-}
-
-fn body(series: &[Series]) -> Table {
-    let mut table = Table::new();
-    table.load_preset(NOTHING);
-    for line in [TableComponent::TopBorder, TableComponent::HeaderLines, TableComponent::BottomBorder] {
-        table.set_style(line, '─');
-    }
-    let crossings = [
-        TableComponent::TopBorderIntersections,
-        TableComponent::MiddleHeaderIntersections,
-        TableComponent::BottomBorderIntersections,
-    ];
-    for crossing in crossings {
-        table.set_style(crossing, '─');
-    }
-    let header = ["depth", "", "IOPS", "", "of plain ring", "p50 us", "p99 us", "CPU us/op"];
-    table.set_header(header.iter().enumerate().map(|(column, name)| Cell::new(name).set_alignment(alignment(column))));
-    let mut last = None;
-    for line in series {
-        let limit =
-            series.iter().find(|other| other.depth == line.depth && other.name == PLAIN_RING).and_then(Series::iops);
-        let iops = line.iops();
-        let depth = if last == Some(line.depth) { String::new() } else { line.depth.to_string() };
-        if last.is_some_and(|last| last != line.depth) {
-            table.add_row([""]);
+impl Grid {
+    /// With this header.
+    pub(crate) fn new(header: &[&str]) -> Self {
+        let mut table = Table::new();
+        table.load_preset(NOTHING);
+        for line in [TableComponent::TopBorder, TableComponent::HeaderLines, TableComponent::BottomBorder] {
+            table.set_style(line, '─');
         }
-        last = Some(line.depth);
-        let cells = [
-            depth,
-            line.name.clone(),
-            iops.map_or_else(String::new, |iops| thousands(iops.median)),
-            iops.map_or_else(String::new, |iops| format!("({}-{})", thousands(iops.least), thousands(iops.most))),
-            ratio(iops, limit),
-            latency(line.spread(|sample| Some(microseconds(sample.p50)))),
-            latency(line.spread(|sample| Some(microseconds(sample.p99)))),
-            line.spread(|sample| sample.cpu_per_op()).map_or_else(String::new, |cpu| format!("{:.2}", cpu.median)),
+        let crossings = [
+            TableComponent::TopBorderIntersections,
+            TableComponent::MiddleHeaderIntersections,
+            TableComponent::BottomBorderIntersections,
         ];
-        table.add_row(
-            cells.into_iter().enumerate().map(|(column, text)| Cell::new(text).set_alignment(alignment(column))),
-        );
+        for crossing in crossings {
+            table.set_style(crossing, '─');
+        }
+        table.set_header(header.iter().enumerate().map(|(column, text)| cell(column, text)));
+        Self { table, group: None }
     }
-    table
+
+    /// Adds a row to a group, which is named in its first row only.
+    pub(crate) fn row(&mut self, group: &str, cells: &[String]) {
+        let mut first = group;
+        match &self.group {
+            Some(last) if last == group => first = "",
+            Some(_) => _ = self.table.add_row([""]),
+            None => {}
+        }
+        self.group = Some(group.to_owned());
+        let all = std::iter::once(first).chain(cells.iter().map(String::as_str));
+        self.table.add_row(all.enumerate().map(|(column, text)| cell(column, text)));
+    }
 }
 
-fn alignment(column: usize) -> CellAlignment {
-    if column == 1 { CellAlignment::Left } else { CellAlignment::Right }
+impl std::fmt::Display for Grid {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.table.fmt(f)
+    }
 }
 
-fn ratio(iops: Option<Spread>, limit: Option<Spread>) -> String {
-    match (iops, limit) {
-        (Some(iops), Some(limit)) if limit.median > 0.0 => format!("{:.2}", iops.median / limit.median),
+/// Names are to the left, numbers to the right.
+fn cell(column: usize, text: &str) -> Cell {
+    Cell::new(text).set_alignment(if column == 1 { CellAlignment::Left } else { CellAlignment::Right })
+}
+
+/// The median, in thousands, and its surroundings in a cell of their own.
+pub(crate) fn with_spread(rate: Option<Spread>) -> [String; 2] {
+    rate.map_or_else(Default::default, |rate| {
+        [thousands(rate.median), format!("({}-{})", thousands(rate.least), thousands(rate.most))]
+    })
+}
+
+/// One median in terms of another.
+pub(crate) fn ratio(rate: Option<Spread>, limit: Option<Spread>) -> String {
+    match (rate, limit) {
+        (Some(rate), Some(limit)) if limit.median > 0.0 => format!("{:.2}", rate.median / limit.median),
         _ => String::new(),
     }
 }
 
-fn latency(figure: Option<Spread>) -> String {
-    figure.map_or_else(String::new, |spread| {
-        if spread.median < 100.0 { format!("{:.1}", spread.median) } else { format!("{:.0}", spread.median) }
-    })
-}
-
-fn microseconds(time: Duration) -> f64 {
-    time.as_secs_f64() * 1e6
+/// The median of the CPU time per operation.
+pub(crate) fn cpu<P>(series: &Series<P>) -> String {
+    series.spread(|sample| sample.cpu_per_op()).map_or_else(String::new, |cpu| format!("{:.2}", cpu.median))
 }
 
 /// `523 k`; small figures in full.
@@ -121,25 +82,23 @@ fn thousands(value: f64) -> String {
     if value < 10_000.0 { format!("{value:.0}") } else { format!("{:.0} k", value / 1_000.0) }
 }
 
-/// Names in the order of their first appearance.
-fn names(series: &[Series]) -> Vec<String> {
-    let mut names: Vec<String> = Vec::new();
+/// What starting each VMM took, over all its runs, in the order of their first appearance.
+pub(crate) fn starts<P>(series: &[Series<P>]) -> Vec<String> {
+    let mut names: Vec<&str> = Vec::new();
     for line in series {
-        if !names.contains(&line.name) {
-            names.push(line.name.clone());
+        if !names.contains(&line.name.as_str()) {
+            names.push(&line.name);
         }
     }
-    names
+    names.into_iter().filter_map(|name| start(series, name)).collect()
 }
 
-/// What starting a VMM took, over all its runs.
-fn start_line(series: &[Series], name: &str) -> Option<String> {
+fn start<P>(series: &[Series<P>], name: &str) -> Option<String> {
     let runs = || series.iter().filter(|line| line.name == name).flat_map(|line| &line.samples);
-    let start = Spread::of(
-        runs().filter_map(|sample| sample.to_first_instruction).map(|time| time.as_secs_f64() * 1e3).collect(),
-    )?;
-    let memory =
-        Spread::of(runs().filter_map(|sample| sample.memory).map(|bytes| bytes as f64 / f64::from(1 << 20)).collect());
+    let vms = || runs().filter_map(|sample| sample.vm.as_ref());
+    let start =
+        Spread::of(vms().filter_map(|vm| vm.to_first_instruction).map(|time| time.as_secs_f64() * 1e3).collect())?;
+    let memory = Spread::of(vms().filter_map(|vm| vm.memory).map(|bytes| bytes as f64 / f64::from(1 << 20)).collect());
     let memory = memory.map_or_else(|| "unknown memory".to_owned(), |memory| format!("{:.1} MiB", memory.median));
     Some(format!(
         "{name}: {:.1} ms ({:.1}-{:.1}) from exec to the guest's first instruction, {memory} besides the guest's RAM (median of {} starts).",
@@ -148,4 +107,36 @@ fn start_line(series: &[Series], name: &str) -> Option<String> {
         start.most,
         runs().count()
     ))
+}
+
+/// `one queue`, `2 queues`.
+pub(crate) fn plural(count: u32, word: &str) -> String {
+    if count == 1 { format!("one {word}") } else { format!("{count} {word}s") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_are_named_once_and_set_apart() {
+        let mut grid = Grid::new(&["depth", "", "IOPS"]);
+        for (group, name) in [("1", "a"), ("1", "b"), ("32", "a")] {
+            grid.row(group, &[name.to_owned(), "5 k".to_owned()]);
+        }
+        let text = grid.to_string();
+        let rows: Vec<_> = text.lines().map(str::trim).collect();
+        assert_eq!(rows.iter().filter(|row| row.starts_with('1')).count(), 1, "{text}");
+        assert_eq!(rows.iter().filter(|row| row.starts_with('b')).count(), 1, "{text}");
+        assert_eq!(rows.iter().filter(|row| row.is_empty()).count(), 1, "{text}");
+    }
+
+    #[test]
+    fn figures_read_well() {
+        let spread = |median: f64| Some(Spread { median, least: median / 2.0, most: median * 2.0 });
+        assert_eq!(with_spread(spread(523_400.0)), ["523 k", "(262 k-1047 k)"]);
+        assert_eq!(with_spread(spread(9_000.0)), ["9000", "(4500-18 k)"]);
+        assert_eq!(ratio(spread(80.0), spread(100.0)), "0.80");
+        assert_eq!(ratio(spread(80.0), None), "");
+    }
 }

@@ -1,4 +1,4 @@
-//! The VMMs that can be measured, and how each is told to boot the guest with one disk.
+//! The VMMs that can be measured, and how each is told to boot the guest with a disk or a NIC.
 
 use std::env;
 use std::ffi::OsString;
@@ -109,7 +109,7 @@ impl Contestant {
     }
 }
 
-/// A VM with one disk.
+/// A VM.
 #[derive(Clone, Copy, Debug)]
 pub struct Vm<'a> {
     /// The guest's image.
@@ -120,17 +120,36 @@ pub struct Vm<'a> {
     pub cpus: u16,
     /// RAM in MiB.
     pub memory: u32,
-    /// The disk.
-    pub disk: &'a Path,
+    /// Its disk.
+    pub disk: Option<Disk<'a>>,
+    /// Its NIC.
+    pub nic: Option<Nic<'a>>,
+}
+
+/// A disk.
+#[derive(Clone, Copy, Debug)]
+pub struct Disk<'a> {
+    /// The image or block device.
+    pub path: &'a Path,
     /// O_DIRECT.
     pub direct: bool,
-    /// Queues of the disk.
+    /// Its queues.
     pub queues: u16,
     /// Descriptors per queue.
     pub queue_size: u16,
 }
 
-/// Puts a command line together from words and `format!`ted options.
+/// A NIC on a tap that exists.
+#[derive(Clone, Copy, Debug)]
+pub struct Nic<'a> {
+    /// The interface: multi-queue if it has more than one pair.
+    pub tap: &'a str,
+    /// Its queue pairs.
+    pub pairs: u16,
+    /// Descriptors per queue.
+    pub queue_size: u16,
+}
+
 fn words<const N: usize>(words: [&str; N]) -> Vec<OsString> {
     words.into_iter().map(OsString::from).collect()
 }
@@ -140,14 +159,7 @@ fn on(flag: bool) -> &'static str {
 }
 
 fn ringvm(vm: &Vm<'_>) -> Vec<OsString> {
-    let disk = format!(
-        "path={},direct={},queues={},queue-size={}",
-        vm.disk.display(),
-        on(vm.direct),
-        vm.queues,
-        vm.queue_size
-    );
-    words([
+    let mut all = words([
         "run",
         "--kernel",
         &vm.kernel.to_string_lossy(),
@@ -157,22 +169,23 @@ fn ringvm(vm: &Vm<'_>) -> Vec<OsString> {
         &vm.cpus.to_string(),
         "--memory",
         &format!("{}M", vm.memory),
-        "--disk",
-        &disk,
         "--serial",
         "stdio",
-    ])
+    ]);
+    if let Some(disk) = &vm.disk {
+        let (path, direct) = (disk.path.display(), on(disk.direct));
+        let disk = format!("path={path},direct={direct},queues={},queue-size={}", disk.queues, disk.queue_size);
+        all.extend(words(["--disk", &disk]));
+    }
+    if let Some(nic) = &vm.nic {
+        let nic = format!("tap={},queues={},queue-size={}", nic.tap, nic.pairs, nic.queue_size);
+        all.extend(words(["--net", &nic]));
+    }
+    all
 }
 
 fn cloud_hypervisor(vm: &Vm<'_>) -> Vec<OsString> {
-    let disk = format!(
-        "path={},image_type=raw,direct={},num_queues={},queue_size={}",
-        vm.disk.display(),
-        on(vm.direct),
-        vm.queues,
-        vm.queue_size
-    );
-    words([
+    let mut all = words([
         "--kernel",
         &vm.kernel.to_string_lossy(),
         "--cmdline",
@@ -181,26 +194,43 @@ fn cloud_hypervisor(vm: &Vm<'_>) -> Vec<OsString> {
         &format!("boot={}", vm.cpus),
         "--memory",
         &format!("size={}M", vm.memory),
-        "--disk",
-        &disk,
         "--serial",
         "tty",
         "--console",
         "off",
-    ])
+    ]);
+    if let Some(disk) = &vm.disk {
+        let (path, direct) = (disk.path.display(), on(disk.direct));
+        let (queues, size) = (disk.queues, disk.queue_size);
+        let disk = format!("path={path},image_type=raw,direct={direct},num_queues={queues},queue_size={size}");
+        all.extend(words(["--disk", &disk]));
+    }
+    if let Some(nic) = &vm.nic {
+        let nic = format!("tap={},num_queues={},queue_size={}", nic.tap, nic.pairs * 2, nic.queue_size);
+        all.extend(words(["--net", &nic]));
+    }
+    all
 }
 
 fn firecracker(vm: &Vm<'_>, dir: &Path, engine: &str) -> Result<Vec<OsString>> {
-    let config = json!({
-        "boot-source": { "kernel_image_path": vm.kernel, "boot_args": vm.command_line },
-        "machine-config": { "vcpu_count": vm.cpus, "mem_size_mib": vm.memory },
-        "drives": [{
+    let drives = vm.disk.iter().map(|disk| {
+        json!({
             "drive_id": "disk",
-            "path_on_host": vm.disk,
+            "path_on_host": disk.path,
             "is_root_device": false,
             "is_read_only": false,
             "io_engine": engine,
-        }],
+        })
+    });
+    if let Some(nic) = vm.nic.filter(|nic| nic.pairs > 1) {
+        bail!("Firecracker's NICs have one queue pair, not {}: leave it out, or measure with --pairs 1", nic.pairs);
+    }
+    let nics = vm.nic.iter().map(|nic| json!({ "iface_id": "nic", "host_dev_name": nic.tap }));
+    let config = json!({
+        "boot-source": { "kernel_image_path": vm.kernel, "boot_args": vm.command_line },
+        "machine-config": { "vcpu_count": vm.cpus, "mem_size_mib": vm.memory },
+        "drives": drives.collect::<Vec<_>>(),
+        "network-interfaces": nics.collect::<Vec<_>>(),
     });
     let path = dir.join(format!("firecracker-{engine}.json"));
     fs::write(&path, config.to_string()).with_context(|| format!("writing {}", path.display()))?;
@@ -212,10 +242,7 @@ fn firecracker(vm: &Vm<'_>, dir: &Path, engine: &str) -> Result<Vec<OsString>> {
 }
 
 fn qemu(vm: &Vm<'_>, accelerator: &str, cpu: &str) -> Vec<OsString> {
-    // QEMU doubles commas in option values.
-    let disk = vm.disk.to_string_lossy().replace(',', ",,");
-    let cache = if vm.direct { "none" } else { "writeback" };
-    words([
+    let mut all = words([
         "-M",
         "q35",
         "-accel",
@@ -240,16 +267,27 @@ fn qemu(vm: &Vm<'_>, accelerator: &str, cpu: &str) -> Vec<OsString> {
         &vm.kernel.to_string_lossy(),
         "-append",
         vm.command_line,
-        "-object",
-        "iothread,id=io0",
-        "-drive",
-        &format!("file={disk},format=raw,if=none,id=disk,cache={cache},aio=io_uring,discard=unmap"),
-        "-device",
-        &format!(
-            "virtio-blk-pci,drive=disk,iothread=io0,disable-legacy=on,num-queues={},queue-size={}",
-            vm.queues, vm.queue_size
-        ),
-    ])
+    ]);
+    if let Some(disk) = &vm.disk {
+        // QEMU doubles commas in option values.
+        let path = disk.path.to_string_lossy().replace(',', ",,");
+        let cache = if disk.direct { "none" } else { "writeback" };
+        let (queues, size) = (disk.queues, disk.queue_size);
+        let drive = format!("file={path},format=raw,if=none,id=disk,cache={cache},aio=io_uring,discard=unmap");
+        let device =
+            format!("virtio-blk-pci,drive=disk,iothread=io0,disable-legacy=on,num-queues={queues},queue-size={size}");
+        all.extend(words(["-object", "iothread,id=io0", "-drive", &drive, "-device", &device]));
+    }
+    if let Some(nic) = &vm.nic {
+        let netdev = format!("tap,id=net0,ifname={},script=no,downscript=no,queues={}", nic.tap, nic.pairs);
+        let (mq, size) = (on(nic.pairs > 1), nic.queue_size);
+        // Without a ROM: it is for booting from the network only, and not always installed.
+        let device = format!(
+            "virtio-net-pci,netdev=net0,disable-legacy=on,romfile=,mq={mq},rx_queue_size={size},tx_queue_size={size}"
+        );
+        all.extend(words(["-netdev", &netdev, "-device", &device]));
+    }
+    all
 }
 
 #[cfg(test)]
@@ -264,28 +302,56 @@ mod tests {
         assert!(Contestant::parse("bochs=/x").unwrap_err().contains("unknown VMM bochs"));
     }
 
-    #[test]
-    fn every_kind_has_a_command_that_names_kernel_disk_and_job() {
+    fn vm<'a>(disk: Option<Disk<'a>>, nic: Option<Nic<'a>>) -> Vm<'a> {
+        Vm { kernel: Path::new("/k/guest.elf"), command_line: "job=none depth=1", cpus: 2, memory: 256, disk, nic }
+    }
+
+    /// The command line of each kind, and the file that it names.
+    fn commands(vm: &Vm<'_>) -> Vec<(Kind, Result<String>)> {
         let dir = tempfile::tempdir().unwrap();
-        let vm = Vm {
-            kernel: Path::new("/k/guest.elf"),
-            command_line: "job=none depth=1",
-            cpus: 2,
-            memory: 256,
-            disk: Path::new("/d/x.img"),
-            direct: true,
-            queues: 2,
-            queue_size: 256,
+        let command = |&(name, kind): &(&str, Kind)| {
+            let contestant = Contestant { kind, name: name.to_owned(), path: PathBuf::from("/bin/vmm") };
+            let all = contestant.command(vm, dir.path()).map(|words| {
+                let mut all: String = words.iter().map(|word| word.to_string_lossy() + "\n").collect();
+                if let Some(config) = words.iter().find(|word| word.to_string_lossy().ends_with(".json")) {
+                    all += &fs::read_to_string(config).unwrap();
+                }
+                all
+            });
+            (kind, all)
         };
-        for (name, kind) in KINDS {
-            let contestant = Contestant { kind: *kind, name: (*name).to_owned(), path: PathBuf::from("/bin/vmm") };
-            let words = contestant.command(&vm, dir.path()).unwrap();
-            let mut all: String = words.iter().map(|word| word.to_string_lossy() + "\n").collect();
-            if let Some(config) = words.iter().find(|word| word.to_string_lossy().ends_with(".json")) {
-                all += &fs::read_to_string(config).unwrap();
+        KINDS.iter().map(command).collect()
+    }
+
+    #[test]
+    fn every_kind_has_a_command_that_names_kernel_job_and_disk_or_nic() {
+        let disk = Disk { path: Path::new("/d/x.img"), direct: true, queues: 2, queue_size: 256 };
+        let nic = Nic { tap: "tap7", pairs: 1, queue_size: 256 };
+        for (kind, all) in commands(&vm(Some(disk), None)) {
+            let all = all.unwrap();
+            for wanted in ["/k/guest.elf", "job=none depth=1", "/d/x.img"] {
+                assert!(all.contains(wanted), "{kind:?}: {all}");
             }
-            for wanted in ["/k/guest.elf", "/d/x.img", "job=none depth=1"] {
-                assert!(all.contains(wanted), "{name}: {all}");
+            assert!(!all.contains("tap"), "{kind:?}: {all}");
+        }
+        for (kind, all) in commands(&vm(None, Some(nic))) {
+            let all = all.unwrap();
+            for wanted in ["/k/guest.elf", "job=none depth=1", "tap7"] {
+                assert!(all.contains(wanted), "{kind:?}: {all}");
+            }
+            assert!(!all.contains("drive_id") && !all.contains("disk"), "{kind:?}: {all}");
+        }
+    }
+
+    #[test]
+    fn two_pairs_are_refused_where_there_is_one() {
+        let nic = Nic { tap: "tap7", pairs: 2, queue_size: 256 };
+        for (kind, all) in commands(&vm(None, Some(nic))) {
+            match kind {
+                Kind::Firecracker | Kind::FirecrackerAsync => {
+                    assert!(all.unwrap_err().to_string().contains("--pairs 1"));
+                }
+                _ => assert!(all.unwrap().contains("queues="), "{kind:?}"),
             }
         }
     }

@@ -8,35 +8,14 @@ use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, Ordering};
 
 use crate::job::Options;
-use crate::net::{ETHERNET, LONGEST, Nic, Pair, Transmit};
+use crate::net::{LONGEST, Nic, Pair, Transmit};
+use crate::packet::{self, DISCARD, FILLER, SHORTEST};
 use crate::smp::{self, Barrier};
 use crate::sync::{Held, Lock};
 use crate::{clock, power, say};
 
 const DEFAULT_TIME_MS: u64 = 2_000;
 const DEFAULT_SIZE: u64 = 1_500;
-const SHORTEST: u64 = 60;
-
-/// A station that the frames are for; not the host, which so drops them early.
-const NOBODY: [u8; 6] = [0x52, 0x54, 0, 0xff, 0xff, 0xff];
-const IPV4: [u8; 2] = [0x08, 0x00];
-const IP_HEADER: usize = 20;
-const TCP: u8 = 6;
-const TCP_HEADER: usize = 20;
-const UDP: u8 = 17;
-/// TEST-NET-1 (RFC 5737).
-const FROM: [u8; 4] = [192, 0, 2, 1];
-const TO: [u8; 4] = [192, 0, 2, 2];
-/// The discard service.
-const PORT: u16 = 9;
-
-/// VIRTIO_NET_HDR_F_NEEDS_CSUM.
-const NEEDS_CSUM: u8 = 1;
-/// VIRTIO_NET_HDR_GSO_TCPV4.
-const GSO_TCPV4: u8 = 1;
-/// Bytes per TCP segment, as of Linux with timestamps at an MTU of 1500.
-const SEGMENT: u16 = 1_448;
-const CHECKSUM_IN_TCP: u16 = 16;
 
 /// What one vCPU has counted.
 #[derive(Clone, Copy, Default)]
@@ -50,7 +29,7 @@ struct Count {
 /// Sends frames for a time.
 pub fn transmit(options: &Options) {
     let size = options.size.unwrap_or(DEFAULT_SIZE);
-    if !(SHORTEST..=LONGEST as u64).contains(&size) {
+    if !(SHORTEST as u64..=LONGEST as u64).contains(&size) {
         power::fail(format_args!("command-line where=size expected={SHORTEST}..={LONGEST} got={size}"));
     }
     let size = size as usize;
@@ -92,8 +71,8 @@ pub fn transmit(options: &Options) {
         count.kicks = pairs.iter().map(|pair| pair.kicks()).sum::<u64>() - kicks;
         count
     });
-    nic.transport.reset();
     report(options, &nic, &counts);
+    nic.transport.reset();
 }
 
 /// Counts the frames that come within a time, which begins with the first of them on any pair.
@@ -136,8 +115,8 @@ pub fn receive(options: &Options) {
         count.kicks = pairs.iter().map(|pair| pair.kicks()).sum::<u64>() - kicks;
         count
     });
-    nic.transport.reset();
     report(options, &nic, &counts);
+    nic.transport.reset();
 }
 
 /// Spreads the pairs over the vCPUs, and lets these begin together.
@@ -157,46 +136,17 @@ fn on_all_cpus(options: &Options, nic: &Nic, work: impl Fn(&mut [Held<'_, Pair>]
     counts.iter().map(|count| *count.lock()).collect()
 }
 
-/// Writes an IPv4 frame: UDP, or TCP that the device is to cut into segments.
+/// Writes the frame that a slot sends time and again.
 fn lay_out(tx: &Transmit, slot: u16, size: usize, mac: [u8; 6], tso: bool) {
-    let header = tx.header(slot);
-    if tso {
-        header.copy_in(0, &[NEEDS_CSUM, GSO_TCPV4]);
-        let lengths =
-            [(ETHERNET + IP_HEADER + TCP_HEADER) as u16, SEGMENT, (ETHERNET + IP_HEADER) as u16, CHECKSUM_IN_TCP];
-        for (index, value) in lengths.into_iter().enumerate() {
-            header.write(2 + index * 2, value);
-        }
-    }
+    let start = packet::start(size, mac, tso, DISCARD);
+    tx.header(slot).copy_in(0, &start.header);
     let frame = tx.frame(slot);
-    frame.fill(0, size, 0x5a);
-    frame.copy_in(0, &NOBODY);
-    frame.copy_in(6, &mac);
-    frame.copy_in(12, &IPV4);
-    let mut ip = [0; IP_HEADER];
-    ip[0] = 0x45;
-    // A frame may be longer than any IP packet by a VLAN tag: what is behind the packet is padding then.
-    let packet = (size - ETHERNET).min(usize::from(u16::MAX)) as u16;
-    ip[2..4].copy_from_slice(&packet.to_be_bytes());
-    ip[8] = 64;
-    ip[9] = if tso { TCP } else { UDP };
-    ip[12..16].copy_from_slice(&FROM);
-    ip[16..20].copy_from_slice(&TO);
-    let sum: u32 = ip.chunks_exact(2).map(|word| u32::from(u16::from_be_bytes([word[0], word[1]]))).sum();
-    let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
-    ip[10..12].copy_from_slice(&sum.to_be_bytes());
-    frame.copy_in(ETHERNET, &ip);
-    let [high, low] = PORT.to_be_bytes();
-    if tso {
-        // Ports, numbers, a header of five words, ACK, a window; the checksum's field is the device's to fill.
-        let tcp = [high, low, high, low, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 0xff, 0xff, 0, 0, 0, 0];
-        frame.copy_in(ETHERNET + IP_HEADER, &tcp);
-    } else {
-        let [long, short] = (packet - IP_HEADER as u16).to_be_bytes();
-        frame.copy_in(ETHERNET + IP_HEADER, &[high, low, high, low, long, short, 0, 0]);
-    }
+    frame.fill(0, size, FILLER);
+    frame.copy_in(0, start.bytes());
 }
 
+/// Says what was counted, while the device still runs: some VMMs end its threads at a reset, and what these have cost is
+/// looked at when the result comes.
 fn report(options: &Options, nic: &Nic, counts: &[Count]) {
     let mut all = Count::default();
     for count in counts {

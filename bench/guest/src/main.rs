@@ -29,6 +29,7 @@ mod mem;
 mod model;
 mod net;
 mod net_hostile;
+mod packet;
 mod paging;
 mod pci;
 mod port;

@@ -10,6 +10,8 @@ use crate::sync::Lock;
 use crate::virtio::{self, Transport};
 use crate::{clock, power, smp};
 
+pub use crate::packet::{ETHERNET, HEADER};
+
 /// VIRTIO_NET_F_CSUM.
 pub const F_CSUM: u64 = 1 << 0;
 /// VIRTIO_NET_F_MAC.
@@ -23,10 +25,6 @@ pub const F_CTRL_VQ: u64 = 1 << 17;
 /// VIRTIO_NET_F_MQ.
 pub const F_MQ: u64 = 1 << 22;
 
-/// Bytes of `struct virtio_net_hdr`.
-pub const HEADER: usize = 12;
-/// Addresses and type of an Ethernet frame.
-pub const ETHERNET: usize = 14;
 /// The longest frame that a driver may meet, whatever the MTU: 64 KiB of IP, addresses, type and a VLAN tag.
 pub const LONGEST: usize = 65_535 + 18;
 
