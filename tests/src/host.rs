@@ -7,6 +7,7 @@ use std::fmt;
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::thread;
 
 use crate::lab::kernel::KernelPackage;
@@ -24,10 +25,12 @@ pub enum Need {
     IoUring,
     /// The nested lab: QEMU, the guest's tools and the Debian kernel package.
     Lab,
+    /// Taps in a network namespace of the test's own.
+    Tap,
 }
 
 impl Need {
-    const ALL: [Need; 3] = [Need::Kvm, Need::IoUring, Need::Lab];
+    const ALL: [Need; 4] = [Need::Kvm, Need::IoUring, Need::Lab, Need::Tap];
 
     /// The name by which its absence is allowed.
     pub fn name(self) -> &'static str {
@@ -35,6 +38,7 @@ impl Need {
             Need::Kvm => "kvm",
             Need::IoUring => "io-uring",
             Need::Lab => "lab",
+            Need::Tap => "tap",
         }
     }
 
@@ -47,6 +51,7 @@ impl Need {
             }
             Need::IoUring => io_uring::IoUring::new(8).err().map(|e| format!("setting up an io_uring: {e}")),
             Need::Lab => missing_of_lab(),
+            Need::Tap => missing_of_tap(),
         }
     }
 }
@@ -83,6 +88,22 @@ fn missing_of_lab() -> Option<String> {
         return Some(format!("not installed: {}; tests/run installs them", absent.join(", ")));
     }
     KernelPackage::find().err().map(|e| e.to_string())
+}
+
+fn missing_of_tap() -> Option<String> {
+    let absent: Vec<_> = ["ip", "setpriv", "unshare"].into_iter().filter(|name| program(name).is_none()).collect();
+    if !absent.is_empty() {
+        return Some(format!("not installed: {}; tests/run installs them", absent.join(", ")));
+    }
+    let tap = "PATH=$PATH:/usr/sbin:/sbin; ip tuntap add t0 mode tap vnet_hdr";
+    let user: &[&str] = if rustix::process::geteuid().is_root() { &[] } else { &["--user", "--map-root-user"] };
+    let mut command = Command::new("unshare");
+    command.args(user).args(["--net", "--mount", "--pid", "--fork", "--mount-proc", "sh", "-c", tap]);
+    match command.output() {
+        Ok(output) if output.status.success() => None,
+        Ok(output) => Some(format!("making a tap in a namespace: {}", String::from_utf8_lossy(&output.stderr).trim())),
+        Err(e) => Some(format!("running unshare: {e}")),
+    }
 }
 
 /// The path of a program, looked up in PATH and where Debian keeps the administrator's programs.

@@ -47,6 +47,22 @@ pub struct Ended {
 }
 
 impl Ended {
+    /// Checks that it ended with this exit code, one line on stderr that has all these words, and nothing on stdout.
+    ///
+    /// # Panics
+    /// When it did not.
+    #[track_caller]
+    pub fn assert_refused(&self, code: i32, words: &[&str]) {
+        let said = &self.stderr;
+        assert_eq!(self.code(), code, "{said}");
+        assert_eq!(said.trim_end().lines().count(), 1, "one line: {said}");
+        for word in words {
+            assert!(said.contains(word), "`{word}` in: {said}");
+        }
+        assert_eq!(self.stdout, "", "nothing on stdout");
+        assert!(!said.contains("panicked"), "{said}");
+    }
+
     /// The exit code, or 128 and the signal as a shell has it.
     pub fn code(&self) -> i32 {
         self.status.code().unwrap_or_else(|| 128 + self.status.signal().unwrap_or(0))
@@ -65,6 +81,21 @@ pub fn ringvm<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> Result
     let mut command = Command::new(&path);
     // The tests' own log filter is none of its business.
     command.args(arguments).env_remove("RUST_LOG");
+    let text = format!("{command:?}");
+    Ok(RingVm { command, text })
+}
+
+/// A shell script of setting up, then the `ringvm` under test with these arguments, alone in a network, with processes and
+/// mounts that end with it. `wrapper` stands before `ringvm`, such as `setpriv`.
+pub fn isolated<A: AsRef<OsStr>>(setup: &str, wrapper: &str, arguments: impl IntoIterator<Item = A>) -> Result<RingVm> {
+    let path = paths::ringvm()?;
+    let mut command = Command::new("unshare");
+    if !rustix::process::geteuid().is_root() {
+        command.args(["--user", "--map-root-user"]);
+    }
+    command.args(["--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-ec"]);
+    command.arg(format!("PATH=$PATH:/usr/sbin:/sbin\n{setup}\nexec {wrapper} \"$0\" \"$@\""));
+    command.arg(&path).args(arguments).env_remove("RUST_LOG");
     let text = format!("{command:?}");
     Ok(RingVm { command, text })
 }

@@ -58,17 +58,9 @@ fn run(arguments: Vec<&str>) -> Ended {
     ended
 }
 
-/// One line on stderr that has all these words, nothing on stdout, this exit code.
 #[track_caller]
 fn refused(ended: &Ended, code: i32, words: &[&str]) {
-    let said = &ended.stderr;
-    assert_eq!(ended.code(), code, "{said}");
-    assert_eq!(said.trim_end().lines().count(), 1, "one line: {said}");
-    for word in words {
-        assert!(said.contains(word), "`{word}` in: {said}");
-    }
-    assert_eq!(ended.stdout, "", "nothing on stdout");
-    assert!(!said.contains("panicked"), "{said}");
+    ended.assert_refused(code, words);
 }
 
 #[test]

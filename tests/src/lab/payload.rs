@@ -18,6 +18,9 @@ pub(crate) const INITRAMFS: &str = "/k/guest.cpio";
 /// The same with fio and its libraries, which are some 80 MB.
 pub(crate) const INITRAMFS_FIO: &str = "/k/guest-fio.cpio";
 
+/// The program that moves random data, in L1 and in the guest.
+const STREAM: &str = "bin/lab-stream";
+
 /// Sparse; images of the tests are in it.
 const ROOT_SIZE: &str = "8G";
 
@@ -37,6 +40,7 @@ impl Payload {
         let helpers = [
             ("bin/lab-agent", paths::helper("lab-agent")?),
             ("bin/without-io-uring", paths::helper("without-io-uring")?),
+            (STREAM, paths::helper("lab-stream")?),
         ];
         if folder.exists() {
             fs::remove_dir_all(folder).map_err(Error::file("emptying", folder))?;
@@ -49,6 +53,7 @@ impl Payload {
 
         let (guest, fio) = (scratch.join("guest.cpio"), scratch.join("guest-fio.cpio"));
         let mut tree = guest_initramfs(&package, &scratch)?;
+        tree.binary(STREAM, &paths::helper("lab-stream")?)?;
         tree.write_cpio(&guest)?;
         tree.tool("fio")?;
         tree.write_cpio(&fio)?;

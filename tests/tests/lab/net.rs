@@ -9,36 +9,74 @@ use ringvm_tests::lab::{Exit, Guest, Lab, lab, vm};
 const HOST: &str = "10.9.0.1";
 const GUEST: &str = "10.9.0.2";
 const LIMIT: Duration = Duration::from_secs(240);
+/// How much is streamed each way.
+const STREAM: u64 = 1 << 30;
+const STREAM_LIMIT: Duration = Duration::from_secs(600);
 
-/// A guest with one NIC of so many queue pairs on the tap `vm0`, both ends with an address.
+/// A guest with one NIC of so many queue pairs on the tap `vm0`, both ends with an address. It has a vCPU per pair: L1 has
+/// one CPU, and two vCPUs that take turns on it halve the rates.
 fn boot(lab: &mut Lab, pairs: u16, more: &str) -> Result<Guest> {
     let net = format!("tap=vm0,mac=52:54:00:0a:09:02,queues={pairs}{more}");
-    let mut guest = lab.boot(&vm().cpus(2).arg("--net").arg(&net).arg("--stats"))?;
+    let mut guest = lab.boot(&vm().cpus(u32::from(pairs)).arg("--net").arg(&net).arg("--stats"))?;
     lab.run(&format!("ip addr add {HOST}/24 dev vm0"))?;
     guest.run(&format!("ip addr add {GUEST}/24 dev eth0 && ip link set eth0 up"))?;
     guest.run(&format!("ping -c 3 -W 5 {HOST}"))?;
     Ok(guest)
 }
 
-/// Moves data both ways for a moment; iperf3 fails if none arrives.
-fn traffic(guest: &mut Guest, options: &str) -> Result<()> {
-    for direction in ["", "-R"] {
-        guest.run_for(
-            LIMIT,
-            &format!("iperf3 -c {HOST} -t 1 --connect-timeout 5000 {options} {direction} >/dev/null"),
-        )?;
+/// Moves data for a second and gives what each stream brought to its receiver, in Mbit/s.
+fn streams(guest: &mut Guest, options: &str) -> Result<Vec<f64>> {
+    let said = guest.run_for(LIMIT, &format!("iperf3 -c {HOST} -t 1 -f m --connect-timeout 5000 {options}"))?;
+    let received = said.lines().filter(|line| line.trim_end().ends_with("receiver") && !line.contains("SUM"));
+    let rates = received.map(|line| {
+        let words: Vec<_> = line.split_whitespace().collect();
+        let unit = words.iter().position(|&word| word == "Mbits/sec");
+        unit.and_then(|at| words[at - 1].parse::<f64>().ok()).unwrap_or_else(|| panic!("no rate in {line}"))
+    });
+    let rates: Vec<_> = rates.collect();
+    assert!(!rates.is_empty(), "iperf3 {options} tells of no receiver: {said}");
+    Ok(rates)
+}
+
+/// Moves data out of the guest and into it; Mbit/s of each.
+fn traffic(guest: &mut Guest, options: &str) -> Result<(f64, f64)> {
+    let mut both_ways = [0.0; 2];
+    for (rate, direction) in both_ways.iter_mut().zip(["", "-R"]) {
+        *rate = streams(guest, &format!("{options} {direction}"))?.iter().sum();
+        assert!(*rate > 0.0, "nothing arrives with iperf3 {options} {direction}");
     }
-    Ok(())
+    Ok(both_ways.into())
+}
+
+/// Frames that the guest's driver counts in a direction, over all queues, and those that L1 counts at the other end.
+fn frames(lab: &Lab, guest: &mut Guest, ours: &str, theirs: &str) -> Result<(u64, u64)> {
+    let counters = guest.run("ethtool -S eth0")?;
+    let queues = counters.lines().filter_map(|line| {
+        let (name, value) = line.trim().split_once(": ")?;
+        (name.starts_with(&format!("{ours}_queue_")) && name.ends_with("_packets"))
+            .then(|| value.parse::<u64>().ok())?
+    });
+    let there = lab.run(&format!("cat /sys/class/net/vm0/statistics/{theirs}_packets"))?;
+    Ok((queues.sum(), there.parse().unwrap_or_else(|_| panic!("a number of frames: {there}"))))
+}
+
+/// What a queue of the guest's NIC has counted.
+fn queue_counter(guest: &mut Guest, name: &str) -> Result<u64> {
+    let value = guest.run(&format!("ethtool -S eth0 | sed -n 's/^ *{name}: //p'"))?;
+    Ok(value.parse().unwrap_or_else(|_| panic!("{name} is `{value}`")))
 }
 
 #[test]
 fn a_guest_gets_an_address_and_moves_tcp_and_udp_with_one_and_two_queue_pairs() {
     lab(|lab| {
-        for pairs in [1, 2] {
-            let mut guest = boot(lab, pairs, ",mtu=1500")?;
+        for (pairs, mtu) in [(1, 1400), (2, 9000)] {
+            let mut guest = boot(lab, pairs, &format!(",mtu={mtu}"))?;
             assert_eq!(guest.run("cat /sys/class/net/eth0/address")?, "52:54:00:0a:09:02");
-            assert_eq!(guest.run("cat /sys/class/net/eth0/carrier /sys/class/net/eth0/mtu")?, "1\n1500");
+            assert_eq!(guest.run("cat /sys/class/net/eth0/carrier /sys/class/net/eth0/mtu")?, format!("1\n{mtu}"));
+            assert_eq!(lab.run("cat /sys/class/net/vm0/mtu")?, mtu.to_string());
             assert_eq!(guest.run("cat /sys/class/net/eth0/speed /sys/class/net/eth0/duplex")?, "10000\nfull");
+            // A packet that fills the MTU, uncut, and back.
+            guest.run(&format!("ping -c 3 -W 5 -s {} {HOST}", mtu - 28))?;
             let queues = guest.run("ls -d /sys/class/net/eth0/queues/rx-* | wc -l")?;
             assert_eq!(queues, pairs.to_string());
             let vectors = guest.run("grep -c -E 'virtio[0-9]+-(input|output)' /proc/interrupts")?;
@@ -52,71 +90,156 @@ fn a_guest_gets_an_address_and_moves_tcp_and_udp_with_one_and_two_queue_pairs() 
             assert!(lease.contains(&format!("bound {GUEST}")), "{lease}");
             guest.run(&format!("ip addr add {GUEST}/24 dev eth0"))?;
             lab.run("iperf3 -s -D -I /run/iperf3.pid")?;
-            let streams = format!("-P {pairs}");
-            traffic(&mut guest, &streams)?;
-            traffic(&mut guest, &format!("-u -b 20M {streams}"))?;
+            let tcp = traffic(&mut guest, &format!("-P {pairs}"))?;
+            let udp = traffic(&mut guest, &format!("-u -b 20M -P {pairs}"))?;
             lab.run("kill $(cat /run/iperf3.pid)")?;
-            let counters = guest.run("ethtool -S eth0")?;
+            println!("{pairs} pairs, Mbit/s out of the guest and into it: TCP {tcp:?}, UDP {udp:?}");
+            // Each queue carries what its CPU sends, and what comes back for it.
             for queue in 0..pairs {
-                assert!(counters.contains(&format!("rx_queue_{queue}_packets")), "{counters}");
+                let names = ["rx", "tx"].map(|way| format!("{way}_queue_{queue}_packets"));
+                let before = [queue_counter(&mut guest, &names[0])?, queue_counter(&mut guest, &names[1])?];
+                guest.run(&format!("taskset {} ping -c 5 -W 5 {HOST}", 1 << queue))?;
+                // The tap learns where a flow comes from with its first frames.
+                for ((name, before), least) in names.iter().zip(before).zip([3, 5]) {
+                    let more = queue_counter(&mut guest, name)? - before;
+                    assert!(more >= least, "{name} rose by {more} during five pings on CPU {queue}");
+                }
+            }
+            // Both ends count the same; a frame may be under way, and a transmitted one is counted once it is given back.
+            for (ours, theirs) in [("rx", "tx"), ("tx", "rx")] {
+                let mut counted = frames(lab, &mut guest, ours, theirs)?;
+                for _ in 0..20 {
+                    if counted.0 == counted.1 {
+                        break;
+                    }
+                    guest.run(&format!("ping -c 1 -W 5 {HOST}"))?;
+                    counted = frames(lab, &mut guest, ours, theirs)?;
+                }
+                assert_eq!(counted.0, counted.1, "{ours} in the guest and {theirs} of its tap");
             }
             let statistics = guest.statistics("received")?;
             assert!(statistics.contains("net0: sent: ") && statistics.contains("net0: received: "), "{statistics}");
+            // Down and up again from the guest.
+            guest.run("ip link set eth0 down")?;
+            assert_ne!(guest.status(&format!("ping -c 1 -W 1 {HOST}"))?.0, 0, "the link is down");
+            guest.run(&format!("ip link set eth0 up && ping -c 3 -W 5 {HOST}"))?;
             assert_eq!(guest.power_off()?, Exit::Code(0));
         }
         Ok(())
     });
 }
 
+/// ethtool's name of an offload, and the line in which `ethtool -k` says what became of it.
+const OFFLOADS: [(&str, &str); 9] = [
+    ("tx", "tx-checksumming"),
+    ("sg", "scatter-gather"),
+    ("tso", "tcp-segmentation-offload"),
+    ("gso", "generic-segmentation-offload"),
+    ("gro", "generic-receive-offload"),
+    ("rx", "rx-checksumming"),
+    ("tx-tcp6-segmentation", "tx-tcp6-segmentation"),
+    ("tx-udp-segmentation", "tx-udp-segmentation"),
+    ("rx-gro-hw", "rx-gro-hw"),
+];
+
 #[test]
-fn every_offload_can_be_off() {
+fn pitfall_36_every_offload_can_be_off_with_one_and_two_queue_pairs() {
     lab(|lab| {
-        let mut guest = boot(lab, 1, "")?;
-        lab.run("iperf3 -s -D -I /run/iperf3.pid")?;
-        let mut table = String::new();
-        for feature in
-            ["", "tx", "sg", "tso", "gso", "gro", "rx", "tx-tcp6-segmentation", "tx-udp-segmentation", "rx-gro-hw"]
-        {
-            // Some are fixed in a driver of this age; that is in the table too.
-            let (code, said) = match feature {
-                "" => (0, String::new()),
-                feature => guest.status(&format!("ethtool -K eth0 {feature} off 2>&1"))?,
+        let mut table = format!("{:<6} {:<22} {:<16} {:>9} {:>9}\n", "pairs", "offload", "", "Mbit out", "Mbit in");
+        for pairs in [1, 2] {
+            let mut guest = boot(lab, pairs, "")?;
+            lab.run("iperf3 -s -D -I /run/iperf3.pid")?;
+            let streams = format!("-P {pairs}");
+            let mut row = |name: &str, state: &str, (out, into): (f64, f64)| {
+                table += &format!("{pairs:<6} {name:<22} {state:<16} {out:>9.0} {into:>9.0}\n");
             };
-            traffic(&mut guest, "")?;
-            let name = if feature.is_empty() { "everything on" } else { feature };
-            let how = if code == 0 { "off" } else { "can't be off" };
-            table += &format!("{name:<24} {how:<14} data both ways {}\n", said.lines().next().unwrap_or_default());
-            if !feature.is_empty() {
-                guest.status(&format!("ethtool -K eth0 {feature} on 2>&1"))?;
+            row("everything", "on", traffic(&mut guest, &streams)?);
+            for (name, line) in OFFLOADS {
+                let state = format!("ethtool -k eth0 | sed -n 's/^\\t*{line}: //p'");
+                let before = guest.run(&state)?;
+                // One that this driver or this host's tap lacks says so; that is in the table too.
+                guest.status(&format!("ethtool -K eth0 {name} off 2>&1"))?;
+                let now = guest.run(&state)?;
+                assert!(now.starts_with("off") || now == "on [fixed]", "{name}: {before}, then {now}");
+                row(name, &now, traffic(&mut guest, &streams)?);
+                guest.status(&format!("ethtool -K eth0 {name} on 2>&1"))?;
+                assert_eq!(guest.run(&state)?, before, "{name} is as it was");
             }
+            lab.run("kill $(cat /run/iperf3.pid)")?;
+            assert_eq!(guest.power_off()?, Exit::Code(0));
         }
         println!("{table}");
+        Ok(())
+    });
+}
+
+#[test]
+fn pitfall_40_only_the_pairs_that_the_guest_serves_are_attached_before_and_after_every_change() {
+    lab(|lab| {
+        let mut guest = boot(lab, 2, "")?;
+        lab.run("iperf3 -s -D -I /run/iperf3.pid")?;
+        // The tap's queues in sysfs are those that are attached: frames are spread over them.
+        let attached = |lab: &Lab| lab.run("ls -d /sys/class/net/vm0/queues/rx-* | wc -l");
+        assert_eq!(attached(lab)?, "2");
+        for count in [1, 2, 1, 2] {
+            guest.run(&format!("ethtool -L eth0 combined {count}"))?;
+            assert_eq!(attached(lab)?, count.to_string());
+            // With a queue that nobody serves, some of the streams would bring nothing.
+            let rates = streams(&mut guest, "-P 8 -R")?;
+            assert!(rates.len() == 8 && rates.iter().all(|&rate| rate > 0.0), "{count} pairs: {rates:?} Mbit/s");
+        }
+        assert_ne!(guest.status("ethtool -L eth0 combined 3 2>&1")?.0, 0, "more than there are");
+        guest.run(&format!("ping -c 3 -W 5 {HOST}"))?;
+        // Nobody serves the second while the guest starts again; then its driver takes both.
+        guest.start("reboot -f")?;
+        lab.run("n=0; until [ $(ls -d /sys/class/net/vm0/queues/rx-* | wc -l) = 1 ]; do n=$((n + 1)); [ $n -lt 200 ] || exit 1; sleep 0.05; done")?;
+        guest.ready()?;
+        guest.run(&format!("ip addr add {GUEST}/24 dev eth0 && ip link set eth0 up && ping -c 3 -W 5 {HOST}"))?;
+        assert_eq!(attached(lab)?, "2");
         lab.run("kill $(cat /run/iperf3.pid)")?;
         assert_eq!(guest.power_off()?, Exit::Code(0));
         Ok(())
     });
 }
 
+/// What one side of `lab-stream` said: the checksum and MiB/s.
+fn streamed(said: &str) -> (String, f64) {
+    let word = |key: &str| said.split_whitespace().find_map(|word| word.strip_prefix(key)?.strip_prefix('='));
+    let seconds = word("milliseconds").and_then(|n| n.parse::<f64>().ok()).map(|n| n / 1000.0);
+    let (Some(bytes), Some(sum), Some(seconds)) = (word("bytes"), word("sum"), seconds) else {
+        panic!("lab-stream said: {said}")
+    };
+    assert_eq!(bytes, STREAM.to_string(), "{said}");
+    (sum.to_owned(), STREAM as f64 / f64::from(1 << 20) / seconds)
+}
+
 #[test]
-fn random_data_arrives_intact_both_ways() {
+fn a_gibibyte_of_random_data_arrives_intact_both_ways() {
     lab(|lab| {
         let mut guest = boot(lab, 1, "")?;
-        assert!(guest.run("ethtool -k eth0")?.contains("tcp-segmentation-offload: on"));
-        let file = lab.path("random");
-        lab.run(&format!("dd if=/dev/urandom of={file} bs=1M count=16 2>/dev/null"))?;
-        let sum = lab.run(&format!("md5sum <{file}"))?;
-        // nc ends when the other side has nothing more to send, so nobody says that before the receiver has it all.
-        lab.run("mkfifo /run/open")?;
-        guest.run("mkfifo /tmp/open")?;
-        // Out of the host.
-        lab.run(&format!("(nc -l -p 7000 <{file} >/dev/null 2>&1 &)"))?;
-        assert_eq!(guest.run_for(LIMIT, &format!("sleep 1; nc {HOST} 7000 0<>/tmp/open | md5sum"))?, sum);
-        // And back into it, the guest passing on what comes.
-        lab.run(&format!("(nc -l -p 7001 <{file} >/dev/null 2>&1 &)"))?;
-        lab.run("(nc -l -p 7002 0<>/run/open | md5sum >/run/sum &)")?;
-        guest.run_for(LIMIT, &format!("sleep 1; nc {HOST} 7001 0<>/tmp/open | nc {HOST} 7002"))?;
-        lab.run("while pidof md5sum >/dev/null; do sleep 0.2; done")?;
-        assert_eq!(lab.run("cat /run/sum")?, sum);
+        let offloads = guest.run("ethtool -k eth0")?;
+        for on in ["tcp-segmentation-offload: on", "tx-checksumming: on", "rx-gro-hw: on"] {
+            assert!(offloads.contains(on), "{on} in {offloads}");
+        }
+        for (host, port, verb, counter) in [("send", 7000, "receive", "rx"), ("receive", 7001, "send", "tx")] {
+            let packets = format!("cat /sys/class/net/eth0/statistics/{counter}_packets");
+            let before: u64 = guest.run(&packets)?.parse().expect("a number");
+            lab.run(&format!(
+                "lab-stream listen {HOST}:{port} {host} {STREAM} >/run/stream 2>&1 & echo $! >/run/stream.pid"
+            ))?;
+            let here = guest.run_for(STREAM_LIMIT, &format!("lab-stream connect {HOST}:{port} {verb} {STREAM}"))?;
+            lab.run(
+                "n=0; while [ -d /proc/$(cat /run/stream.pid) ] && [ $n -lt 100 ]; do sleep 0.1; n=$((n + 1)); done",
+            )?;
+            let there = lab.run("cat /run/stream")?;
+            let ((sum, rate), (expected, _)) = (streamed(&here), streamed(&there));
+            assert_eq!(sum, expected, "the guest {verb}s: {here}; L1: {there}");
+            let after: u64 = guest.run(&packets)?.parse().expect("a number");
+            let mean = STREAM / (after - before).max(1);
+            println!("the guest {verb}s {} MiB: {rate:.1} MiB/s, {mean} bytes per frame", STREAM >> 20);
+            // With segments cut by nobody on the way, frames are many times as long as the MTU.
+            assert!(mean > 4 * 1500, "{mean} bytes per frame: segmentation is not offloaded");
+        }
         assert_eq!(guest.power_off()?, Exit::Code(0));
         Ok(())
     });
@@ -127,7 +250,7 @@ fn pitfall_35_a_tap_that_goes_away_is_a_link_that_is_down() {
     lab(|lab| {
         let mut guest = boot(lab, 1, "")?;
         lab.run("ip link set vm0 down")?;
-        guest.status(&format!("ping -c 1 -W 1 {HOST}"))?;
+        assert_ne!(guest.status(&format!("ping -c 1 -W 1 {HOST}"))?.0, 0, "the tap is down");
         lab.run("ip link set vm0 up")?;
         guest.run(&format!("ping -c 3 -W 5 {HOST}"))?;
         lab.run("ip link del vm0")?;
