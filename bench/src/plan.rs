@@ -35,7 +35,7 @@ impl<H: Display> Contender<H> {
     }
 }
 
-/// Adds ringvm and the others, but none that needs a /dev/kvm that can't be used: that is said then, and what is measured
+/// Adds ringvm, with its devices in either place, and the others, but none that needs a /dev/kvm that can't be used: that is said then, and what is measured
 /// `instead`.
 ///
 /// # Errors
@@ -52,7 +52,11 @@ pub fn add_vmms<H>(
             eprintln!("ringvm-bench: no VM can be run here: {trouble}");
             eprintln!("ringvm-bench: measuring {instead}");
         }
-        None => contenders.push(Contender::Vmm(Contestant::ringvm(ringvm)?)),
+        None => {
+            let ringvm = Contestant::ringvm(ringvm)?;
+            let daemon = ringvm.in_daemon();
+            contenders.extend([ringvm, daemon].map(Contender::Vmm));
+        }
     }
     for contestant in against {
         if trouble.is_some() && contestant.kind.needs_kvm() {

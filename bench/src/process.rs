@@ -16,13 +16,16 @@ pub struct CpuTime {
 }
 
 impl CpuTime {
-    /// Adds up the threads of a process.
+    /// Adds up the threads of a process and of its daemons.
     ///
     /// # Errors
     /// The process is gone.
     pub fn of(pid: u32, kind: Kind) -> io::Result<Self> {
-        let all = threads_time(pid, |_| true)?;
         let vcpus = threads_time(pid, |name| kind.is_vcpu(name))?;
+        let mut all = threads_time(pid, |_| true)?;
+        for child in children(pid) {
+            all += threads_time(child, |_| true).unwrap_or_default();
+        }
         Ok(Self { vcpus, others: all.saturating_sub(vcpus) })
     }
 
@@ -30,6 +33,16 @@ impl CpuTime {
     pub fn since(self, earlier: Self) -> Self {
         Self { vcpus: self.vcpus.saturating_sub(earlier.vcpus), others: self.others.saturating_sub(earlier.others) }
     }
+}
+
+/// The processes that a process has started.
+fn children(pid: u32) -> Vec<u32> {
+    let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
+    // Each thread has its own; kernels without CONFIG_PROC_CHILDREN don't tell.
+    let lists = tasks.flatten().filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
+    lists
+        .flat_map(|list| list.split_ascii_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>())
+        .collect()
 }
 
 /// CPU time so far of those threads of a process whose names `count` takes.
@@ -63,7 +76,7 @@ fn thread_time(task: &std::path::Path) -> Option<Duration> {
     Some(Duration::from_nanos(ticks * 1_000_000_000 / rustix::param::clock_ticks_per_second()))
 }
 
-/// Resident bytes of a process besides the guest's RAM.
+/// Resident bytes of a process and its daemons besides the guest's RAM.
 ///
 /// ringvm's RAM is the mapping of the memfd `ringvm-memory`. Other VMMs do not name theirs: there the mappings that are at
 /// least half as large as the RAM are taken for it.
@@ -71,8 +84,12 @@ fn thread_time(task: &std::path::Path) -> Option<Duration> {
 /// # Errors
 /// The process is gone.
 pub fn memory_beyond_ram(pid: u32, kind: Kind, ram: u64) -> io::Result<u64> {
-    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
-    Ok(mappings(&smaps).filter(|mapping| !mapping.is_ram(kind, ram)).map(|mapping| mapping.resident).sum())
+    let beyond = |smaps: &str| -> u64 {
+        mappings(smaps).filter(|mapping| !mapping.is_ram(kind, ram)).map(|mapping| mapping.resident).sum()
+    };
+    let own = beyond(&fs::read_to_string(format!("/proc/{pid}/smaps"))?);
+    let smaps = children(pid).into_iter().filter_map(|child| fs::read_to_string(format!("/proc/{child}/smaps")).ok());
+    Ok(own + smaps.map(|smaps| beyond(&smaps)).sum::<u64>())
 }
 
 struct Mapping<'a> {
@@ -84,7 +101,7 @@ struct Mapping<'a> {
 impl Mapping<'_> {
     fn is_ram(&self, kind: Kind, ram: u64) -> bool {
         match kind {
-            Kind::Ringvm => self.name.starts_with("/memfd:ringvm-memory"),
+            Kind::Ringvm | Kind::RingvmDaemon => self.name.starts_with("/memfd:ringvm-memory"),
             _ => self.size >= ram / 2,
         }
     }
@@ -139,6 +156,16 @@ Rss:                   4 kB
         assert_eq!(sum(Kind::Ringvm, 256 << 20), 516 << 10);
         assert_eq!(sum(Kind::Qemu, 256 << 20), 516 << 10);
         assert_eq!(sum(Kind::Qemu, 1 << 40), (516 + 131_072) << 10);
+    }
+
+    #[test]
+    fn a_daemon_counts_with_the_one_who_started_it() {
+        let mut child = std::process::Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(children(std::process::id()).contains(&child.id()));
+        assert!(CpuTime::of(std::process::id(), Kind::RingvmDaemon).unwrap().others > Duration::ZERO);
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 
     #[test]

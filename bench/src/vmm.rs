@@ -13,6 +13,8 @@ use serde_json::json;
 pub enum Kind {
     /// Ours.
     Ringvm,
+    /// Ours, with its devices in a daemon.
+    RingvmDaemon,
     /// Cloud Hypervisor.
     CloudHypervisor,
     /// Firecracker with its default block engine.
@@ -27,6 +29,7 @@ pub enum Kind {
 
 const KINDS: &[(&str, Kind)] = &[
     ("ringvm", Kind::Ringvm),
+    ("ringvm-daemon", Kind::RingvmDaemon),
     ("cloud-hypervisor", Kind::CloudHypervisor),
     ("firecracker", Kind::Firecracker),
     ("firecracker-async", Kind::FirecrackerAsync),
@@ -38,7 +41,7 @@ impl Kind {
     /// Whether a thread of this name runs a vCPU.
     pub fn is_vcpu(self, thread: &str) -> bool {
         match self {
-            Self::Ringvm | Self::CloudHypervisor => thread.starts_with("vcpu"),
+            Self::Ringvm | Self::RingvmDaemon | Self::CloudHypervisor => thread.starts_with("vcpu"),
             Self::Firecracker | Self::FirecrackerAsync => thread.starts_with("fc_vcpu"),
             Self::Qemu | Self::QemuTcg => thread.starts_with("CPU "),
         }
@@ -91,6 +94,12 @@ impl Contestant {
         Ok(Self { kind: Kind::Ringvm, name: "ringvm".to_owned(), path })
     }
 
+    /// The same VMM with its devices in daemons.
+    #[must_use]
+    pub fn in_daemon(&self) -> Self {
+        Self { kind: Kind::RingvmDaemon, name: format!("{}, daemon", self.name), path: self.path.clone() }
+    }
+
     /// The command line for a VM, writing what files it needs into `dir`.
     ///
     /// # Errors
@@ -98,7 +107,8 @@ impl Contestant {
     pub fn command(&self, vm: &Vm<'_>, dir: &Path) -> Result<Vec<OsString>> {
         let mut words = vec![self.path.clone().into_os_string()];
         match self.kind {
-            Kind::Ringvm => words.extend(ringvm(vm)),
+            Kind::Ringvm => words.extend(ringvm(vm, "process")),
+            Kind::RingvmDaemon => words.extend(ringvm(vm, "daemon")),
             Kind::CloudHypervisor => words.extend(cloud_hypervisor(vm)),
             Kind::Firecracker => words.extend(firecracker(vm, dir, "Sync")?),
             Kind::FirecrackerAsync => words.extend(firecracker(vm, dir, "Async")?),
@@ -158,7 +168,7 @@ fn on(flag: bool) -> &'static str {
     if flag { "on" } else { "off" }
 }
 
-fn ringvm(vm: &Vm<'_>) -> Vec<OsString> {
+fn ringvm(vm: &Vm<'_>, place: &str) -> Vec<OsString> {
     let mut all = words([
         "run",
         "--kernel",
@@ -174,11 +184,12 @@ fn ringvm(vm: &Vm<'_>) -> Vec<OsString> {
     ]);
     if let Some(disk) = &vm.disk {
         let (path, direct) = (disk.path.display(), on(disk.direct));
-        let disk = format!("path={path},direct={direct},queues={},queue-size={}", disk.queues, disk.queue_size);
+        let disk =
+            format!("path={path},place={place},direct={direct},queues={},queue-size={}", disk.queues, disk.queue_size);
         all.extend(words(["--disk", &disk]));
     }
     if let Some(nic) = &vm.nic {
-        let nic = format!("tap={},queues={},queue-size={}", nic.tap, nic.pairs, nic.queue_size);
+        let nic = format!("tap={},place={place},queues={},queue-size={}", nic.tap, nic.pairs, nic.queue_size);
         all.extend(words(["--net", &nic]));
     }
     all
