@@ -10,7 +10,7 @@
 
 use std::future::poll_fn;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc as reply;
@@ -40,6 +40,8 @@ pub trait Task {
     fn ready(&self) -> bool;
     /// Asks the driver for kicks, if its next chain is what is waited for; returns whether it has come meanwhile.
     fn arm(&mut self) -> bool;
+    /// Calls `with` for every file that operations name, as long as they do.
+    fn files(&self, with: &mut dyn FnMut(BorrowedFd<'_>));
     /// Nothing new is taken from now on: ends what would wait for others.
     fn stop(&mut self, ring: &mut Ring);
     /// Whether nothing is in flight.
@@ -379,7 +381,9 @@ impl Core {
                         self.seats.push(None);
                         self.seats.len() - 1
                     });
-                    self.seats[index] = Some(Seat { task: build(index as u32), kick, leaving: None });
+                    let task = build(index as u32);
+                    task.files(&mut |file| self.ring.hold(file));
+                    self.seats[index] = Some(Seat { task, kick, leaving: None });
                     index as u32
                 });
                 drop(reply.send(seat));
@@ -410,6 +414,7 @@ impl Core {
                 && seat.task.is_idle()
                 && let Some(mut seat) = place.take()
             {
+                seat.task.files(&mut |file| self.ring.release(file));
                 seat.task.give_back();
                 let service = seat.task.service();
                 service.publish();

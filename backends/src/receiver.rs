@@ -27,7 +27,14 @@ pub trait Source {
     /// Whether a frame may span chains.
     fn merges(&self) -> bool;
 
-    /// Whether frames may come now. While not, reads fail with EBADFD and a kick of the queue says when they may again.
+    /// Fewest bytes of a chain that can hold a frame where frames don't span chains: those of a header and of the addresses
+    /// and type of an Ethernet frame.
+    fn least_room(&self) -> u64 {
+        26
+    }
+
+    /// Whether frames may come now. While not, reads find nothing or fail with EBADFD, and a kick of the queue says when they
+    /// may again.
     fn enabled(&self) -> bool {
         true
     }
@@ -136,15 +143,25 @@ impl<S: Source> Receiver<S> {
             return Some(chain);
         }
         let mut chain = self.spare.pop().unwrap_or_default();
-        if !self.service.pop(&mut chain) {
-            self.spare.push(chain);
-            return None;
+        // A driver that refills meanwhile what is given back at once waits for the next turn.
+        for _ in 0..self.service.queue.size() {
+            if !self.service.pop(&mut chain) {
+                break;
+            }
+            if chain.unmapped || chain.writable.is_empty() {
+                self.service.break_off(&RingError::Content { head: chain.head, what: "no buffer to receive into" });
+                break;
+            }
+            if self.source.merges() || chain.writable.len() >= self.source.least_room() {
+                return Some(chain);
+            }
+            // Held, it would be the first to be read into for ever, and each frame that came alone would be lost in it.
+            // Drivers take an empty buffer for a frame too short (5.1.6.3.1 asks for far more room than this).
+            self.service.queue.complete(chain.head, 0);
+            self.service.stats.bad_chains += 1;
         }
-        if chain.unmapped || chain.writable.is_empty() {
-            self.service.break_off(&RingError::Content { head: chain.head, what: "no buffer to receive into" });
-            return None;
-        }
-        Some(chain)
+        self.spare.push(chain);
+        None
     }
 
     /// Whether the ring is so short that its driver may wait for frames before it offers more than `room`. Only a frame that
@@ -331,6 +348,10 @@ impl<S: Source> Task for Receiver<S> {
         self.wants_buffers() && self.service.enable_kicks()
     }
 
+    fn files(&self, with: &mut dyn FnMut(BorrowedFd<'_>)) {
+        with(self.source.fd());
+    }
+
     fn stop(&mut self, ring: &mut Ring) {
         let mut cancel = |slot| ring.cancel(Token { task: self.service.task(), slot });
         match self.state {
@@ -354,3 +375,7 @@ impl<S: Source> Task for Receiver<S> {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "receiver_tests.rs"]
+mod tests;

@@ -52,9 +52,23 @@ pub struct Ring {
     in_flight: usize,
     /// Entries in the submission queue that the kernel has not taken.
     staged: usize,
+    /// Files that the kernel holds for this ring, by descriptor.
+    held: Vec<Option<Held>>,
+    /// Free places in the kernel's table of them; `None` if it has none.
+    places: Option<Vec<u32>>,
     /// What timeouts point to until they are submitted; a fixed length, so that it never moves.
     pause: Box<types::Timespec>,
 }
+
+/// A file that the kernel holds.
+#[derive(Clone, Copy)]
+struct Held {
+    place: u32,
+    users: u32,
+}
+
+/// Most files that are held for a ring. Others are looked up by the kernel for every operation.
+const MAX_HELD: u32 = 256;
 
 impl Ring {
     /// Creates a ring for the calling thread.
@@ -84,6 +98,8 @@ impl Ring {
                         backlog: VecDeque::new(),
                         in_flight: 0,
                         staged: 0,
+                        held: Vec::new(),
+                        places: None,
                         pause: Box::new(types::Timespec::new()),
                     });
                 }
@@ -94,18 +110,69 @@ impl Ring {
         Err(last.expect("every wish was tried"))
     }
 
+    /// Has the kernel hold a file for operations to come, which saves it the look-up each time. [`Self::release`] must be
+    /// called before the descriptor is closed.
+    pub fn hold(&mut self, fd: BorrowedFd<'_>) {
+        let raw = fd.as_raw_fd();
+        let index = raw as usize;
+        if self.held.len() <= index {
+            self.held.resize(index + 1, None);
+        }
+        if let Some(held) = &mut self.held[index] {
+            held.users += 1;
+            return;
+        }
+        let submitter = self.ring.submitter();
+        let places = self.places.get_or_insert_with(|| {
+            let made = submitter.register_files_sparse(MAX_HELD);
+            // Kernels before 5.19 have no empty tables.
+            if made.is_ok() { (0..MAX_HELD).rev().collect() } else { Vec::new() }
+        });
+        let Some(&place) = places.last() else { return };
+        if submitter.register_files_update(place, &[raw]).is_ok() {
+            places.pop();
+            self.held[index] = Some(Held { place, users: 1 });
+        }
+    }
+
+    /// The counterpart of [`Self::hold`]. Nothing with the file may be in flight any more.
+    pub fn release(&mut self, fd: BorrowedFd<'_>) {
+        let Some(entry) = self.held.get_mut(fd.as_raw_fd() as usize) else { return };
+        let Some(held) = entry else { return };
+        held.users -= 1;
+        if held.users > 0 {
+            return;
+        }
+        let place = held.place;
+        *entry = None;
+        // Taking a file out of the table can't fail for a place that is in it.
+        let emptied = self.ring.submitter().register_files_update(place, &[-1]);
+        debug_assert!(emptied.is_ok(), "{emptied:?}");
+        if let Some(places) = &mut self.places {
+            places.push(place);
+        }
+    }
+
+    /// How an operation names a file, and the flag that goes with it.
+    fn name(&self, fd: BorrowedFd<'_>) -> (types::Fd, squeue::Flags) {
+        match self.held.get(fd.as_raw_fd() as usize) {
+            Some(Some(held)) => (types::Fd(held.place as RawFd), squeue::Flags::FIXED_FILE),
+            _ => (types::Fd(fd.as_raw_fd()), squeue::Flags::empty()),
+        }
+    }
+
     /// Reads at `offset` into the pieces, at most [`MAX_PIECES`] of them.
     ///
     /// # Safety
     /// The pieces must stay mapped, and the list in place, until the completion for `token` was reaped or the ring dropped.
     pub unsafe fn read(&mut self, token: Token, fd: BorrowedFd<'_>, pieces: &[libc::iovec], offset: u64) {
-        let fd = types::Fd(fd.as_raw_fd());
+        let (fd, flags) = self.name(fd);
         let entry = if let [piece] = pieces {
             opcode::Read::new(fd, piece.iov_base.cast(), one_piece(piece)).offset(offset).build()
         } else {
             opcode::Readv::new(fd, pieces.as_ptr(), pieces.len().min(MAX_PIECES) as u32).offset(offset).build()
         };
-        self.push(token, entry);
+        self.push(token, entry.flags(flags));
     }
 
     /// Reads from what has no offset into the pieces, at most [`MAX_PIECES`] of them, or completes with EAGAIN at once.
@@ -114,11 +181,12 @@ impl Ring {
     /// As for [`Self::read`].
     pub unsafe fn read_now(&mut self, token: Token, fd: BorrowedFd<'_>, pieces: &[libc::iovec]) {
         // O_NONBLOCK alone would not do: io_uring waits on behalf of such files.
-        let entry = opcode::Readv::new(types::Fd(fd.as_raw_fd()), pieces.as_ptr(), pieces.len().min(MAX_PIECES) as u32)
+        let (fd, flags) = self.name(fd);
+        let entry = opcode::Readv::new(fd, pieces.as_ptr(), pieces.len().min(MAX_PIECES) as u32)
             .offset(u64::MAX)
             .rw_flags(libc::RWF_NOWAIT)
             .build();
-        self.push(token, entry);
+        self.push(token, entry.flags(flags));
     }
 
     /// Writes the pieces at `offset`; with `durable`, the completion means that they are on stable storage.
@@ -133,7 +201,7 @@ impl Ring {
         offset: u64,
         durable: bool,
     ) {
-        let fd = types::Fd(fd.as_raw_fd());
+        let (fd, held) = self.name(fd);
         let flags = if durable { libc::RWF_DSYNC } else { 0 };
         let entry = if let [piece] = pieces {
             opcode::Write::new(fd, piece.iov_base.cast(), one_piece(piece)).offset(offset).rw_flags(flags).build()
@@ -143,19 +211,19 @@ impl Ring {
                 .rw_flags(flags)
                 .build()
         };
-        self.push(token, entry);
+        self.push(token, entry.flags(held));
     }
 
     /// Makes the file's data durable.
     pub fn sync_data(&mut self, token: Token, fd: BorrowedFd<'_>) {
-        let entry = opcode::Fsync::new(types::Fd(fd.as_raw_fd())).flags(types::FsyncFlags::DATASYNC).build();
-        self.push(token, entry);
+        let (fd, flags) = self.name(fd);
+        self.push(token, opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build().flags(flags));
     }
 
     /// Deallocates or zeroes a range; `mode` is that of fallocate(2).
     pub fn fallocate(&mut self, token: Token, fd: BorrowedFd<'_>, mode: i32, offset: u64, len: u64) {
-        let entry = opcode::Fallocate::new(types::Fd(fd.as_raw_fd()), len).offset(offset).mode(mode).build();
-        self.push(token, entry);
+        let (fd, flags) = self.name(fd);
+        self.push(token, opcode::Fallocate::new(fd, len).offset(offset).mode(mode).build().flags(flags));
     }
 
     /// Completes after `pause`, with any result.
@@ -168,8 +236,8 @@ impl Ring {
 
     /// Completes with the events when any of `events` (poll(2)), an error or a hang-up is there.
     pub fn poll(&mut self, token: Token, fd: BorrowedFd<'_>, events: u32) {
-        let entry = opcode::PollAdd::new(types::Fd(fd.as_raw_fd()), events).build();
-        self.push(token, entry);
+        let (fd, flags) = self.name(fd);
+        self.push(token, opcode::PollAdd::new(fd, events).build().flags(flags));
     }
 
     /// Ends the operation pushed for `token`, if it waits; it completes with ECANCELED then, and as usual if it does not.
@@ -352,6 +420,30 @@ mod tests {
         let mut ring = Ring::new().unwrap();
         ring.sleep(Token { task: 0, slot: 1 }, Duration::from_millis(1));
         assert_eq!(reap_all(&mut ring), [(Token { task: 0, slot: 1 }, -libc::ETIME)]);
+    }
+
+    #[test]
+    fn a_file_that_is_held_is_written_and_read_like_any_other_until_its_last_user_releases_it() {
+        let file = tempfile::tempfile().unwrap();
+        let (mut from, mut into) = (*b"held", [0; 4]);
+        let piece = |bytes: &mut [u8; 4]| libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: 4 };
+        let pieces = [piece(&mut from), piece(&mut into)];
+        let mut ring = Ring::new().unwrap();
+        ring.hold(file.as_fd());
+        ring.hold(file.as_fd());
+        for users in [2, 1, 0] {
+            let held = ring.held[file.as_raw_fd() as usize];
+            assert_eq!(held.map_or(0, |held| held.users), users);
+            assert_eq!(ring.name(file.as_fd()).1.contains(squeue::Flags::FIXED_FILE), users > 0);
+            // SAFETY: the buffers outlive both operations, which have ended before the next begins.
+            unsafe { ring.write(Token { task: 0, slot: 0 }, file.as_fd(), &pieces[..1], users.into(), false) };
+            assert_eq!(reap_all(&mut ring), [(Token { task: 0, slot: 0 }, 4)]);
+            // SAFETY: as above.
+            unsafe { ring.read(Token { task: 0, slot: 1 }, file.as_fd(), &pieces[1..], users.into()) };
+            assert_eq!(reap_all(&mut ring), [(Token { task: 0, slot: 1 }, 4)]);
+            assert_eq!(into, from);
+            ring.release(file.as_fd());
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@ use crate::interrupt::Interrupt;
 use crate::queue::{Chain, Queue, RingError};
 use crate::stats::QueueStats;
 
-/// Most chains taken in one turn. A batch shares its system call, its publication and its interrupt; a bounded one lets the
+/// Most chains taken in one turn, unless a device knows better. A batch shares its system call, its publication and its interrupt; a bounded one lets the
 /// driver go on with what is done while the next is under way, and a driver that refills faster than its queue is drained
 /// can't keep the thread from other queues.
 pub(crate) const BATCH: usize = 16;
@@ -90,6 +90,7 @@ impl Service {
 
     /// Publishes what has completed since the last call, with at most one interrupt.
     pub(crate) fn publish(&mut self) {
+        self.stats.settle();
         match self.queue.notify() {
             Some(true) => self.stats.interrupts += 1,
             Some(false) => self.stats.interrupts_suppressed += 1,

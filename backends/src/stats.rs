@@ -25,6 +25,8 @@ pub struct QueueStats {
     pub ops: Vec<OpStats>,
     /// From seeing a request to its completion, in nanoseconds.
     pub latency: Histogram<u64>,
+    /// The latency recorded last, and how often in a row: requests of one batch share theirs.
+    run: (u64, u64),
     /// Doorbells that woke the I/O thread.
     pub kicks: u64,
     /// Interrupts raised.
@@ -47,6 +49,7 @@ impl QueueStats {
             ops: ops.iter().map(|name| OpStats { name, ..OpStats::default() }).collect(),
             // Two significant digits: under one percent of error for some tens of kilobytes a queue.
             latency: Histogram::new_with_bounds(1, MAX_LATENCY_NS, 2).expect("constant bounds are valid"),
+            run: (0, 0),
             kicks: 0,
             interrupts: 0,
             interrupts_suppressed: 0,
@@ -59,7 +62,19 @@ impl QueueStats {
     /// Counts one completed request of the kind with index `op`.
     pub fn record(&mut self, op: usize, bytes: u64, ok: bool, latency_ns: u64) {
         self.count(op, bytes, ok);
-        self.latency.saturating_record(latency_ns.max(1));
+        if self.run.0 != latency_ns {
+            self.settle();
+            self.run.0 = latency_ns;
+        }
+        self.run.1 += 1;
+    }
+
+    /// Brings the histogram up to date. Whoever records does so before anybody looks.
+    pub fn settle(&mut self) {
+        let (latency, count) = std::mem::take(&mut self.run);
+        if count > 0 {
+            self.latency.saturating_record_n(latency.max(1), count);
+        }
     }
 
     /// Counts what has no latency: it came from outside.

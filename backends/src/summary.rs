@@ -77,6 +77,7 @@ mod tests {
         (queue.kicks, queue.interrupts) = (2, 1);
         queue.record(0, 4096, true, 5_000);
         queue.record(2, 0, false, 1_000_000);
+        queue.settle();
         let other = QueueStats::new(&["read", "write", "flush"]);
         let device = DeviceStats { name: "disk0".into(), queues: vec![(0, queue), (1, other)] };
         let text = summary(&[device]);

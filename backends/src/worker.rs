@@ -5,6 +5,7 @@
 //! slots, and [`Service`] what every queue has. A queue whose chains wait for what comes from outside is served by a
 //! [`crate::receiver::Receiver`] instead.
 
+use std::os::fd::BorrowedFd;
 use std::time::Instant;
 
 use crate::io::Io;
@@ -21,11 +22,18 @@ pub trait Handler {
     /// Names of the kinds of request, for statistics; [`Outcome::op`] is an index into it.
     const OPS: &'static [&'static str];
 
+    /// Most chains taken in one turn. More suits operations that end at once, where the system call is what a batch shares;
+    /// fewer lets the driver go on with what is done while the next are under way.
+    const BATCH: usize = BATCH;
+
     /// Looks at a new chain, and pushes its first operation if it needs one.
     fn start(&mut self, chain: &mut Chain, request: &mut Self::Request, io: &mut Io<'_>) -> Step;
 
     /// Goes on after the operation pushed last has ended with `result` (as of io_uring: a count or a negated errno).
     fn resume(&mut self, chain: &mut Chain, request: &mut Self::Request, result: i32, io: &mut Io<'_>) -> Step;
+
+    /// Calls `with` for every file that its operations name again and again.
+    fn files(&self, _with: &mut dyn FnMut(BorrowedFd<'_>)) {}
 
     /// How many requests may be in flight at once. One keeps them in order where an operation may have to be repeated.
     fn window(&self) -> usize {
@@ -125,7 +133,7 @@ impl<H: Handler> Task for Worker<H> {
         self.service.disable_kicks();
         let now = Instant::now();
         let room = self.handler.window().saturating_sub(self.in_flight());
-        for _ in 0..BATCH.min(room) {
+        for _ in 0..H::BATCH.min(room) {
             let index = self.free_slot(now);
             let slot = &mut self.slots[index as usize];
             if !self.service.pop(&mut slot.chain) {
@@ -157,6 +165,10 @@ impl<H: Handler> Task for Worker<H> {
     fn arm(&mut self) -> bool {
         // With a full window the next completion brings the thread back, not a kick.
         self.in_flight() < self.handler.window() && self.service.enable_kicks()
+    }
+
+    fn files(&self, with: &mut dyn FnMut(BorrowedFd<'_>)) {
+        self.handler.files(with);
     }
 
     fn stop(&mut self, ring: &mut Ring) {

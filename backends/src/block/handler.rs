@@ -1,6 +1,7 @@
 //! What happens to one block request between its arrival and its status byte.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -48,6 +49,14 @@ impl<O: Default> Default for Request<O> {
             segments: Vec::new(),
             next_segment: 0,
         }
+    }
+}
+
+impl BlockHandler<()> {
+    /// The same over a storage.
+    pub(super) fn over<S>(self, storage: S) -> BlockHandler<S> {
+        let Self { storage: (), limits, serial, writeback, name, failures } = self;
+        BlockHandler { storage, limits, serial, writeback, name, failures }
     }
 }
 
@@ -145,6 +154,10 @@ impl<S: Storage> Handler for BlockHandler<S> {
     type Request = Request<S::Op>;
 
     const OPS: &'static [&'static str] = KINDS;
+
+    fn files(&self, with: &mut dyn FnMut(BorrowedFd<'_>)) {
+        self.storage.files(with);
+    }
 
     fn start(&mut self, chain: &mut Chain, request: &mut Self::Request, io: &mut Io<'_>) -> Step {
         if !chain.writable.split_back(1, &mut request.status) {

@@ -7,6 +7,7 @@ pub mod request;
 #[cfg(test)]
 mod request_tests;
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -25,7 +26,7 @@ use crate::stats::DeviceStats;
 use crate::storage::Storage;
 use config::{CONFIG_LEN, WRITEBACK};
 use handler::BlockHandler;
-use options::{Backing, SERIAL_LEN};
+use options::SERIAL_LEN;
 pub use options::{BlockOptions, OpenError, StorageKind};
 use request::{Limits, SECTOR};
 
@@ -34,10 +35,42 @@ const MAX_SEGMENT_SECTORS: u32 = 1 << 22;
 /// Most segments of a discard or write-zeroes request.
 const MAX_SEGMENTS: u32 = 32;
 
+/// A storage of any kind, crossed once per queue start.
+trait Backing: Send {
+    fn start(
+        &self,
+        handler: BlockHandler<()>,
+        queues: &mut Queues,
+        index: u16,
+        parts: QueueParts,
+        features: u64,
+    ) -> Result<(), DeviceError>;
+
+    fn sync(&self) -> io::Result<()>;
+}
+
+impl<S: Storage + Clone + Send + 'static> Backing for S {
+    fn start(
+        &self,
+        handler: BlockHandler<()>,
+        queues: &mut Queues,
+        index: u16,
+        parts: QueueParts,
+        features: u64,
+    ) -> Result<(), DeviceError> {
+        let handler = handler.over(self.clone());
+        queues.start(index, parts, features, move || handler)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Storage::sync(self)
+    }
+}
+
 /// A disk.
 pub struct BlockDevice {
     info: DeviceInfo,
-    backing: Backing,
+    backing: Box<dyn Backing>,
     limits: Limits,
     serial: [u8; SERIAL_LEN],
     config: [u8; CONFIG_LEN],
@@ -52,11 +85,18 @@ impl BlockDevice {
     /// # Errors
     /// Anything that is wrong with the options or the image, in one line.
     pub fn open(name: &str, options: &BlockOptions, pool: &ReactorPool) -> Result<Self, OpenError> {
-        let backing = options.open()?;
-        let geometry = match &backing {
-            Backing::Raw(raw) => *raw.geometry(),
-            Backing::Null(null) => *null.geometry(),
-        };
+        Ok(match options.open_image()? {
+            Some(image) => Self::over(name, options.raw(image)?, options, pool),
+            None => Self::over(name, options.null()?, options, pool),
+        })
+    }
+
+    /// A disk over a storage of any kind. Of the options, the queues and the serial number are looked at.
+    pub fn over<S>(name: &str, storage: S, options: &BlockOptions, pool: &ReactorPool) -> Self
+    where
+        S: Storage + Clone + Send + 'static,
+    {
+        let geometry = *storage.geometry();
         let mut features = RING_FEATURES
             | 1 << VIRTIO_BLK_F_SIZE_MAX
             | 1 << VIRTIO_BLK_F_SEG_MAX
@@ -84,7 +124,7 @@ impl BlockDevice {
         let text = options.serial.as_deref().unwrap_or(name).as_bytes();
         let len = text.len().min(SERIAL_LEN);
         serial[..len].copy_from_slice(&text[..len]);
-        Ok(Self {
+        Self {
             info: DeviceInfo {
                 device_type: VIRTIO_ID_BLOCK,
                 name: name.to_owned(),
@@ -92,14 +132,14 @@ impl BlockDevice {
                 queue_sizes: vec![options.queue_size; usize::from(options.queues)],
                 config_len: CONFIG_LEN as u32,
             },
-            backing,
+            backing: Box::new(storage),
             limits,
             serial,
             config: config::config_space(&geometry, &limits, seg_max, options.queues),
             features: 0,
             writeback: Arc::new(AtomicBool::new(true)),
             queues: Queues::new(name, usize::from(options.queues), pool.clone()),
-        })
+        }
     }
 
     fn has(&self, feature: u32) -> bool {
@@ -111,17 +151,6 @@ impl BlockDevice {
     fn update_cache_mode(&self) {
         let chosen = !self.has(VIRTIO_BLK_F_CONFIG_WCE) || self.config[WRITEBACK] != 0;
         self.writeback.store(self.has(VIRTIO_BLK_F_FLUSH) && chosen, Ordering::Relaxed);
-    }
-
-    fn handler<S>(&self, storage: S) -> BlockHandler<S> {
-        BlockHandler {
-            storage,
-            limits: self.limits,
-            serial: self.serial,
-            writeback: Arc::clone(&self.writeback),
-            name: self.info.name.clone(),
-            failures: 0,
-        }
     }
 }
 
@@ -153,16 +182,15 @@ impl Device for BlockDevice {
     }
 
     fn start_queue(&mut self, index: u16, parts: QueueParts) -> Result<(), DeviceError> {
-        match &self.backing {
-            Backing::Raw(raw) => {
-                let handler = self.handler(raw.clone());
-                self.queues.start(index, parts, self.features, move || handler)
-            }
-            Backing::Null(null) => {
-                let handler = self.handler(*null);
-                self.queues.start(index, parts, self.features, move || handler)
-            }
-        }
+        let handler = BlockHandler {
+            storage: (),
+            limits: self.limits,
+            serial: self.serial,
+            writeback: Arc::clone(&self.writeback),
+            name: self.info.name.clone(),
+            failures: 0,
+        };
+        self.backing.start(handler, &mut self.queues, index, parts, self.features)
     }
 
     fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
@@ -179,14 +207,11 @@ impl Device for BlockDevice {
     }
 
     fn flush(&mut self) -> Result<(), DeviceError> {
-        match &self.backing {
-            Backing::Raw(raw) => raw.sync().map_err(|source| DeviceError::Host {
-                device: self.info.name.clone(),
-                what: "flushing",
-                source,
-            }),
-            Backing::Null(_) => Ok(()),
-        }
+        self.backing.sync().map_err(|source| DeviceError::Host {
+            device: self.info.name.clone(),
+            what: "flushing",
+            source,
+        })
     }
 
     fn stats(&self) -> DeviceStats {

@@ -7,6 +7,7 @@ use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, StatxFlags};
 use serde::Deserialize;
@@ -16,6 +17,9 @@ use crate::device::Place;
 use crate::storage::Geometry;
 use crate::storage::null::Null;
 use crate::storage::raw::{DirectAlign, Raw};
+
+/// A process that was killed holds its lock until the kernel has ended what it had in flight, and its io_uring.
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Most queues of a disk.
 pub const MAX_QUEUES: u16 = 64;
@@ -123,13 +127,6 @@ pub enum OpenError {
     },
 }
 
-/// An open disk of either kind.
-#[derive(Clone, Debug)]
-pub(crate) enum Backing {
-    Raw(Raw),
-    Null(Null),
-}
-
 impl BlockOptions {
     fn name(&self) -> String {
         match (&self.path, self.fd, &self.socket) {
@@ -208,15 +205,8 @@ impl BlockOptions {
         Ok(())
     }
 
-    /// Opens what holds the bytes, locked against other writers.
-    pub(crate) fn open(&self) -> Result<Backing, OpenError> {
-        match self.open_image()? {
-            Some(image) => self.raw(image).map(Backing::Raw),
-            None => self.null().map(Backing::Null),
-        }
-    }
-
-    fn null(&self) -> Result<Null, OpenError> {
+    /// Null storage.
+    pub(super) fn null(&self) -> Result<Null, OpenError> {
         let logical_block = self.block_size.unwrap_or(512);
         let capacity = self.whole_blocks(self.size.unwrap_or(0), logical_block)?;
         let physical_block = logical_block.max(4096);
@@ -256,7 +246,13 @@ impl BlockOptions {
             (None, Some(fd)) => self.inherit(fd)?,
             (None, None) => return Err(self.refuse("path= is missing, name an image file")),
         };
-        lock(&file, self.readonly).map_err(|e| match e.raw_os_error() {
+        let start = Instant::now();
+        let mut locked = lock(&file, self.readonly);
+        while locked.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock) && start.elapsed() < LOCK_PATIENCE {
+            std::thread::sleep(Duration::from_millis(5));
+            locked = lock(&file, self.readonly);
+        }
+        locked.map_err(|e| match e.raw_os_error() {
             Some(libc::EAGAIN | libc::EACCES) => {
                 host("locking the image", e, "; another process uses it, stop that one or open it readonly=on in both")
             }
@@ -298,7 +294,8 @@ impl BlockOptions {
         Ok(file)
     }
 
-    fn raw(&self, mut file: File) -> Result<Raw, OpenError> {
+    /// Raw storage in an open image.
+    pub(super) fn raw(&self, mut file: File) -> Result<Raw, OpenError> {
         let host = |what, source: io::Error, hint| OpenError::Host { disk: self.name(), what, source, hint };
         let meta = file.metadata().map_err(|e| host("looking at the image", e, ""))?;
         let align = if self.direct { Some(self.direct_align(&file)?) } else { None };

@@ -1,7 +1,7 @@
 //! The transmit queues: each chain is a header and a frame (virtio 1.3, 5.1.6.2).
 #![allow(unsafe_code, reason = "pushes buffers that its own request keeps alive")]
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use super::frame::{HEADER_LEN, MAX_FRAME, MIN_FRAME, is_sound};
@@ -41,7 +41,7 @@ pub(super) struct TransmitHandler {
 /// A frame on its way.
 #[derive(Default)]
 pub(super) struct Transmit {
-    /// The header as it was checked: the guest could change its own meanwhile. Boxed, because the kernel is told where it is.
+    /// A header that is not in one piece with its frame, as it was checked. Boxed, because the kernel is told where it is.
     header: Box<[u8; HEADER_LEN]>,
     /// The header, and the frame in guest memory.
     pieces: GuestIo,
@@ -66,18 +66,27 @@ impl Handler for TransmitHandler {
 
     const OPS: &'static [&'static str] = &["sent", "dropped_malformed", "dropped_unreachable", "dropped_refused"];
 
+    /// Ports take frames at once.
+    const BATCH: usize = 64;
+
     fn start(&mut self, chain: &mut Chain, request: &mut Transmit, io: &mut Io<'_>) -> Step {
-        let header = if chain.unmapped { None } else { chain.readable.take::<HEADER_LEN>() };
-        let len = chain.readable.len();
+        let mut header = [0; HEADER_LEN];
+        let whole = !chain.unmapped && chain.readable.copy_to(&mut header) == HEADER_LEN;
+        let len = chain.readable.len().saturating_sub(HEADER_LEN as u64);
         let fits = (MIN_FRAME..=MAX_FRAME).contains(&len) && chain.readable.pieces().len() < MAX_PIECES;
-        let Some(header) = header.filter(|header| fits && is_sound(header, len, self.agreed)) else {
+        if !(whole && fits && is_sound(&header, len, self.agreed)) {
             return done(Op::Malformed, 0);
-        };
-        *request.header = header;
+        }
         request.waiting = false;
         request.pieces.clear();
-        // SAFETY: the header is boxed in the request, which outlives the operation.
-        unsafe { request.pieces.push(request.header.as_mut_ptr(), HEADER_LEN) };
+        if chain.readable.pieces().len() > 1 {
+            chain.readable.advance(HEADER_LEN as u64);
+            *request.header = header;
+            // SAFETY: the header is boxed in the request, which outlives the operation.
+            unsafe { request.pieces.push(request.header.as_mut_ptr(), HEADER_LEN) };
+        }
+        // In one piece with its frame a header stays where it is: the kernel takes one buffer for less than two, and whoever
+        // reads it behind the port checks it as we did, so that a guest which changes it meanwhile gains nothing.
         request.pieces.append(&chain.readable);
         self.send(request, io)
     }
@@ -112,6 +121,10 @@ impl Handler for TransmitHandler {
                 _ => done(Op::Refused, 0),
             },
         }
+    }
+
+    fn files(&self, with: &mut dyn FnMut(BorrowedFd<'_>)) {
+        with(self.ends.tx.as_fd());
     }
 
     fn window(&self) -> usize {

@@ -8,6 +8,7 @@ pub mod null;
 pub mod raw;
 
 use std::io;
+use std::os::fd::BorrowedFd;
 
 use crate::guest_io::GuestIo;
 use crate::io::Io;
@@ -75,4 +76,15 @@ pub trait Storage {
     /// Goes on with an operation whose ring operation has ended with `result`. `data` is that of its start, and not looked
     /// at for operations without.
     fn resume(&mut self, op: &mut Self::Op, data: &mut GuestIo, result: i32, io: &mut Io<'_>) -> Progress;
+
+    /// Calls `with` for every file that its operations name again and again.
+    fn files(&self, _with: &mut dyn FnMut(BorrowedFd<'_>)) {}
+
+    /// Makes everything durable and waits for it, e.g. before the process ends.
+    ///
+    /// # Errors
+    /// What the host says.
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
 }

@@ -7,7 +7,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -52,14 +52,6 @@ impl Raw {
         // Requests come in sectors of 512 bytes; only a larger unit can be written in part.
         let gate = align.filter(|align| align.offset > 512 && !geometry.readonly).map(|_| Arc::default());
         Self { file, geometry, align, gate }
-    }
-
-    /// Makes everything written so far durable, waiting for it.
-    ///
-    /// # Errors
-    /// What the host says.
-    pub fn sync(&self) -> io::Result<()> {
-        if self.geometry.readonly { Ok(()) } else { self.file.sync_data() }
     }
 
     fn begin(&mut self, op: &mut RawOp, kind: Kind, offset: u64, len: u64, durable: bool) -> io::Result<()> {
@@ -274,6 +266,14 @@ impl Raw {
 
 impl Storage for Raw {
     type Op = RawOp;
+
+    fn files(&self, with: &mut dyn FnMut(BorrowedFd<'_>)) {
+        with(self.file.as_fd());
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        if self.geometry.readonly { Ok(()) } else { self.file.sync_data() }
+    }
 
     fn geometry(&self) -> &Geometry {
         &self.geometry
