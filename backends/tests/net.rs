@@ -268,7 +268,9 @@ fn pitfall_36_offloads_need_the_drivers_word() {
 fn many_frames_wait_for_buffers_and_none_is_lost() {
     let mut rig = Rig::new(&loopback(), u64::MAX);
     let total = 20_000u32;
-    let (mut sent, mut got, mut free_rx) = (0u32, 0u32, 0u32);
+    let (mut sent, mut got) = (0u32, 0u32);
+    // Memory of receive buffers that the device does not have: it may use them in any order.
+    let mut free: Vec<u64> = (0..64).map(|slot| RX_DATA + slot * 0x2_0000).collect();
     let start = Instant::now();
     // Frames of two buffers each, with few buffers at a time: the port fills up and the transmit queue waits.
     while got < total {
@@ -282,8 +284,7 @@ fn many_frames_wait_for_buffers_and_none_is_lost() {
         while rig.queues[1].driver.next_used().is_some() {}
         while rig.queues[0].driver.in_flight() < 48 {
             // With room for any frame in each, none is merged.
-            rig.offer_at(0, RX_DATA + u64::from(free_rx % 64) * 0x2_0000, 66_000);
-            free_rx += 1;
+            rig.offer_at(0, free.pop().unwrap(), 66_000);
         }
         rig.publish(0);
         while let Some((head, len)) = rig.queues[0].driver.next_used() {
@@ -291,6 +292,7 @@ fn many_frames_wait_for_buffers_and_none_is_lost() {
             let number: u32 = rig.mem.read_obj(GuestAddress(addr + HEADER as u64 + 14)).unwrap();
             assert_eq!(number, got, "in order");
             assert_eq!(len as usize, HEADER + 60 + (got as usize * 37) % 1400);
+            free.push(addr);
             got += 1;
         }
         assert!(start.elapsed() < PATIENCE * 3, "stuck at {got} of {sent}");
@@ -506,7 +508,17 @@ fn options_that_can_not_be_are_refused_in_one_line() {
     expect(refusal(|o| o.queues = 33), "queues=33");
     expect(refusal(|o| o.queue_size = 32), "queue-size=32");
     expect(refusal(|o| o.mtu = Some(67)), "mtu=67");
-    expect(refusal(|o| (o.loopback, o.tap) = (false, Some("a name that is too long".into()))), "1 to 15 printable");
+    expect(refusal(|o| (o.loopback, o.link) = (false, Some("".into()))), "link= is empty");
+    // Before anything of the host is asked, so that a configuration is refused as a whole.
+    for name in ["", "a name", "a-name-too-long-", "a/b", "vm%d", "a:b", ".", "..", "vm\n0", "/dev/tap\n1"] {
+        let options = NetOptions { loopback: false, tap: Some(name.into()), ..loopback() };
+        let text = options.validate().unwrap_err().to_string();
+        assert!(!text.contains('\n'), "{text}");
+        expect(text, "1 to 15 printable characters without / : and %");
+    }
+    for name in ["t", "a-name-with-15-", "vm0.2", "/dev/tap7", "/dev/no such tap"] {
+        NetOptions { loopback: false, tap: Some(name.into()), ..loopback() }.validate().unwrap();
+    }
     expect(refusal(|o| (o.loopback, o.fds) = (false, vec![3, 4])), "2 descriptors for queues=1");
     expect(refusal(|o| (o.loopback, o.fds) = (false, vec![1])), "0, 1 and 2 are for");
     expect(refusal(|o| (o.loopback, o.fds) = (false, vec![99_999])), "fd 99999: using the descriptor");

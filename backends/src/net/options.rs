@@ -14,7 +14,7 @@ use crate::device::Place;
 use crate::port::Port;
 use crate::port::link::Link;
 use crate::port::loopback::Loopback;
-use crate::port::tap::{Tap, TapError};
+use crate::port::tap::{self, Tap, TapError};
 
 /// Most queue pairs of a NIC.
 pub const MAX_PAIRS: u16 = 32;
@@ -151,11 +151,12 @@ pub enum OpenError {
 impl NetOptions {
     fn name(&self) -> String {
         match (&self.tap, &self.link) {
-            (Some(tap), _) => tap.clone(),
-            (_, Some(link)) => link.display().to_string(),
+            (Some(tap), _) if !tap.is_empty() => tap.escape_debug().to_string(),
+            (_, Some(link)) if !link.as_os_str().is_empty() => link.display().to_string(),
             _ if self.socket.is_some() => self.socket.as_deref().unwrap_or(Path::new("")).display().to_string(),
             _ if !self.fds.is_empty() => format!("fds={:?}", self.fds),
-            _ => "loopback".into(),
+            _ if self.loopback => "loopback".into(),
+            _ => "without a port".into(),
         }
     }
 
@@ -184,6 +185,12 @@ impl NetOptions {
                     self.refuse("more than one port is named: give one of tap=, fds=, link=, loopback=on and socket=")
                 );
             }
+        }
+        if let Some(name) = &self.tap {
+            tap::check_name(name).map_err(|why| self.refuse(format!("tap {}: {why}", name.escape_debug())))?;
+        }
+        if self.link.as_deref().is_some_and(|path| path.as_os_str().is_empty()) {
+            return Err(self.refuse("link= is empty, give a path that both VMs can reach"));
         }
         if !(1..=MAX_PAIRS).contains(&self.queues) {
             return Err(self.refuse(format!("queues={} is not from 1 to {MAX_PAIRS}", self.queues)));

@@ -95,7 +95,9 @@ pub trait Port: Send + Sync {
         Ok(())
     }
 
-    /// Spreads frames over the first `count` pairs, and none over the others, whose reads fail with EBADFD from then on.
+    /// Spreads frames over the first `count` pairs, and none over the others. Those can still be polled; reading them finds
+    /// nothing (EAGAIN, taps of today's kernels) or fails with EBADFD (taps that are gone meanwhile, or are of a kernel that
+    /// parts a disabled queue from its interface).
     ///
     /// # Errors
     /// What the host says.

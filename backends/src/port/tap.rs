@@ -50,7 +50,7 @@ impl Tap {
     ///
     /// # Errors
     /// When the name is none, the host has no tun driver, or the rights are missing; when the interface is no tap, has other
-    /// flags or is in use.
+    /// flags, is in use or does not take the MTU.
     pub fn open(name: &str, pairs: usize, mtu: Option<u16>) -> Result<Self, TapError> {
         let error = |what, source: io::Error, hint| TapError { name: name.to_owned(), what, source, hint };
         let files = if name.starts_with('/') {
@@ -59,12 +59,23 @@ impl Tap {
                 error("opening the device file", e, "; it is /dev/tapN with the index of the macvtap interface")
             })?
         } else {
-            check_name(name).map_err(|e| error("using the name", e, ""))?;
+            check_name(name).map_err(|why| error("using the name", io::Error::other(why), ""))?;
             (0..pairs).map(|_| attach(name, pairs > 1)).collect::<Result<Vec<_>, _>>()?
         };
         let tap = Self::over(name, files.into_iter().map(OwnedFd::from).collect())?;
         if !name.starts_with('/') {
-            bring_up(name, mtu).map_err(|e| {
+            if let Some(mtu) = mtu {
+                set_mtu(name, mtu).map_err(|e| {
+                    let hint = match e.raw_os_error() {
+                        Some(libc::EPERM | libc::EACCES) => {
+                            "; set it beforehand: ip link set NAME mtu MTU, or run with CAP_NET_ADMIN, or leave mtu= out"
+                        }
+                        _ => "; give an mtu= that the interface takes, or leave it out",
+                    };
+                    error("setting the MTU", e, hint)
+                })?;
+            }
+            bring_up(name).map_err(|e| {
                 error(
                     "bringing the interface up",
                     e,
@@ -266,7 +277,7 @@ fn attach(name: &str, many: bool) -> Result<File, TapError> {
             }
             Some(libc::EBUSY) => "; another process uses it",
             Some(libc::EINVAL) => {
-                "; it exists with other flags: with queues=2 or more it must be multi_queue, with queues=1 it must not"
+                "; it is no tap, or one with other flags: with queues=2 or more it must be multi_queue, with queues=1 it must not"
             }
             _ => "",
         };
@@ -275,10 +286,21 @@ fn attach(name: &str, many: bool) -> Result<File, TapError> {
     Ok(file)
 }
 
-fn check_name(name: &str) -> io::Result<()> {
-    let sound = name.bytes().all(|b| b.is_ascii_graphic() && b != b'/' && b != b'%');
-    if name.is_empty() || name.len() >= libc::IFNAMSIZ || !sound {
-        return Err(io::Error::other("an interface has a name of 1 to 15 printable characters"));
+/// Whether a name can be that of an interface, or is a path and so that of a device file.
+///
+/// # Errors
+/// What it is not, and how it should be.
+pub(crate) fn check_name(name: &str) -> Result<(), &'static str> {
+    let sound = if name.starts_with('/') {
+        !name.chars().any(char::is_control)
+    } else {
+        // The kernel takes `%` for a place to put a number in.
+        let characters = name.bytes().all(|b| b.is_ascii_graphic() && !b"/:%".contains(&b));
+        (1..libc::IFNAMSIZ).contains(&name.len()) && characters && name != "." && name != ".."
+    };
+    if !sound {
+        return Err("an interface has a name of 1 to 15 printable characters without / : and %, \
+                    a macvtap is named by its device file, /dev/tapN");
     }
     Ok(())
 }
@@ -312,16 +334,19 @@ fn interface_mtu(name: &str) -> Option<u16> {
     u16::try_from(unsafe { request.ifr_ifru.ifru_mtu }).ok()
 }
 
-/// Sets the MTU if one is given and the interface up if it is down.
-fn bring_up(name: &str, mtu: Option<u16>) -> io::Result<()> {
-    let socket = control_socket()?;
-    if let Some(mtu) = mtu
-        && interface_mtu(name) != Some(mtu)
-    {
-        let mut request = request(name);
-        request.ifr_ifru.ifru_mtu = mtu.into();
-        ioctl(&socket, libc::SIOCSIFMTU, &raw mut request as usize)?;
+/// Sets the MTU if it is another, which needs rights.
+fn set_mtu(name: &str, mtu: u16) -> io::Result<()> {
+    if interface_mtu(name) == Some(mtu) {
+        return Ok(());
     }
+    let mut request = request(name);
+    request.ifr_ifru.ifru_mtu = mtu.into();
+    ioctl(&control_socket()?, libc::SIOCSIFMTU, &raw mut request as usize)
+}
+
+/// Sets the interface up if it is down, which needs rights.
+fn bring_up(name: &str) -> io::Result<()> {
+    let socket = control_socket()?;
     let mut request = request(name);
     ioctl(&socket, libc::SIOCGIFFLAGS, &raw mut request as usize)?;
     // SAFETY: the kernel filled this member in.
