@@ -509,6 +509,7 @@ fn options_that_can_not_be_are_refused_in_one_line() {
     expect(refusal(|o| o.queue_size = 32), "queue-size=32");
     expect(refusal(|o| o.mtu = Some(67)), "mtu=67");
     expect(refusal(|o| (o.loopback, o.link) = (false, Some("".into()))), "link= is empty");
+    expect(refusal(|o| *o = NetOptions { socket: Some("".into()), ..NetOptions::default() }), "socket= is empty");
     // Before anything of the host is asked, so that a configuration is refused as a whole.
     for name in ["", "a name", "a-name-too-long-", "a/b", "vm%d", "a:b", ".", "..", "vm\n0", "/dev/tap\n1"] {
         let options = NetOptions { loopback: false, tap: Some(name.into()), ..loopback() };

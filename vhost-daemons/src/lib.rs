@@ -1,4 +1,30 @@
-//! The devices of `ringvm_backends` in processes of their own, over vhost-user.
+//! RingVM's devices served over vhost-user: the other place that a [`Device`](ringvm_backends::device::Device) can run in.
 //!
-//! Nothing is served from here yet: the crate holds the place, and the arrow `vhost-daemons -> backends`, that
-//! `ringvm-blk` and `ringvm-net` will take.
+//! [`serve`] gives each device a control thread of its own, which takes one client after another from a [`source`] and runs a
+//! [`session`] with each: messages ([`message`]) come in, and a [`backend`] turns them into calls of the device: [`memory`] maps what the client
+//! shares, a [`vring`] collects what was said of one ring until it can run, [`inflight`] keeps what survives a crash. Requests
+//! themselves are the business of the backends and never come here.
+//!
+//! The protocol is that of QEMU's `docs/interop/vhost-user.rst`. Its message types are those of the `vhost` crate, but not its
+//! request handler: that refuses what common clients send (padded payloads, rings enabled before features are set, device
+//! status), and keeps to itself what would be needed to answer for it.
+
+mod backend;
+mod backend_channel;
+mod descriptor;
+pub mod exit;
+mod inflight;
+mod mailbox;
+mod memory;
+mod message;
+mod nic;
+mod notify;
+pub mod options;
+mod serve;
+mod session;
+mod sigbus;
+mod signals;
+mod source;
+mod vring;
+
+pub use serve::{Open, Program, serve};

@@ -78,7 +78,8 @@ impl NetDevice {
         Ok(Self::over(name, port, mac, options, pool))
     }
 
-    fn over(name: &str, port: Arc<dyn Port>, mac: [u8; 6], options: &NetOptions, pool: &ReactorPool) -> Self {
+    /// A NIC over a port of any kind. Of the options, the MTU and the queue size are looked at.
+    pub fn over(name: &str, port: Arc<dyn Port>, mac: [u8; 6], options: &NetOptions, pool: &ReactorPool) -> Self {
         let pairs = port.pairs() as u16;
         let mtu = options.mtu.or(port.mtu());
         let mut features = RING_FEATURES | features::offered(port.offloads());

@@ -150,10 +150,11 @@ pub enum OpenError {
 
 impl NetOptions {
     fn name(&self) -> String {
-        match (&self.tap, &self.link) {
-            (Some(tap), _) if !tap.is_empty() => tap.escape_debug().to_string(),
-            (_, Some(link)) if !link.as_os_str().is_empty() => link.display().to_string(),
-            _ if self.socket.is_some() => self.socket.as_deref().unwrap_or(Path::new("")).display().to_string(),
+        let path = |path: &Option<PathBuf>| path.as_deref().unwrap_or(Path::new("")).display().to_string();
+        match (&self.tap, path(&self.link), path(&self.socket)) {
+            (Some(tap), ..) if !tap.is_empty() => tap.escape_debug().to_string(),
+            (_, link, _) if !link.is_empty() => link,
+            (_, _, socket) if !socket.is_empty() => socket,
             _ if !self.fds.is_empty() => format!("fds={:?}", self.fds),
             _ if self.loopback => "loopback".into(),
             _ => "without a port".into(),
@@ -189,8 +190,10 @@ impl NetOptions {
         if let Some(name) = &self.tap {
             tap::check_name(name).map_err(|why| self.refuse(format!("tap {}: {why}", name.escape_debug())))?;
         }
-        if self.link.as_deref().is_some_and(|path| path.as_os_str().is_empty()) {
-            return Err(self.refuse("link= is empty, give a path that both VMs can reach"));
+        for (key, path, whose) in [("link", &self.link, "both VMs"), ("socket", &self.socket, "its daemon too")] {
+            if path.as_deref().is_some_and(|path| path.as_os_str().is_empty()) {
+                return Err(self.refuse(format!("{key}= is empty, give a path that {whose} can reach")));
+            }
         }
         if !(1..=MAX_PAIRS).contains(&self.queues) {
             return Err(self.refuse(format!("queues={} is not from 1 to {MAX_PAIRS}", self.queues)));

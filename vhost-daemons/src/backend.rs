@@ -1,0 +1,501 @@
+//! What a frontend has said so far, and what that means for the device (vhost-user specification, "Front-end message types").
+//!
+//! Messages are taken in any order that makes sense, and nothing in them is believed.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use ringvm_backends::device::{Device, DeviceError};
+use ringvm_backends::inflight::InflightArea;
+use ringvm_backends::interrupt::Interrupt;
+use thiserror::Error;
+use tracing::info;
+use vhost::vhost_user::message::{
+    FrontendReq, VhostUserConfig, VhostUserInflight, VhostUserMemory, VhostUserMemoryRegion,
+    VhostUserProtocolFeatures as Protocol, VhostUserSingleMemoryRegion, VhostUserU64, VhostUserVringAddr,
+    VhostUserVringState,
+};
+use virtio_bindings::virtio_config::{VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET};
+use vm_memory::ByteValued;
+
+use crate::mailbox::Event;
+use crate::memory::{MAX_REGIONS, Memory, MemoryError};
+use crate::message::{MAX_FILES, Message};
+use crate::vring::{Addresses, MAX_SIZE, Vring, VringError};
+use crate::{backend_channel, descriptor, inflight, nic};
+
+/// VHOST_USER_F_PROTOCOL_FEATURES: protocol features are negotiated, and rings start disabled.
+const F_PROTOCOL_FEATURES: u64 = 1 << 30;
+/// The payload of SET_VRING_KICK and its kin: the ring, and a flag for "no descriptor".
+const VRING_INDEX: u64 = 0xff;
+const VRING_NO_FD: u64 = 1 << 8;
+/// VHOST_VRING_F_LOG: used ring writes are to be logged.
+const VRING_LOG: u32 = 1;
+/// Longest piece of configuration space that is read at once.
+const MAX_CONFIG: u32 = 4096;
+
+/// What is offered: all that is served.
+fn protocol_features() -> Protocol {
+    Protocol::MQ
+        | Protocol::REPLY_ACK
+        | Protocol::BACKEND_REQ
+        | Protocol::CONFIG
+        | Protocol::INFLIGHT_SHMFD
+        | Protocol::RESET_DEVICE
+        | Protocol::CONFIGURE_MEM_SLOTS
+        | Protocol::STATUS
+}
+
+/// Why a request is not met.
+#[derive(Debug, Error)]
+pub(crate) enum Refused {
+    #[error("{0}")]
+    Malformed(String),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Vring(#[from] VringError),
+    /// The frontend can go on: without these features no ring starts, and it may choose others.
+    #[error(transparent)]
+    Features(DeviceError),
+    #[error("the table of requests in flight: {0}")]
+    Inflight(io::Error),
+}
+
+fn malformed(what: impl Into<String>) -> Refused {
+    Refused::Malformed(what.into())
+}
+
+/// What a request is answered.
+pub(crate) enum Answer {
+    /// Success, if anybody wants to know.
+    Done,
+    /// What was asked for.
+    Reply(Vec<u8>, Option<OwnedFd>),
+}
+
+impl Answer {
+    fn number(value: u64) -> Self {
+        Self::Reply(value.to_ne_bytes().into(), None)
+    }
+
+    fn value(value: &impl ByteValued) -> Self {
+        Self::Reply(value.as_slice().into(), None)
+    }
+}
+
+/// A device as one frontend has set it up.
+pub(crate) struct Backend<'a> {
+    device: &'a mut dyn Device,
+    rings: Vec<Vring>,
+    memory: Memory,
+    inflight: Option<InflightArea>,
+    /// What the device has accepted, if it has.
+    features: Option<u64>,
+    /// Whether rings start disabled.
+    negotiates: bool,
+    protocol: Protocol,
+    status: u8,
+    /// A driver broke its ring.
+    broken: Arc<AtomicBool>,
+    /// Raised when memory is cut short. Behind `memory`, whose guards know it.
+    alarm: Event,
+}
+
+impl<'a> Backend<'a> {
+    pub(crate) fn new(device: &'a mut dyn Device) -> io::Result<Self> {
+        device.reset();
+        let rings = device.info().queue_sizes.iter().map(|_| Vring::default()).collect();
+        Ok(Self {
+            device,
+            rings,
+            memory: Memory::default(),
+            inflight: None,
+            features: None,
+            negotiates: false,
+            protocol: Protocol::empty(),
+            status: 0,
+            broken: Arc::default(),
+            alarm: Event::new()?,
+        })
+    }
+
+    pub(crate) fn device(&mut self) -> &mut dyn Device {
+        self.device
+    }
+
+    /// Raised when the frontend has cut its memory short.
+    pub(crate) fn alarm(&self) -> &Event {
+        &self.alarm
+    }
+
+    /// Whether an answer may be asked for to what has none of its own.
+    pub(crate) fn acks(&self) -> bool {
+        self.protocol.contains(Protocol::REPLY_ACK)
+    }
+
+    /// Does what a message says.
+    pub(crate) fn apply(&mut self, kind: FrontendReq, mut message: Message) -> Result<Answer, Refused> {
+        let files = std::mem::take(&mut message.files);
+        let most = match kind {
+            FrontendReq::SET_MEM_TABLE => MAX_FILES,
+            FrontendReq::SET_VRING_KICK
+            | FrontendReq::SET_VRING_CALL
+            | FrontendReq::SET_VRING_ERR
+            | FrontendReq::SET_BACKEND_REQ_FD
+            | FrontendReq::SET_INFLIGHT_FD
+            | FrontendReq::ADD_MEM_REG
+            // Not to be sent, but some do (it is closed then).
+            | FrontendReq::REM_MEM_REG => 1,
+            _ => 0,
+        };
+        if files.len() > most {
+            return Err(malformed(format!("{} descriptors came with it, at most {most} can", files.len())));
+        }
+        let mut files = files.into_iter();
+        match kind {
+            FrontendReq::SET_OWNER => {}
+            FrontendReq::GET_FEATURES => {
+                return Ok(Answer::number(self.device.info().features | F_PROTOCOL_FEATURES));
+            }
+            FrontendReq::SET_FEATURES => self.set_features(number(&message)?)?,
+            FrontendReq::GET_PROTOCOL_FEATURES => return Ok(Answer::number(protocol_features().bits())),
+            FrontendReq::SET_PROTOCOL_FEATURES => {
+                let bits = number(&message)?;
+                let features = Protocol::from_bits(bits).filter(|features| protocol_features().contains(*features));
+                self.protocol = features.ok_or_else(|| malformed(format!("{bits:#x} was not offered")))?;
+            }
+            FrontendReq::GET_QUEUE_NUM => return Ok(Answer::number(nic::queue_num(self.device.info()))),
+            FrontendReq::SET_MEM_TABLE => self.set_mem_table(&message, files.collect())?,
+            FrontendReq::GET_MAX_MEM_SLOTS => return Ok(Answer::number(MAX_REGIONS as u64)),
+            FrontendReq::ADD_MEM_REG => {
+                let region: VhostUserSingleMemoryRegion = payload(&message)?;
+                let file = files.next().ok_or_else(|| malformed("a region without a descriptor"))?;
+                // QEMU's net device says each region once for each pair.
+                if !self.memory.has(&region) {
+                    self.change_memory(|memory, alarm| memory.add(&region, file, alarm))?;
+                }
+            }
+            FrontendReq::REM_MEM_REG => {
+                let region: VhostUserSingleMemoryRegion = payload(&message)?;
+                let index = self.memory.find(&region)?;
+                self.change_memory(|memory, _| memory.remove(index))?;
+            }
+            FrontendReq::SET_VRING_NUM => self.set_vring_num(&payload(&message)?)?,
+            FrontendReq::SET_VRING_ADDR => self.set_vring_addr(&payload(&message)?)?,
+            FrontendReq::SET_VRING_BASE => {
+                let state: VhostUserVringState = payload(&message)?;
+                let base = u16::try_from(state.num).map_err(|_| malformed("an index of more than 16 bits"))?;
+                let ring = self.ring(state.index)?;
+                if ring.runs() && ring.base != base {
+                    return Err(malformed("the ring runs"));
+                }
+                ring.base = base;
+            }
+            FrontendReq::GET_VRING_BASE => {
+                let state: VhostUserVringState = payload(&message)?;
+                self.ring(state.index)?;
+                let (index, base) = (state.index, self.end_ring(state.index as usize));
+                return Ok(Answer::value(&VhostUserVringState::new(index, base.into())));
+            }
+            FrontendReq::SET_VRING_KICK => {
+                let (index, file) = self.vring_file(&message, files.next())?;
+                let file =
+                    file.ok_or_else(|| malformed("a ring without a kick would have to be polled; give it one"))?;
+                self.stop_ring(index);
+                self.rings[index].kick = Some(file);
+                self.settle()?;
+            }
+            FrontendReq::SET_VRING_CALL => {
+                let (index, file) = self.vring_file(&message, files.next())?;
+                // What was raised before nobody may have seen: the queue starts again and interrupts once.
+                self.stop_ring(index);
+                self.rings[index].call = file;
+                self.settle()?;
+            }
+            FrontendReq::SET_VRING_ERR => {
+                let (index, file) = self.vring_file(&message, files.next())?;
+                self.stop_ring(index);
+                self.rings[index].err = file;
+                self.settle()?;
+            }
+            FrontendReq::SET_VRING_ENABLE => {
+                let state: VhostUserVringState = payload(&message)?;
+                let enabled = match state.num {
+                    0 => false,
+                    1 => true,
+                    _ => return Err(malformed("neither on nor off")),
+                };
+                self.ring(state.index)?.enabled = enabled;
+                self.settle()?;
+            }
+            FrontendReq::GET_CONFIG => return self.get_config(&message),
+            FrontendReq::SET_CONFIG => self.set_config(&message)?,
+            FrontendReq::SET_BACKEND_REQ_FD => {
+                let notify = files.next().and_then(backend_channel::config_change);
+                let notify = notify.ok_or_else(|| malformed("it needs a stream socket"))?;
+                if self.protocol.contains(Protocol::CONFIG) {
+                    self.device.on_config_change(notify);
+                }
+            }
+            FrontendReq::GET_INFLIGHT_FD => {
+                let (said, area) = inflight::make(&inflight_payload(message)?, self.rings.len() as u16, MAX_SIZE)
+                    .map_err(Refused::Inflight)?;
+                let file = area.file().try_clone().map_err(Refused::Inflight)?;
+                return Ok(Answer::Reply(said.as_slice().into(), Some(file.into())));
+            }
+            FrontendReq::SET_INFLIGHT_FD => {
+                let file = files.next().ok_or_else(|| malformed("a table without a descriptor"))?;
+                let area = inflight::take(&inflight_payload(message)?, file, self.rings.len() as u16, MAX_SIZE);
+                let area = area.map_err(Refused::Inflight)?;
+                self.stop_all();
+                self.inflight = Some(area);
+                self.settle()?;
+            }
+            FrontendReq::RESET_OWNER => self.end_all(),
+            FrontendReq::RESET_DEVICE => {
+                self.end_all();
+                self.rings.fill_with(Vring::default);
+                self.forget();
+            }
+            FrontendReq::SET_STATUS => self.set_status(number(&message)?),
+            FrontendReq::GET_STATUS => {
+                let fault = if self.broken.load(Ordering::Acquire) { VIRTIO_CONFIG_S_NEEDS_RESET } else { 0 };
+                return Ok(Answer::number(u64::from(self.status) | u64::from(fault)));
+            }
+            _ => return Err(malformed("it goes with a feature that was not offered")),
+        }
+        Ok(Answer::Done)
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<(), Refused> {
+        self.negotiates = features & F_PROTOCOL_FEATURES != 0;
+        let features = nic::driver_features(self.device.info(), features & !F_PROTOCOL_FEATURES);
+        // Said again while rings run, as each pair of a NIC does.
+        if self.features != Some(features) || !self.rings.iter().any(Vring::runs) {
+            self.stop_all();
+            self.forget();
+            self.device.ack_features(features).map_err(Refused::Features)?;
+            self.features = Some(features);
+        }
+        self.settle()
+    }
+
+    /// The device is as if no driver had come yet.
+    fn forget(&mut self) {
+        self.device.reset();
+        self.features = None;
+        self.broken.store(false, Ordering::Release);
+    }
+
+    fn set_mem_table(&mut self, message: &Message, files: Vec<OwnedFd>) -> Result<(), Refused> {
+        let head: VhostUserMemory = payload(message)?;
+        let count = head.num_regions as usize;
+        if count > MAX_FILES || count != files.len() {
+            return Err(malformed(format!("{count} regions with {} descriptors", files.len())));
+        }
+        let mut table = Vec::with_capacity(count);
+        let mut rest = &message.body[size_of::<VhostUserMemory>()..];
+        for file in files {
+            let mut region = VhostUserMemoryRegion::default();
+            let (bytes, behind) =
+                rest.split_at_checked(size_of::<VhostUserMemoryRegion>()).ok_or_else(|| too_short(message))?;
+            region.as_mut_slice().copy_from_slice(bytes);
+            rest = behind;
+            table.push((region, file));
+        }
+        let new = Memory::new(table, &self.alarm)?;
+        self.change_memory(|memory, _| {
+            *memory = new;
+            Ok(())
+        })
+    }
+
+    /// Changes the memory while nothing uses it.
+    fn change_memory(
+        &mut self,
+        change: impl FnOnce(&mut Memory, &Event) -> Result<(), MemoryError>,
+    ) -> Result<(), Refused> {
+        self.stop_all();
+        let changed = change(&mut self.memory, &self.alarm);
+        let settled = self.settle();
+        changed?;
+        settled
+    }
+
+    fn set_vring_num(&mut self, state: &VhostUserVringState) -> Result<(), Refused> {
+        let num = state.num;
+        let size = u16::try_from(num).ok().filter(|size| size.is_power_of_two() && *size <= MAX_SIZE);
+        let size =
+            size.ok_or_else(|| malformed(format!("{num} descriptors are not a power of two up to {MAX_SIZE}")))?;
+        let ring = self.ring(state.index)?;
+        if ring.runs() && ring.size != Some(size) {
+            return Err(malformed("the ring runs"));
+        }
+        ring.size = Some(size);
+        self.settle()
+    }
+
+    fn set_vring_addr(&mut self, said: &VhostUserVringAddr) -> Result<(), Refused> {
+        if said.flags & VRING_LOG != 0 {
+            return Err(malformed("logging was not offered"));
+        }
+        let addresses = Addresses { desc: said.descriptor, avail: said.available, used: said.used };
+        let ring = self.ring(said.index)?;
+        if ring.runs() && ring.addresses != Some(addresses) {
+            return Err(malformed("the ring runs"));
+        }
+        ring.addresses = Some(addresses);
+        self.settle()
+    }
+
+    /// The ring and the descriptor of a message that brings one.
+    fn vring_file(&mut self, message: &Message, file: Option<OwnedFd>) -> Result<(usize, Option<OwnedFd>), Refused> {
+        let said = number(message)?;
+        if said & !(VRING_INDEX | VRING_NO_FD) != 0 {
+            return Err(malformed(format!("{said:#x} is no ring")));
+        }
+        let index = (said & VRING_INDEX) as u32;
+        self.ring(index)?;
+        match (said & VRING_NO_FD != 0, &file) {
+            (true, Some(_)) => return Err(malformed("a descriptor came, and that there is none")),
+            (false, None) => return Err(malformed("its descriptor is missing")),
+            (false, Some(file)) if !descriptor::is_eventfd(file.as_fd()) => {
+                return Err(malformed("its descriptor is not an eventfd"));
+            }
+            _ => {}
+        }
+        Ok((index as usize, file))
+    }
+
+    fn get_config(&self, message: &Message) -> Result<Answer, Refused> {
+        let said: VhostUserConfig = payload(message)?;
+        let (offset, size) = (said.offset, said.size);
+        if size > MAX_CONFIG {
+            return Err(malformed(format!("{size} bytes of configuration space")));
+        }
+        let mut bytes = said.as_slice().to_vec();
+        let head = bytes.len();
+        bytes.resize(head + size as usize, 0);
+        self.device.read_config(offset, &mut bytes[head..]);
+        Ok(Answer::Reply(bytes, None))
+    }
+
+    fn set_config(&mut self, message: &Message) -> Result<(), Refused> {
+        let said: VhostUserConfig = payload(message)?;
+        let bytes = message.body[size_of::<VhostUserConfig>()..].get(..said.size as usize);
+        let bytes = bytes.ok_or_else(|| too_short(message))?;
+        if let Err(error) = self.device.write_config(said.offset, bytes) {
+            // A guest's mistake, and on hardware without consequence.
+            info!("{error}");
+        }
+        Ok(())
+    }
+
+    fn set_status(&mut self, status: u64) {
+        if status == 0 {
+            // Enabled rings stay so: not every frontend would say it again.
+            self.end_all();
+            self.forget();
+        }
+        let refused = if self.features.is_none() { VIRTIO_CONFIG_S_FEATURES_OK as u8 } else { 0 };
+        self.status = status as u8 & !refused;
+    }
+
+    fn ring(&mut self, index: u32) -> Result<&mut Vring, Refused> {
+        let count = self.rings.len();
+        self.rings.get_mut(index as usize).ok_or_else(|| malformed(format!("ring {index} of {count}")))
+    }
+
+    /// Starts and stops rings until those run that can and should.
+    fn settle(&mut self) -> Result<(), Refused> {
+        let mut result = Ok(());
+        for index in 0..self.rings.len() {
+            let ring = &mut self.rings[index];
+            let wanted = self.features.is_some()
+                && (ring.enabled || !self.negotiates)
+                && ring.is_complete()
+                && !self.memory.is_empty();
+            if !wanted {
+                ring.stop(index as u16, self.device);
+            } else if !ring.runs() {
+                let inflight = self.inflight.as_ref();
+                let started = ring.start(index as u16, self.device, &self.memory, inflight, &self.broken);
+                if let Err(error) = started {
+                    // Not again with every message: with a new doorbell.
+                    ring.kick = None;
+                    result = result.and(Err(error.into()));
+                }
+            }
+        }
+        result
+    }
+
+    fn stop_ring(&mut self, index: usize) {
+        self.rings[index].stop(index as u16, self.device);
+    }
+
+    fn stop_all(&mut self) {
+        (0..self.rings.len()).for_each(|index| self.stop_ring(index));
+    }
+
+    /// Stops a ring until it gets another doorbell, and says where it is.
+    fn end_ring(&mut self, index: usize) -> u16 {
+        self.stop_ring(index);
+        self.rings[index].kick = None;
+        self.rings[index].base
+    }
+
+    fn end_all(&mut self) {
+        for index in 0..self.rings.len() {
+            self.end_ring(index);
+        }
+    }
+}
+
+impl Drop for Backend<'_> {
+    /// Nothing of a frontend stays.
+    fn drop(&mut self) {
+        self.stop_all();
+        self.device.on_config_change(Interrupt::None);
+        self.device.reset();
+    }
+}
+
+/// Whether a message has an answer of its own, in which success can't be told from failure.
+pub(crate) fn has_reply(kind: FrontendReq) -> bool {
+    matches!(
+        kind,
+        FrontendReq::GET_FEATURES
+            | FrontendReq::GET_PROTOCOL_FEATURES
+            | FrontendReq::GET_QUEUE_NUM
+            | FrontendReq::GET_MAX_MEM_SLOTS
+            | FrontendReq::GET_VRING_BASE
+            | FrontendReq::GET_CONFIG
+            | FrontendReq::GET_INFLIGHT_FD
+            | FrontendReq::GET_STATUS
+    )
+}
+
+fn payload<T: ByteValued + Default>(message: &Message) -> Result<T, Refused> {
+    message.parse().ok_or_else(|| too_short(message))
+}
+
+fn number(message: &Message) -> Result<u64, Refused> {
+    payload::<VhostUserU64>(message).map(|number| number.value)
+}
+
+fn too_short(message: &Message) -> Refused {
+    malformed(format!("its {} bytes are too few", message.body.len()))
+}
+
+/// The structure ends with four bytes of nothing, which not everybody sends.
+fn inflight_payload(mut message: Message) -> Result<VhostUserInflight, Refused> {
+    let len = message.body.len();
+    if len + 4 == size_of::<VhostUserInflight>() {
+        message.body.resize(len + 4, 0);
+    }
+    payload(&message)
+}

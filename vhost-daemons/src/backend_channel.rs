@@ -1,0 +1,61 @@
+//! Requests from here to the frontend (vhost-user specification, "Back-end communication"). There is one so far: that the
+//! configuration space has changed.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use ringvm_backends::interrupt::Interrupt;
+use rustix::net::sockopt::{socket_domain, socket_type};
+use rustix::net::{AddressFamily, SendFlags, SocketType};
+use vhost::vhost_user::message::BackendReq;
+
+/// Makes an interrupt that tells the frontend of a change of the configuration space; `None` if the descriptor is no stream
+/// socket. No answer is asked for, and none awaited: whoever raises it never blocks.
+pub(crate) fn config_change(socket: OwnedFd) -> Option<Interrupt> {
+    let is_stream = socket_domain(&socket) == Ok(AddressFamily::UNIX) && socket_type(&socket) == Ok(SocketType::STREAM);
+    if !is_stream {
+        return None;
+    }
+    let socket = Arc::new(socket);
+    Some(Interrupt::Call(Arc::new(move || {
+        let mut bytes = Vec::with_capacity(12);
+        for word in [u32::from(BackendReq::CONFIG_CHANGE_MSG), 1, 0] {
+            bytes.extend(word.to_ne_bytes());
+        }
+        // A frontend that does not read what it was told before will read the configuration space when it does.
+        if let Err(error) = rustix::net::send(&socket, &bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+            tracing::info!(%error, "telling the frontend that the configuration space has changed");
+        }
+    })))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::unix::net::{UnixDatagram, UnixStream};
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    #[test]
+    fn a_change_is_told_in_one_message_and_nobody_waits_for_a_reader() {
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        let notify = config_change(theirs.into()).unwrap();
+        notify.raise();
+        let mut message = [0; 12];
+        ours.read_exact(&mut message).unwrap();
+        assert_eq!(message, [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+        let begun = Instant::now();
+        (0..100_000).for_each(|_| notify.raise());
+        assert!(begun.elapsed() < Duration::from_secs(30));
+        drop(ours);
+        notify.raise();
+    }
+
+    #[test]
+    fn only_stream_sockets_will_do() {
+        let (datagrams, _other) = UnixDatagram::pair().unwrap();
+        assert!(config_change(datagrams.into()).is_none());
+        assert!(config_change(std::fs::File::open("/dev/null").unwrap().into()).is_none());
+    }
+}

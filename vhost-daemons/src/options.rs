@@ -1,0 +1,116 @@
+//! The options that every daemon has.
+
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser};
+use ringvm_backends::reactor::ReactorOptions;
+
+use crate::source::{Source, SourceError};
+
+/// The first descriptor that a service manager passes (`sd_listen_fds(3)`).
+const LISTEN_FDS_START: RawFd = 3;
+
+/// How devices are served.
+#[derive(Args, Clone, Debug, Default)]
+pub struct ServeOptions {
+    /// Listen on this Unix socket; the nth socket serves the nth device
+    #[arg(long, value_name = "PATH")]
+    pub socket: Vec<PathBuf>,
+    /// Serve this inherited socket, listening or connected, instead; a connected one is served once
+    #[arg(long, value_name = "N", conflicts_with = "socket")]
+    pub fd: Vec<RawFd>,
+    /// Connect to the sockets, on which frontends listen, instead of listening on them
+    #[arg(long, requires = "socket")]
+    pub client: bool,
+    /// Name of the nth device in logs and statistics
+    #[arg(long, value_name = "NAME")]
+    pub name: Vec<String>,
+    /// Number of I/O threads [default: one per queue, at most one per host CPU]
+    #[arg(long, value_name = "N")]
+    pub io_threads: Option<usize>,
+    /// Host CPUs of the I/O threads, e.g. 0,1
+    #[arg(long, value_name = "CPUS", value_delimiter = ',')]
+    pub io_affinity: Vec<usize>,
+    /// Longest time in microseconds that an I/O thread polls before it sleeps; 0 never polls
+    #[arg(long, value_name = "MICROSECONDS")]
+    pub poll_us: Option<u64>,
+    /// Print the statistics of every device on standard error at exit (SIGUSR1 prints them at any time)
+    #[arg(long)]
+    pub stats: bool,
+    /// Say more on standard error: -v what happens, -vv how. RUST_LOG overrides it
+    #[arg(short, long, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+}
+
+impl ServeOptions {
+    /// Takes the sockets that this process was started with, before it opens anything that could be mistaken for one.
+    pub(crate) fn inherit(&self, devices: usize) -> Result<Vec<Source>, String> {
+        let activated = if self.socket.is_empty() && self.fd.is_empty() { activated() } else { Vec::new() };
+        let fds = if self.fd.is_empty() { &activated } else { &self.fd };
+        let count = self.socket.len() + fds.len();
+        if count == 0 {
+            return Err("nobody could connect: name a --socket PATH for each device".into());
+        }
+        if count != devices {
+            return Err(format!("{count} sockets for {devices} devices, each device needs one"));
+        }
+        if let Some((_, fd)) = fds.iter().enumerate().find(|(index, fd)| fds[..*index].contains(fd)) {
+            return Err(format!("--fd {fd} is given twice"));
+        }
+        let sources = fds.iter().map(|fd| Source::inherited(*fd)).collect::<Result<_, SourceError>>();
+        sources.map_err(|error| error.to_string())
+    }
+
+    /// Where clients come from: what was inherited, or the sockets that are named.
+    pub(crate) fn open_sources(&self, inherited: Vec<Source>) -> Result<Vec<Source>, String> {
+        let open = |path: &PathBuf| if self.client { Ok(Source::Connect(path.clone())) } else { Source::listen(path) };
+        let sources = self.socket.iter().map(open).collect::<Result<Vec<_>, SourceError>>();
+        sources.map(|named| named.into_iter().chain(inherited).collect()).map_err(|error| error.to_string())
+    }
+
+    /// The name of a device.
+    pub(crate) fn device_name(&self, kind: &str, index: usize) -> String {
+        self.name.get(index).cloned().unwrap_or_else(|| format!("{kind}{index}"))
+    }
+
+    /// The I/O threads for so many queues.
+    pub(crate) fn reactor_options(&self, queues: usize) -> Result<ReactorOptions, String> {
+        if self.io_threads == Some(0) {
+            return Err("--io-threads 0: at least one thread is needed".into());
+        }
+        let default = ReactorOptions::default();
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        Ok(ReactorOptions {
+            count: self.io_threads.unwrap_or(queues.clamp(1, cpus)),
+            affinity: self.io_affinity.clone(),
+            poll: self.poll_us.map_or(default.poll, Duration::from_micros),
+        })
+    }
+}
+
+/// The sockets of systemd's socket activation.
+fn activated() -> Vec<RawFd> {
+    let number = |name| std::env::var(name).ok().and_then(|text: String| text.parse::<u32>().ok());
+    let is_ours = number("LISTEN_PID") == Some(std::process::id());
+    let count = number("LISTEN_FDS").filter(|_| is_ours).unwrap_or(0).min(1024);
+    (LISTEN_FDS_START..).take(count as usize).collect()
+}
+
+/// Reads the command line of this process. Help and version are printed and end it.
+///
+/// # Errors
+/// One line about what is wrong.
+pub fn parse<T: Parser>() -> Result<T, String> {
+    T::try_parse().map_err(|error| if error.use_stderr() { one_line(&error) } else { error.exit() })
+}
+
+/// A usage error without the usage.
+fn one_line(error: &clap::Error) -> String {
+    let text = error.to_string();
+    let lines = text.lines().map(str::trim);
+    let lines = lines.take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"));
+    let what = lines.filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ");
+    format!("{}; see --help", what.trim_start_matches("error: ").replace(" tip: ", "; "))
+}
