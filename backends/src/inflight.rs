@@ -205,16 +205,18 @@ impl InflightTable {
     /// # Errors
     /// A table of another layout, or one for smaller queues.
     pub(crate) fn take_over(&mut self, size: u16, used: u16) -> Result<Vec<u16>, &'static str> {
+        let too_small = "the table of requests in flight is for smaller queues";
+        if size > self.entries {
+            return Err(too_small);
+        }
         match self.word(VERSION_AT).load(Ordering::Relaxed) {
             0 => {
                 self.word(ENTRIES_AT).store(self.entries, Ordering::Relaxed);
                 self.word(VERSION_AT).store(VERSION, Ordering::Relaxed);
             }
+            VERSION if self.word(ENTRIES_AT).load(Ordering::Relaxed) < size => return Err(too_small),
             VERSION => {}
             _ => return Err("the table of requests in flight has another version"),
-        }
-        if size > self.entries || self.word(ENTRIES_AT).load(Ordering::Relaxed) < size {
-            return Err("the table of requests in flight is for smaller queues");
         }
         let published = used.wrapping_sub(self.word(USED_AT).load(Ordering::Relaxed));
         let mut head = self.word(LAST_BATCH_AT).load(Ordering::Relaxed);

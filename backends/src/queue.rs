@@ -500,6 +500,14 @@ pub fn used_index(mem: &GuestMemory, ring: &RingConfig) -> Option<u16> {
     Some(unsafe { &*used.cast::<AtomicU16>().add(1) }.load(Ordering::Acquire))
 }
 
+/// The available index of a ring, or `None` if the ring does not lie in memory.
+#[must_use]
+pub fn avail_index(mem: &GuestMemory, ring: &RingConfig) -> Option<u16> {
+    let avail = host_range(mem, ring.avail, 6 + 2 * u64::from(ring.size)).filter(|_| ring.avail.is_multiple_of(2))?;
+    // SAFETY: as above.
+    Some(unsafe { &*avail.cast::<AtomicU16>().add(1) }.load(Ordering::Acquire))
+}
+
 fn area(mem: &GuestMemory, area: &'static str, addr: u64, len: u64, align: u64) -> Result<*mut u8, RingError> {
     if !addr.is_multiple_of(align) {
         return Err(RingError::Misaligned { area, addr });

@@ -10,6 +10,8 @@ use ringvm_backends::device::{Device, GuestMemory, QueueParts, QueueState};
 use ringvm_backends::driver::{Buffer, Driver};
 use ringvm_backends::interrupt::Interrupt;
 use ringvm_backends::net::{NetDevice, NetOptions};
+use ringvm_backends::port::loopback::Loopback;
+use ringvm_backends::port::{Ends, Port};
 use ringvm_backends::reactor::{ReactorOptions, ReactorPool};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -49,20 +51,28 @@ fn loopback() -> NetOptions {
 
 impl Rig {
     fn new(options: &NetOptions, mask: u64) -> Self {
-        let mut device = NetDevice::open("net0", options, &pool()).unwrap();
-        let features = device.info().features & mask;
-        device.ack_features(features).unwrap();
-        let mem = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 20)]).unwrap());
-        let mut rig = Self { device, mem, queues: Vec::new(), faults: Arc::default(), sent: 0 };
+        let mut rig = Self::over(NetDevice::open("net0", options, &pool()).unwrap());
+        let features = rig.device.info().features & mask;
+        rig.device.ack_features(features).unwrap();
         let pairs = if features & MQ == 0 { 1 } else { usize::from(options.queues) };
         for index in 0..=pairs * 2 {
-            let size = rig.device.info().queue_sizes[index];
-            let driver = Driver::new(rig.mem.clone(), index as u64 * 0x1_0000, size, features);
-            let kick = EventFd::new(EFD_NONBLOCK).unwrap();
-            rig.queues.push(Queue { driver, kick, at: BTreeMap::new() });
+            rig.add_queue(index, features);
             rig.start_queue(index, QueueState::default());
         }
         rig
+    }
+
+    fn over(device: NetDevice) -> Self {
+        let mem = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 20)]).unwrap());
+        Self { device, mem, queues: Vec::new(), faults: Arc::default(), sent: 0 }
+    }
+
+    /// Lays out the next queue.
+    fn add_queue(&mut self, index: usize, features: u64) {
+        let size = self.device.info().queue_sizes[index];
+        let driver = Driver::new(self.mem.clone(), index as u64 * 0x1_0000, size, features);
+        let kick = EventFd::new(EFD_NONBLOCK).unwrap();
+        self.queues.push(Queue { driver, kick, at: BTreeMap::new() });
     }
 
     fn start_queue(&mut self, index: usize, from: QueueState) {
@@ -420,6 +430,72 @@ fn the_control_queue_stands_where_the_driver_looks_for_it() {
     rig.device.start_queue(3, more).unwrap_err();
     let more = parts(&rig);
     rig.device.start_queue(u16::MAX, more).unwrap_err();
+}
+
+/// A port that remembers how many pairs it was told to use.
+struct Counting(Loopback, Arc<AtomicUsize>);
+
+impl Port for Counting {
+    fn name(&self) -> &str {
+        self.0.name()
+    }
+
+    fn pairs(&self) -> usize {
+        self.0.pairs()
+    }
+
+    fn ends(&self, pair: usize) -> Ends {
+        self.0.ends(pair)
+    }
+
+    fn set_pairs(&self, count: usize) -> std::io::Result<()> {
+        self.1.store(count, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+/// A NIC of four pairs with all features, none of its queues running, and how many pairs its port was told to use.
+fn counting() -> (Rig, Arc<AtomicUsize>) {
+    let count = Arc::new(AtomicUsize::new(0));
+    let options = NetOptions { queues: 4, ..loopback() };
+    let port = Arc::new(Counting(Loopback::new(4).unwrap(), Arc::clone(&count)));
+    let device = NetDevice::over("net0", port, [0x52, 0x54, 0, 0, 0, 1], &options, &pool());
+    let mut rig = Rig::over(device);
+    let features = rig.device.info().features;
+    rig.device.ack_features(features).unwrap();
+    (0..=8).for_each(|index| rig.add_queue(index, features));
+    (rig, count)
+}
+
+#[test]
+fn pitfall_40_without_the_control_queue_the_pairs_are_those_whose_receive_queues_run() {
+    let (mut rig, count) = counting();
+    for (index, pairs) in [(0, 1), (1, 1), (2, 2), (3, 2), (4, 3)] {
+        rig.start_queue(index, QueueState::default());
+        assert_eq!(count.load(Ordering::SeqCst), pairs, "with queue {index}");
+    }
+    rig.device.stop_queue(4);
+    assert_eq!(count.load(Ordering::SeqCst), 2);
+    rig.device.stop_queue(2);
+    rig.device.stop_queue(0);
+    assert_eq!(count.load(Ordering::SeqCst), 1, "one is always in use");
+}
+
+#[test]
+fn pitfall_40_a_device_that_goes_on_for_another_uses_the_pairs_that_have_buffers_until_it_is_told() {
+    let (mut rig, count) = counting();
+    rig.start_queue(8, QueueState::default());
+    for index in [0, 2] {
+        rig.offer_at(index / 2, RX_DATA + index as u64 * 0x1_1000, 2000);
+        rig.publish(index);
+    }
+    (0..8).for_each(|index| rig.start_queue(index, QueueState::default()));
+    assert_eq!(count.load(Ordering::SeqCst), 2);
+    assert_eq!(rig.control(&[4, 0, 1, 0]), 0);
+    assert_eq!(count.load(Ordering::SeqCst), 1);
+    rig.device.stop_queue(2);
+    rig.start_queue(2, QueueState::default());
+    assert_eq!(count.load(Ordering::SeqCst), 1, "what was said holds");
 }
 
 #[test]

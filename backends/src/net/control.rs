@@ -1,8 +1,10 @@
 //! The control queue (virtio 1.3, section 5.1.6.5): a class, a command, its data, and an answer of one byte.
 
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, VIRTIO_NET_CTRL_GUEST_OFFLOADS,
     VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET, VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_ADDR_SET,
@@ -28,6 +30,8 @@ pub(super) struct Control {
     pub(super) mac: Mutex<[u8; 6]>,
     /// How many pairs are in use.
     pub(super) active: Arc<AtomicU16>,
+    /// Whether the driver has said how many.
+    pub(super) pairs_said: AtomicBool,
     /// What the driver takes unfinished now, as feature bits: what was negotiated, until it says otherwise.
     pub(super) guest_offloads: Arc<AtomicU64>,
     /// Doorbells of the receive queues that run, by pair.
@@ -66,8 +70,10 @@ impl Control {
         }
         self.active.store(count, Ordering::Release);
         for kick in self.receivers.lock().unwrap_or_else(PoisonError::into_inner).iter().flatten() {
-            // EAGAIN: it is rung already.
-            drop(kick.write(1));
+            // One that would make us wait is rung already.
+            if is_writable(kick) {
+                drop(kick.write(1));
+            }
         }
         Ok(())
     }
@@ -91,6 +97,15 @@ impl Control {
             tracing::info!(port = self.port.name(), %error, "the port does not filter, the guest receives every frame");
         }
     }
+}
+
+/// Whether a write to an eventfd goes through at once: whoever shares it may have filled it, and may have it wait.
+#[allow(unsafe_code, reason = "eventfds of this crate show their descriptor as a number only")]
+fn is_writable(event: &EventFd) -> bool {
+    // SAFETY: the event owns its descriptor, and is borrowed for as long.
+    let fd = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
+    let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::OUT)];
+    poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
 }
 
 /// Serves the control queue.
@@ -122,6 +137,7 @@ impl ControlHandler {
                 if !(1..=self.max_pairs).contains(&count) {
                     return Err(Refused);
                 }
+                self.control.pairs_said.store(true, Ordering::Release);
                 self.control.set_pairs(count).map_err(|error| self.failed("changing the number of queue pairs", &error))
             }
             (VIRTIO_NET_CTRL_GUEST_OFFLOADS, VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET)

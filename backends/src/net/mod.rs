@@ -16,7 +16,7 @@ use virtio_bindings::virtio_net::{VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP};
 use crate::device::{Device, DeviceError, DeviceInfo, QueueParts, QueueState};
 use crate::interrupt::Interrupt;
 use crate::port::Port;
-use crate::queue::RING_FEATURES;
+use crate::queue::{RING_FEATURES, avail_index};
 use crate::queues::Queues;
 use crate::reactor::ReactorPool;
 use crate::stats::DeviceStats;
@@ -50,6 +50,8 @@ pub struct NetDevice {
     max_pairs: u16,
     features: u64,
     queues: Queues,
+    /// Whether the control queue is served here.
+    control_runs: bool,
     /// The port is gone for good.
     down: Arc<AtomicBool>,
     config_changed: Arc<Mutex<Interrupt>>,
@@ -103,6 +105,7 @@ impl NetDevice {
             port: Arc::clone(&port),
             mac: Mutex::new(mac),
             active: Arc::new(AtomicU16::new(pairs)),
+            pairs_said: AtomicBool::new(false),
             guest_offloads: Arc::default(),
             receivers: Mutex::new((0..pairs).map(|_| None).collect()),
             announce: AtomicBool::new(false),
@@ -124,6 +127,7 @@ impl NetDevice {
             max_pairs: pairs,
             features: 0,
             queues: Queues::new(name, count, pool.clone()),
+            control_runs: false,
             down: Arc::new(AtomicBool::new(false)),
             config_changed: Arc::new(Mutex::new(Interrupt::None)),
         };
@@ -192,6 +196,18 @@ impl NetDevice {
         }))
     }
 
+    /// A receive queue has started or stopped whose driver has not said here how many pairs it serves. Somebody else may serve
+    /// its control queue, and have just those queues run that it uses; or it was said to a predecessor of this device, and
+    /// then the driver has buffers in what it uses.
+    fn guess_pairs(&self, pair: u16, in_use: bool) -> Result<(), DeviceError> {
+        let active = self.control.active.load(Ordering::Acquire);
+        let count = if in_use { active.max(pair + 1) } else { active.min(pair.max(1)) };
+        if !self.has(features::MQ) || self.control.pairs_said.load(Ordering::Acquire) || count == active {
+            return Ok(());
+        }
+        self.control.set_pairs(count).map_err(|source| self.host_error("changing the number of queue pairs", source))
+    }
+
     fn config(&self) -> [u8; CONFIG_LEN] {
         let mut space = [0; CONFIG_LEN];
         let mut put = |at: usize, bytes: &[u8]| space[at..at + bytes.len()].copy_from_slice(bytes);
@@ -252,10 +268,12 @@ impl Device for NetDevice {
                 let kick =
                     parts.kick.try_clone().map_err(|source| self.host_error("duplicating a doorbell", source))?;
                 let source = self.receive_source(pair);
+                let in_use = !self.control_runs || avail_index(&parts.mem, &parts.ring).is_some_and(|index| index != 0);
                 self.queues.start_receiver(index, parts, self.features, move || source)?;
                 let mut receivers = self.control.receivers.lock().unwrap_or_else(PoisonError::into_inner);
                 receivers[usize::from(pair)] = Some(kick);
-                Ok(())
+                drop(receivers);
+                if in_use { self.guess_pairs(pair, true) } else { Ok(()) }
             }
             Role::Transmit(pair) => {
                 let pair = usize::from(pair);
@@ -267,14 +285,25 @@ impl Device for NetDevice {
             Role::Control => {
                 let control = Arc::clone(&self.control);
                 let handler = ControlHandler { control, accepted: self.features, max_pairs: self.max_pairs };
-                self.queues.start(index, parts, self.features, move || handler)
+                self.queues.start(index, parts, self.features, move || handler)?;
+                self.control_runs = true;
+                Ok(())
             }
         }
     }
 
     fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
-        if let Some(Role::Receive(pair)) = self.role(index) {
-            self.control.receivers.lock().unwrap_or_else(PoisonError::into_inner)[usize::from(pair)] = None;
+        match self.role(index) {
+            Some(Role::Receive(pair)) => {
+                self.control.receivers.lock().unwrap_or_else(PoisonError::into_inner)[usize::from(pair)] = None;
+                if !self.control_runs
+                    && let Err(error) = self.guess_pairs(pair, false)
+                {
+                    tracing::warn!(%error, "frames may go to a queue that nobody serves");
+                }
+            }
+            Some(Role::Control) => self.control_runs = false,
+            Some(Role::Transmit(_)) | None => {}
         }
         self.queues.stop(index)
     }
@@ -286,6 +315,8 @@ impl Device for NetDevice {
         self.control.receivers.lock().unwrap_or_else(PoisonError::into_inner).fill_with(|| None);
         self.control.reset_filter();
         self.control.announce.store(false, Ordering::Release);
+        self.control.pairs_said.store(false, Ordering::Release);
+        self.control_runs = false;
         // A driver serves one pair until it says otherwise; frames spread over others would be lost.
         let single = self.control.set_pairs(1).and_then(|()| self.port.set_offloads(crate::port::Offloads::default()));
         if let Err(error) = single

@@ -23,7 +23,9 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::EventFd;
 
-/// Longest wait for the answer to a message that needs no work of the device.
+use super::patience::Patience;
+
+/// Longest wait for the answers to messages that need no work of the device.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Longest wait for a ring to end what it has in flight.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(60);
@@ -114,15 +116,16 @@ pub(super) struct Link {
     features: u64,
     protocol: Protocol,
     events: Option<FrontendReqHandler<Mutex<Listener>>>,
+    patience: Patience,
     config_changed: Arc<AtomicBool>,
 }
 
 impl Link {
-    /// Greets the other side, and hears what it can.
-    pub(super) fn open(socket: UnixStream) -> Result<(Self, About), LinkError> {
-        for set in [UnixStream::set_read_timeout, UnixStream::set_write_timeout] {
-            set(&socket, Some(PATIENCE)).context("limiting waits")?;
-        }
+    /// Greets the other side, and hears what it can. `counted` is whether it is asked for the number of its queues: of a NIC it
+    /// is the number of pairs, and the crate would refuse the others.
+    pub(super) fn open(socket: UnixStream, counted: bool) -> Result<(Self, About), LinkError> {
+        let patience = Patience::new(socket.as_fd()).context("limiting waits")?;
+        patience.limit(Some(PATIENCE));
         let copy = socket.try_clone().context("duplicating the socket")?;
         let mut frontend = Frontend::from_stream(copy, MAX_QUEUES);
         frontend.set_owner().context("SET_OWNER")?;
@@ -136,7 +139,7 @@ impl Link {
         if protocol.contains(Protocol::REPLY_ACK) {
             frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         }
-        if protocol.contains(Protocol::MQ) {
+        if counted && protocol.contains(Protocol::MQ) {
             let count = frontend.get_queue_num().context("GET_QUEUE_NUM")?;
             queues = Some(count.min(MAX_QUEUES) as u16);
         }
@@ -146,11 +149,31 @@ impl Link {
             let listener = Arc::new(Mutex::new(Listener { changed: Arc::clone(&config_changed) }));
             let mut handler = FrontendReqHandler::new(listener).context("making a channel for events")?;
             handler.set_reply_ack_flag(protocol.contains(Protocol::REPLY_ACK));
+            let socket = handler.as_raw_fd();
+            // SAFETY: the handler owns the socket, and is borrowed for as long.
+            #[allow(unsafe_code, reason = "the crate shows this socket as a number only")]
+            let socket = unsafe { BorrowedFd::borrow_raw(socket) };
+            patience.also(socket).context("limiting waits")?;
             frontend.set_backend_request_fd(&handler.get_tx_raw_fd()).context("SET_BACKEND_REQ_FD")?;
             events = Some(handler);
         }
         let about = About { features: features & !PROTOCOL_FEATURES, queues };
-        Ok((Self { frontend, socket, features, protocol, events, config_changed }, about))
+        patience.limit(None);
+        Ok((Self { frontend, socket, features, protocol, events, patience, config_changed }, about))
+    }
+
+    /// Does something over the connection that ends when it is not answered.
+    pub(super) fn within_limits<T>(
+        &mut self,
+        work: impl FnOnce(&mut Self) -> Result<T, LinkError>,
+    ) -> Result<T, LinkError> {
+        self.patience.limit(Some(PATIENCE));
+        let result = work(self);
+        self.patience.limit(None);
+        result.map_err(|error| match self.patience.has_ended() {
+            true => LinkError::new(error.what, "it does not answer"),
+            false => error,
+        })
     }
 
     /// The socket, to learn when it ends.
@@ -259,9 +282,9 @@ impl Link {
 
     /// Has a ring ended, with nothing in flight, and hears where it stands.
     pub(super) fn stop(&mut self, index: u16) -> Result<u16, LinkError> {
-        self.socket.set_read_timeout(Some(DRAIN_PATIENCE)).context("waiting for a ring")?;
+        self.patience.limit(Some(DRAIN_PATIENCE));
         let base = self.frontend.get_vring_base(index.into()).context("GET_VRING_BASE")?;
-        self.socket.set_read_timeout(Some(PATIENCE)).context("limiting waits")?;
+        self.patience.limit(Some(PATIENCE));
         u16::try_from(base).map_err(|_| LinkError::new("GET_VRING_BASE", format!("{base} is no ring index")))
     }
 

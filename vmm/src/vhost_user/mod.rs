@@ -5,8 +5,10 @@
 //! driver just waits. Requests in flight are in a table that outlives the daemon, and its successor serves them again.
 
 mod link;
+mod patience;
 pub mod peer;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -42,6 +44,8 @@ const LAST_PAUSE: Duration = Duration::from_secs(1);
 const RESERVED_FEATURES: u64 = ((1 << 42) - 1) & !((1 << 24) - 1);
 /// Largest configuration space that is asked for: what fits a message.
 const MAX_CONFIG: u32 = 256;
+/// Where `writeback` of a disk lies, the one field of its configuration space that is the driver's.
+const BLOCK_WRITEBACK: u32 = 32;
 
 /// What a device in another process is to be.
 #[derive(Clone, Debug)]
@@ -93,6 +97,8 @@ struct State {
     unanswered: Vec<bool>,
     inflight: Option<Inflight>,
     config: Vec<u8>,
+    /// What the driver has written to it, by offset.
+    written: BTreeMap<u32, Vec<u8>>,
     config_changed: Interrupt,
     /// Said once that the daemon is away.
     told_away: bool,
@@ -151,10 +157,10 @@ impl VhostUserDevice {
             }
         };
         let failed = |reason: LinkError| error("talking to", reason.to_string(), "; is it a vhost-user daemon?");
-        let (mut link, about) = Link::open(socket).map_err(failed)?;
+        let (mut link, about) = Link::open(socket, is_counted(wanted.device_type)).map_err(failed)?;
         let config = match wanted.device_type {
             _ if !link.has_config() => Vec::new(),
-            _ => link.read_config(config_len(wanted.device_type)).map_err(failed)?,
+            device_type => link.within_limits(|link| link.read_config(config_len(device_type))).map_err(failed)?,
         };
         let offered = features(wanted.device_type, about.features, !config.is_empty());
         let count = queue_count(wanted, &about, &config, offered).map_err(|reason| error("using", reason, ""))?;
@@ -182,6 +188,7 @@ impl VhostUserDevice {
             unanswered: vec![false; usize::from(count)],
             inflight: None,
             config,
+            written: BTreeMap::new(),
             config_changed: Interrupt::None,
             told_away: false,
             told_reason: String::new(),
@@ -228,6 +235,11 @@ fn features(device_type: u32, theirs: u64, has_config: bool) -> u64 {
         | 1 << VIRTIO_NET_F_SPEED_DUPLEX;
     let without = if device_type == VIRTIO_ID_NET && !has_config { NEED_CONFIG } else { 0 };
     theirs & (!RESERVED_FEATURES | RING_FEATURES) & !without
+}
+
+/// Whether a daemon for this kind of device is asked how many queues it has, rather than its configuration space.
+fn is_counted(device_type: u32) -> bool {
+    !matches!(device_type, VIRTIO_ID_BLOCK | VIRTIO_ID_NET)
 }
 
 /// Length of the configuration space of a kind of device.
@@ -292,7 +304,7 @@ impl Shared {
         work: impl FnOnce(&mut State, &mut Link) -> Result<T, LinkError>,
     ) -> Option<T> {
         let mut link = state.link.take()?;
-        let result = work(state, &mut link);
+        let result = link.within_limits(|link| work(state, link));
         state.link = Some(link);
         result.map_err(|error| self.lost(state, &error)).ok()
     }
@@ -431,14 +443,15 @@ impl Shared {
             }
             _ => error.to_string(),
         })?;
-        let (mut link, about) = Link::open(socket).map_err(|error| error.to_string())?;
+        // How many queues it has does not matter any more.
+        let (mut link, about) = Link::open(socket, false).map_err(|error| error.to_string())?;
         let accepted = state.features.unwrap_or(0);
         if accepted & !about.features != 0 {
             let missing = accepted & !about.features;
             return Err(format!("it lacks features that the driver has accepted: {missing:#x}"));
         }
         state.shown = false;
-        self.replay(state, &mut link).map_err(|error| error.to_string())?;
+        link.within_limits(|link| self.replay(state, link)).map_err(|error| error.to_string())?;
         state.link = Some(link);
         Ok(())
     }
@@ -447,13 +460,18 @@ impl Shared {
         let Some(features) = state.features else { return Ok(()) };
         link.set_features(features)?;
         if link.has_config() && !state.config.is_empty() {
+            for (&offset, data) in &state.written {
+                // A daemon that refuses what the one before took says so by what it is read to hold.
+                let _ = link.write_config(offset, data);
+            }
             let now = link.read_config(state.config.len() as u32)?;
             if now != state.config {
                 state.config = now;
                 state.config_changed.raise();
             }
         }
-        for index in 0..state.rings.len() {
+        // As the transport starts them.
+        for index in (0..state.rings.len()).rev() {
             let Some(ring) = &mut state.rings[index] else { continue };
             // All that is known of a ring whose server is gone; the table knows more.
             if let Some(used) = state.memory.as_ref().and_then(|memory| used_index(memory, &ring.ring)) {
@@ -509,7 +527,14 @@ impl Device for VhostUserDevice {
             state.config = link.read_config(state.config.len() as u32)?;
             Ok(true)
         });
-        if written == Some(true) {
+        // While nobody is there to say so, it is known of one field that it is the driver's.
+        let taken = written.unwrap_or_else(|| self.info.device_type == VIRTIO_ID_BLOCK && offset == BLOCK_WRITEBACK);
+        let end = offset as usize + data.len();
+        if taken && let Some(place) = state.config.get_mut(offset as usize..end) {
+            if written.is_none() {
+                place.copy_from_slice(data);
+            }
+            state.written.insert(offset, data.to_vec());
             return Ok(());
         }
         Err(DeviceError::Config { device: self.info.name.clone(), offset, len: data.len() })
@@ -565,6 +590,7 @@ impl Device for VhostUserDevice {
         }
         let mut state = self.shared.lock();
         (state.features, state.memory, state.inflight, state.shown) = (None, None, None, false);
+        state.written.clear();
         self.shared.try_with(&mut state, |state, link| {
             link.reset()?;
             if link.has_config() {

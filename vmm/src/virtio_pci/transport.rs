@@ -302,8 +302,9 @@ impl Transport {
         if !self.has(status::DRIVER_OK) {
             return;
         }
-        // Indices are kept as they are, gaps and all (PITFALLS 16).
-        for index in 0..self.queues.len() {
+        // Indices are kept as they are, gaps and all (PITFALLS 16). The last comes first: a control queue is behind those it
+        // is about.
+        for index in (0..self.queues.len()).rev() {
             let queue = &self.queues[index];
             if queue.enabled && !queue.running {
                 let call = self.interrupt(queue.vector, ISR_QUEUE, vectors);
