@@ -569,6 +569,29 @@ fn a_datagram_of_nothing_is_dropped() {
 }
 
 #[test]
+fn pitfall_40_a_peer_that_serves_fewer_pairs_gets_all_frames_on_those() {
+    let path = link_path("uneven");
+    let options = NetOptions { loopback: false, link: Some(path), queues: 2, ..loopback() };
+    let mut many = Rig::new(&options, u64::MAX);
+    assert_eq!(many.control(&[4, 0, 2, 0]), 0);
+    let mut one = Rig::new(&options, !MQ);
+    one.offer(0, &[2048; 100]);
+    // The first may be what finds out that the other side of the second pair is not served.
+    let mut sent = 0;
+    let start = Instant::now();
+    while one.queues[0].driver.used_index() == 0 {
+        assert!(start.elapsed() < PATIENCE);
+        many.queue_frame(1, &[0; HEADER], &frame(900, sent), usize::MAX);
+        many.publish(3);
+        many.used(3);
+        sent += 1;
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let (got, _) = one.receive(0);
+    assert_eq!(got.len(), 900);
+}
+
+#[test]
 fn options_that_can_not_be_are_refused_in_one_line() {
     let refusal = |change: fn(&mut NetOptions)| {
         let mut options = loopback();

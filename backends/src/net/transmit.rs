@@ -108,7 +108,12 @@ impl Handler for TransmitHandler {
                     Step::Pending
                 }
                 libc::EINTR => self.send(request, io),
-                libc::ENOTCONN | libc::ECONNREFUSED | libc::ECONNRESET | libc::EDESTADDRREQ | libc::EPIPE => {
+                libc::ENOTCONN
+                | libc::ECONNREFUSED
+                | libc::ECONNRESET
+                | libc::EDESTADDRREQ
+                | libc::EPIPE
+                | libc::EPERM => {
                     self.port.find_peer(self.pair);
                     self.lost = true;
                     done(Op::Unreachable, 0)

@@ -15,7 +15,10 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::FlockOperation;
 use rustix::net::sockopt::set_socket_send_buffer_size;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, socket_with};
+use rustix::net::{
+    AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, bind, connect, connect_unspec, getsockname,
+    recv, socket_with,
+};
 
 use super::{Ends, Port};
 
@@ -36,6 +39,8 @@ struct Side {
     mine: PathBuf,
     peer: PathBuf,
     searched: Mutex<Option<Instant>>,
+    /// While this pair is not served: a socket of nobody's, from which alone it would take frames.
+    closed: Mutex<Option<OwnedFd>>,
 }
 
 impl Link {
@@ -93,6 +98,7 @@ impl Side {
                         mine: mine.clone(),
                         peer: peer.clone(),
                         searched: Mutex::new(None),
+                        closed: Mutex::new(None),
                     });
                 }
                 // The other side came at the same moment.
@@ -101,6 +107,28 @@ impl Side {
             }
         }
         Err(io::Error::new(io::ErrorKind::AddrInUse, "both sides of the link are taken"))
+    }
+}
+
+impl Side {
+    /// Takes frames, or refuses them: senders are told at once then, those that wait for room too.
+    fn set_open(&self, open: bool) -> io::Result<()> {
+        let mut closed = self.closed.lock().unwrap_or_else(PoisonError::into_inner);
+        if open == closed.is_none() {
+            return Ok(());
+        }
+        let rx = &self.ends.rx;
+        if open {
+            connect_unspec(rx)?;
+            *closed = None;
+            return Ok(());
+        }
+        let nobody = datagram_socket()?;
+        bind(&nobody, &SocketAddrUnix::new_unnamed())?;
+        connect(rx, &SocketAddrUnix::try_from(getsockname(&nobody)?)?)?;
+        *closed = Some(nobody);
+        while recv(rx, &mut [0u8; 1], RecvFlags::DONTWAIT).is_ok() {}
+        Ok(())
     }
 }
 
@@ -130,9 +158,15 @@ impl Port for Link {
             return;
         }
         *searched = Some(Instant::now());
-        if let Ok(address) = SocketAddrUnix::new(&side.peer) {
-            // Fails as long as there is nobody.
-            let _ = connect(&side.ends.tx, &address);
+        // A peer may serve fewer pairs, but always the first. Both fail as long as there is nobody.
+        for peer in [&side.peer, &self.sides[0].peer] {
+            if SocketAddrUnix::new(peer).and_then(|address| connect(&side.ends.tx, &address)).is_ok() {
+                return;
+            }
         }
+    }
+
+    fn set_pairs(&self, count: usize) -> io::Result<()> {
+        self.sides.iter().enumerate().try_for_each(|(pair, side)| side.set_open(pair < count))
     }
 }
