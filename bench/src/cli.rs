@@ -38,6 +38,7 @@ kernel that lets everybody have user namespaces.
 Examples:
   ringvm-bench net --only out --size 64,1500 --runs 9
   ringvm-bench net --pairs 2 --cpus 2
+  ringvm-bench net --only in --irq=none
   ringvm-bench net --against firecracker=/usr/bin/firecracker --json result.json";
 
 impl Default for Command {
@@ -116,6 +117,10 @@ pub struct NetOptions {
     /// One direction only
     #[arg(long, value_enum)]
     pub only: Option<Direction>,
+    /// Where the guest sleeps until an interrupt comes, as the drivers of other guests do; it polls where it does not. Without
+    /// a value: both
+    #[arg(long, value_enum, value_name = "DIRECTION", default_value_t = Sleeps::In, num_args = 0..=1, require_equals = true, default_missing_value = "both")]
+    pub irq: Sleeps,
     /// Frames in flight per pair on the way out, and per system call of the plain process
     #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=256))]
     pub depth: u32,
@@ -152,6 +157,28 @@ pub enum Direction {
     Out,
     /// From the tap to the guest.
     In,
+}
+
+/// In which directions the guest has interrupts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Sleeps {
+    /// Where frames come in.
+    In,
+    /// Wherever frames go.
+    Both,
+    /// Nowhere.
+    None,
+}
+
+impl Sleeps {
+    /// Whether it has in this one.
+    pub fn is_in(self, direction: Direction) -> bool {
+        match self {
+            Self::In => direction == Direction::In,
+            Self::Both => true,
+            Self::None => false,
+        }
+    }
 }
 
 impl Direction {

@@ -29,6 +29,10 @@ use crate::vmm::{Contestant, Nic, Vm};
 
 const WARM: Duration = Duration::from_millis(100);
 const QUEUE_SIZE: u16 = 256;
+/// Where the guest sleeps, frames have to find buffers while it wakes up, and one interrupt is to bring many.
+const SLEEPER_QUEUE_SIZE: u16 = 1024;
+/// Bytes of a receive buffer: a frame of the usual MTU and its header, as Linux drivers size theirs.
+const RECEIVE_BUFFER: u32 = 1_536;
 /// Longer frames are sent as TCP, for the host to cut into segments.
 const ETHERNET_LONGEST: usize = 1_514;
 const TAP: &str = "bench0";
@@ -60,17 +64,40 @@ struct Flow {
     direction: Direction,
     /// Bytes of a frame, from its addresses to the end of its payload.
     size: usize,
+    /// Whether the guest sleeps until an interrupt comes.
+    irq: bool,
 }
 
 impl Flow {
     fn segments(self) -> bool {
         self.size > ETHERNET_LONGEST
     }
+
+    fn queue_size(self) -> u16 {
+        if self.irq { SLEEPER_QUEUE_SIZE } else { QUEUE_SIZE }
+    }
+
+    fn job(self, options: &NetOptions) -> String {
+        let transmits = self.direction == Direction::Out;
+        format!(
+            "job={} size={} tso={} irq={} {}depth={} pairs={} cpus={} time={}ms",
+            if transmits { "net-tx" } else { "net-rx" },
+            self.size,
+            u8::from(self.segments()),
+            u8::from(self.irq),
+            if transmits { String::new() } else { format!("bs={RECEIVE_BUFFER} ") },
+            options.depth,
+            options.pairs,
+            options.cpus,
+            options.time.as_millis()
+        )
+    }
 }
 
 impl fmt::Display for Flow {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {}{}", self.direction.words(), self.size, if self.segments() { " TSO" } else { "" })
+        let (tso, irq) = (if self.segments() { " TSO" } else { "" }, if self.irq { ", irq" } else { "" });
+        write!(f, "{} {}{tso}{irq}", self.direction.words(), self.size)
     }
 }
 
@@ -91,8 +118,15 @@ pub fn run(options: &NetOptions) -> Result<()> {
     let machine = Machine::look();
     // The file first: a reader of the table may be gone by now.
     if let Some(path) = &options.json {
-        let point =
-            |flow: Flow| json!({ "direction": flow.direction.words(), "size": flow.size, "tso": flow.segments() });
+        let point = |flow: Flow| {
+            json!({
+                "direction": flow.direction.words(),
+                "size": flow.size,
+                "tso": flow.segments(),
+                "irq": flow.irq,
+                "queue_size": flow.queue_size(),
+            })
+        };
         let series = series.iter().map(|line| report::describe(line, point(line.point), "fps")).collect();
         report::write(path, job(options), &machine, series)?;
     }
@@ -109,17 +143,19 @@ fn contenders(options: &NetOptions) -> Result<Vec<Contender<Host>>> {
     Ok(contenders)
 }
 
-/// Who is measured there. Only what comes has three takers of CPU time: its sender, its receiver, and the guest.
+/// Who is measured there. Only what comes has three takers of CPU time: its sender, its receiver, and the guest that polls.
 fn at(flow: Flow, contenders: &[Contender<Host>]) -> Vec<Contender<Host>> {
     let shares = |contender: &Contender<Host>| matches!(contender, Contender::Host(Host::PlainBeside));
-    contenders.iter().filter(|&contender| flow.direction == Direction::In || !shares(contender)).cloned().collect()
+    let three = flow.direction == Direction::In && !flow.irq;
+    contenders.iter().filter(|&contender| three || !shares(contender)).cloned().collect()
 }
 
 fn flows(options: &NetOptions) -> Vec<Flow> {
     let wanted = |direction| options.only.is_none_or(|only| only == direction);
     let all = |direction, sizes: &[u32]| -> Vec<Flow> {
         let sizes = if wanted(direction) { sizes } else { &[] };
-        sizes.iter().map(|&size| Flow { direction, size: size as usize }).collect()
+        let irq = options.irq.is_in(direction);
+        sizes.iter().map(|&size| Flow { direction, size: size as usize, irq }).collect()
     };
     [all(Direction::Out, &options.size), all(Direction::In, &options.receive_size)].concat()
 }
@@ -129,7 +165,6 @@ fn job(options: &NetOptions) -> serde_json::Value {
         "depth": options.depth,
         "pairs": options.pairs,
         "cpus": options.cpus,
-        "queue_size": QUEUE_SIZE,
         "time_ms": options.time.as_millis() as u64,
     })
 }
@@ -141,16 +176,7 @@ fn at_flow(
     interface: &Interface,
     plan: &Plan,
 ) -> Result<Vec<Series<Flow>>> {
-    let command_line = format!(
-        "job={} size={} tso={} depth={} pairs={} cpus={} time={}ms",
-        if flow.direction == Direction::Out { "net-tx" } else { "net-rx" },
-        flow.size,
-        u8::from(flow.segments()),
-        options.depth,
-        options.pairs,
-        options.cpus,
-        options.time.as_millis()
-    );
+    let command_line = flow.job(options);
     let vm = Vm {
         kernel: &plan.kernel,
         command_line: &command_line,
@@ -158,7 +184,7 @@ fn at_flow(
         // Room for the longest frames in all buffers of both directions.
         memory: 192 + 64 * u32::from(options.pairs),
         disk: None,
-        nic: Some(Nic { tap: TAP, pairs: options.pairs, queue_size: QUEUE_SIZE }),
+        nic: Some(Nic { tap: TAP, pairs: options.pairs, queue_size: flow.queue_size() }),
     };
     plan.interleave(flow, &flow.to_string(), contenders, &vm, |contender| {
         let before = interface.counters()?;
@@ -253,8 +279,10 @@ mod tests {
 
     #[test]
     fn sizes_and_directions_are_chosen() {
-        assert_eq!(flows_of(&[]), ["out 64", "out 1500", "out 65000 TSO", "in 1500"]);
-        assert_eq!(flows_of(&["--only", "in", "--receive-size", "60,1514"]), ["in 60", "in 1514"]);
+        assert_eq!(flows_of(&[]), ["out 64", "out 1500", "out 65000 TSO", "in 1500, irq"]);
+        assert_eq!(flows_of(&["--only", "in", "--receive-size", "60,1514"]), ["in 60, irq", "in 1514, irq"]);
+        assert_eq!(flows_of(&["--irq=none", "--size", "64"]), ["out 64", "in 1500"]);
+        assert_eq!(flows_of(&["--irq", "--size", "64"]), ["out 64, irq", "in 1500, irq"]);
         assert_eq!(flows_of(&["--only", "out", "--size", "1514,1515"]), ["out 1514", "out 1515 TSO"]);
     }
 

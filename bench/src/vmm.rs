@@ -294,7 +294,9 @@ fn qemu(vm: &Vm<'_>, accelerator: &str, cpu: &str) -> Vec<OsString> {
         let (mq, size) = (on(nic.pairs > 1), nic.queue_size);
         // Without a ROM: it is for booting from the network only, and not always installed.
         let device = format!(
-            "virtio-net-pci,netdev=net0,disable-legacy=on,romfile=,mq={mq},rx_queue_size={size},tx_queue_size={size}"
+            "virtio-net-pci,netdev=net0,disable-legacy=on,romfile=,mq={mq},rx_queue_size={size},tx_queue_size={}",
+            // All that it takes where frames go out to a tap.
+            size.min(256)
         );
         all.extend(words(["-netdev", &netdev, "-device", &device]));
     }

@@ -4,6 +4,7 @@
 
 use alloc::vec::Vec;
 
+use crate::doze::{Doze, Tally as Sleep};
 use crate::job::Options;
 use crate::mem::Region;
 use crate::net::{LONGEST, Nic, Pair};
@@ -82,6 +83,7 @@ fn run(options: &Options, streams: impl Fn(u16) -> (u16, u16) + Sync, met: bool)
     let nic = Nic::open(options, LONGEST);
     let count = nic.pairs.len() as u64;
     let cpus = options.cpus.min(nic.pairs.len());
+    let sleep = Lock::new(Sleep::default());
     let tallies: Vec<Lock<Vec<Tally>>> = (0..cpus).map(|_| Lock::new(Vec::new())).collect();
     say!("start job={}", options.name);
     smp::run(cpus, &|cpu| {
@@ -95,14 +97,18 @@ fn run(options: &Options, streams: impl Fn(u16) -> (u16, u16) + Sync, met: bool)
                 Lane::new(pair, options, share, own, other, nic.mac, met)
             })
             .collect();
-        drive(&mut lanes, options);
+        // What one side sends may wait for what it is to see first: each interrupt is for the next frame.
+        let mut doze = Doze::new(nic.irq(cpu), false);
+        drive(&mut lanes, options, &mut doze);
+        sleep.lock().add(doze.tally());
         *tallies[cpu].lock() = lanes.into_iter().map(|lane| lane.tally).collect();
     });
     nic.transport.reset();
-    report(options, &nic, cpus, tallies.iter().flat_map(|all| core::mem::take(&mut *all.lock())));
+    let sleep = *sleep.lock();
+    report(options, &nic, cpus, sleep, tallies.iter().flat_map(|all| core::mem::take(&mut *all.lock())));
 }
 
-fn drive(lanes: &mut [Lane<'_>], options: &Options) {
+fn drive(lanes: &mut [Lane<'_>], options: &Options, doze: &mut Doze) {
     let limit = clock::from_ms(options.stall_ms);
     let mut last = clock::ticks();
     loop {
@@ -121,6 +127,7 @@ fn drive(lanes: &mut [Lane<'_>], options: &Options) {
         } else if now.wrapping_sub(last) > limit {
             lanes.iter().for_each(Lane::complain);
         }
+        doze.turn(now, u64::from(moved), lanes.iter_mut().flat_map(|lane| lane.pair.queues()));
     }
 }
 
@@ -402,7 +409,7 @@ fn word(bytes: &[u8]) -> u64 {
 }
 
 /// Reached only when every frame has come: what is lost or spoilt has ended the run before.
-fn report(options: &Options, nic: &Nic, cpus: usize, tallies: impl Iterator<Item = Tally>) {
+fn report(options: &Options, nic: &Nic, cpus: usize, sleep: Sleep, tallies: impl Iterator<Item = Tally>) {
     let mut all = Tally::default();
     for tally in tallies {
         all.frames += tally.frames;
@@ -416,7 +423,7 @@ fn report(options: &Options, nic: &Nic, cpus: usize, tallies: impl Iterator<Item
     let per_second = |number: u64| (u128::from(number) * 1_000_000_000 / u128::from(ns)) as u64;
     say!(
         "result job={} pairs={} cpus={cpus} features={:#x} time_ns={ns} frames={} bytes={} lost=0 reordered={} corrupted=0 \
-         hellos={} fps={} bps={} kicks={}",
+         hellos={} fps={} bps={} kicks={} {sleep}",
         options.name,
         nic.pairs.len(),
         nic.features,

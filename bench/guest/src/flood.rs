@@ -1,5 +1,6 @@
 //! Measured NIC jobs. `job=net-tx` sends frames that were laid out once as fast as the device takes them, `job=net-rx`
-//! counts what comes from its first frame on. A turn takes all that there is, publishes once and kicks at most once.
+//! counts what comes from its first frame on. A turn takes all that there is, publishes once and kicks at most once. With
+//! `irq=1` a vCPU whose turns find nothing sleeps ([`Doze`]).
 //!
 //! A driver is not told what becomes of a frame: `net-tx` counts what the device has returned, dropped or sent. Whoever
 //! measures by it has to compare with what the device or its port says it has sent.
@@ -7,6 +8,7 @@
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, Ordering};
 
+use crate::doze::{Doze, Tally};
 use crate::job::Options;
 use crate::net::{LONGEST, Nic, Pair, Transmit};
 use crate::packet::{self, DISCARD, FILLER, SHORTEST};
@@ -24,6 +26,7 @@ struct Count {
     bytes: u64,
     ticks: u64,
     kicks: u64,
+    sleep: Tally,
 }
 
 /// Sends frames for a time.
@@ -35,7 +38,7 @@ pub fn transmit(options: &Options) {
     let size = size as usize;
     let nic = Nic::open(options, size);
     let time = clock::from_ms(options.time_ms.unwrap_or(DEFAULT_TIME_MS));
-    let counts = on_all_cpus(options, &nic, |pairs| {
+    let counts = on_all_cpus(options, &nic, |cpu, pairs| {
         for pair in pairs.iter_mut() {
             (0..pair.tx.slots()).for_each(|slot| lay_out(&pair.tx, slot, size, nic.mac, options.tso));
         }
@@ -43,12 +46,14 @@ pub fn transmit(options: &Options) {
         let start = clock::ticks();
         let kicks: u64 = pairs.iter().map(|pair| pair.kicks()).sum();
         let mut last = start;
+        let mut doze = Doze::new(nic.irq(cpu), true);
         loop {
             let now = clock::ticks();
             count.ticks = now.wrapping_sub(start);
             if count.ticks >= time {
                 break;
             }
+            let before = count.frames;
             for pair in pairs.iter_mut() {
                 let returned = pair.tx.reap();
                 count.frames += returned;
@@ -66,7 +71,9 @@ pub fn transmit(options: &Options) {
             if now.wrapping_sub(last) > clock::from_ms(options.stall_ms) {
                 power::fail(format_args!("stall where=transmit expected=completions got=none frames={}", count.frames));
             }
+            doze.turn(now, count.frames - before, pairs.iter_mut().map(|pair| &mut pair.tx.queue));
         }
+        count.sleep = doze.tally();
         count.bytes = count.frames * size as u64;
         count.kicks = pairs.iter().map(|pair| pair.kicks()).sum::<u64>() - kicks;
         count
@@ -80,11 +87,12 @@ pub fn receive(options: &Options) {
     let nic = Nic::open(options, LONGEST);
     let time = clock::from_ms(options.time_ms.unwrap_or(DEFAULT_TIME_MS));
     let begun = AtomicBool::new(false);
-    let counts = on_all_cpus(options, &nic, |pairs| {
+    let counts = on_all_cpus(options, &nic, |cpu, pairs| {
         let mut count = Count::default();
         let mut start = clock::ticks();
         let mut waiting = true;
         let mut kicks = 0;
+        let mut doze = Doze::new(nic.irq(cpu), true);
         loop {
             let now = clock::ticks();
             if waiting && begun.load(Ordering::Relaxed) {
@@ -111,7 +119,9 @@ pub fn receive(options: &Options) {
             if waiting && count.frames != before {
                 begun.store(true, Ordering::Relaxed);
             }
+            doze.turn(now, count.frames - before, pairs.iter_mut().map(|pair| &mut pair.rx.queue));
         }
+        count.sleep = doze.tally();
         count.kicks = pairs.iter().map(|pair| pair.kicks()).sum::<u64>() - kicks;
         count
     });
@@ -120,7 +130,11 @@ pub fn receive(options: &Options) {
 }
 
 /// Spreads the pairs over the vCPUs, and lets these begin together.
-fn on_all_cpus(options: &Options, nic: &Nic, work: impl Fn(&mut [Held<'_, Pair>]) -> Count + Sync) -> Vec<Count> {
+fn on_all_cpus(
+    options: &Options,
+    nic: &Nic,
+    work: impl Fn(usize, &mut [Held<'_, Pair>]) -> Count + Sync,
+) -> Vec<Count> {
     let cpus = options.cpus.min(nic.pairs.len());
     let counts: Vec<Lock<Count>> = (0..cpus).map(|_| Lock::new(Count::default())).collect();
     let barrier = Barrier::new(cpus);
@@ -131,7 +145,7 @@ fn on_all_cpus(options: &Options, nic: &Nic, work: impl Fn(&mut [Held<'_, Pair>]
             say!("start job={}", options.name);
         }
         barrier.wait();
-        *counts[cpu].lock() = work(&mut pairs);
+        *counts[cpu].lock() = work(cpu, &mut pairs);
     });
     counts.iter().map(|count| *count.lock()).collect()
 }
@@ -153,12 +167,13 @@ fn report(options: &Options, nic: &Nic, counts: &[Count]) {
         all.frames += count.frames;
         all.bytes += count.bytes;
         all.kicks += count.kicks;
+        all.sleep.add(count.sleep);
         all.ticks = all.ticks.max(count.ticks);
     }
     let ns = clock::to_ns(all.ticks).max(1);
     let per_second = |number: u64| (u128::from(number) * 1_000_000_000 / u128::from(ns)) as u64;
     say!(
-        "result job={} pairs={} cpus={} features={:#x} time_ns={ns} frames={} bytes={} fps={} bps={} kicks={}",
+        "result job={} pairs={} cpus={} features={:#x} time_ns={ns} frames={} bytes={} fps={} bps={} kicks={} {}",
         options.name,
         nic.pairs.len(),
         counts.len(),
@@ -167,6 +182,7 @@ fn report(options: &Options, nic: &Nic, counts: &[Count]) {
         all.bytes,
         per_second(all.frames),
         per_second(all.bytes * 8),
-        all.kicks
+        all.kicks,
+        all.sleep
     );
 }

@@ -1,6 +1,7 @@
 //! Interrupts and exceptions: handlers of a few instructions in ring 0, everything else in ring 3.
 //!
-//! A device's vector counts itself and writes the local APIC's EOI. An exception stores what the CPU says about it and
+//! A device's vector counts itself and writes the local APIC's EOI. A `hlt` in ring 3 is an exception whose handler halts. Any
+//! other exception stores what the CPU says about it and
 //! returns to [`report`] in ring 3, which prints one line and powers off.
 
 #![allow(unsafe_code, reason = "the interrupt descriptor table and what the handlers write")]
@@ -16,10 +17,14 @@ use crate::power;
 pub const FIRST_VECTOR: usize = 0x40;
 /// How many vectors are handed to devices.
 pub const VECTORS: usize = 128;
+/// The device vector, by index, that the local APIC's timer has.
+pub const TIMER: usize = VECTORS - 1;
 /// The local APIC's spurious vector.
 pub const SPURIOUS: u8 = 0xff;
 
 const EXCEPTIONS: usize = 32;
+/// General protection: what an instruction raises that only ring 0 may use.
+const PROTECTION: usize = 13;
 const EXCEPTION_STUB: usize = 16;
 const DEVICE_STUB: usize = 32;
 
@@ -54,6 +59,8 @@ unsafe extern "C" {
     safe static exception_stubs: u8;
     safe static device_stubs: u8;
     safe static spurious_stub: u8;
+    safe static protection_stub: u8;
+    fn halt_in_ring_3(counter: *const AtomicU64, seen: u64);
 }
 
 /// Fills the interrupt descriptor table.
@@ -67,6 +74,7 @@ pub fn init() {
         set_gate(FIRST_VECTOR + index, devices + index * DEVICE_STUB);
     }
     set_gate(usize::from(SPURIOUS), &raw const spurious_stub as usize);
+    set_gate(PROTECTION, &raw const protection_stub as usize);
 }
 
 fn set_gate(vector: usize, handler: usize) {
@@ -81,6 +89,13 @@ fn set_gate(vector: usize, handler: usize) {
 /// How often the device vector of this index has been taken.
 pub fn count(index: usize) -> u64 {
     irq_counts[index].0.load(Ordering::Acquire)
+}
+
+/// Halts this vCPU until its next interrupt, whichever that is; but not if the device vector of this index has been taken
+/// since it was counted to `seen`: one that comes in between would be slept over.
+pub fn halt_unless_counted(index: usize, seen: u64) {
+    // SAFETY: the stub reads the counter and changes nothing else of this vCPU.
+    unsafe { halt_in_ring_3(&raw const irq_counts[index].0, seen) };
 }
 
 /// Empties the descriptor table and takes an exception: a triple fault.
@@ -127,6 +142,25 @@ spurious_stub:
     iretq
 
     .balign 16
+    .global halt_in_ring_3
+halt_in_ring_3:                         # software KVMs know no `int` in ring 3, but what ring 3 may not do is an exception
+    hlt
+    ret
+
+    .balign 16
+    .global protection_stub
+protection_stub:                        # error code, rip, cs, rflags, rsp, ss
+    cmp qword ptr [rsp + 8], offset halt_in_ring_3
+    jne exception_stubs + {protection} * {stub}
+    add rsp, 8
+    inc qword ptr [rsp]                 # behind the `hlt`
+    cmp qword ptr [rdi], rsi
+    jne 1f
+    sti                                 # from the next instruction on: no interrupt comes before the halt
+    hlt
+1:  iretq
+
+    .balign 16
     .global exception_stubs
 exception_stubs:
     .set index, 0
@@ -159,5 +193,7 @@ exception:                              # vector, error, rip, cs, rflags, rsp, s
 "#,
     vectors = const VECTORS,
     exceptions = const EXCEPTIONS,
+    protection = const PROTECTION,
+    stub = const EXCEPTION_STUB,
     user_code = const USER_CODE,
 );

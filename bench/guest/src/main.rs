@@ -14,6 +14,7 @@ mod apic;
 mod blk;
 mod boot;
 mod clock;
+mod doze;
 mod entropy;
 mod exchange;
 mod flood;

@@ -3,6 +3,7 @@
 
 use alloc::vec::Vec;
 
+use crate::blk::{self, Irq};
 use crate::job::Options;
 use crate::mem::{self, Region};
 use crate::queue::{NEXT, Queue, WRITE, write_descriptor};
@@ -51,6 +52,8 @@ pub struct Nic {
     pub features: u64,
     /// The queue pairs in use.
     pub pairs: Vec<Lock<Pair>>,
+    /// The vectors of the vCPUs that drive them, by turns; none if they are polled.
+    irqs: Vec<Irq>,
 }
 
 /// A receive queue and a transmit queue.
@@ -68,6 +71,11 @@ impl Pair {
     pub fn kicks(&self) -> u64 {
         self.rx.queue.kicks + self.tx.queue.kicks
     }
+
+    /// Its queues, for whoever waits for them.
+    pub fn queues(&mut self) -> [&mut Queue; 2] {
+        [&mut self.rx.queue, &mut self.tx.queue]
+    }
 }
 
 impl Nic {
@@ -76,9 +84,6 @@ impl Nic {
         let Some((kind, function)) = virtio::devices().into_iter().find(|&(kind, _)| kind == virtio::NET) else {
             power::fail(format_args!("find where=pci expected=virtio-net got=none"))
         };
-        if options.irq {
-            power::fail(format_args!("command-line where=irq expected=0 got=1 (NICs are polled)"));
-        }
         let transport = Transport::new(kind, function);
         let count = options.queues.unwrap_or(1);
         let features = transport.negotiate(wanted(options, count));
@@ -98,15 +103,17 @@ impl Nic {
         let merges = features & F_MRG_RXBUF != 0;
         // Without merging each buffer has to hold whatever may come.
         let room = if merges { options.bs } else { HEADER + longest };
+        smp::start(options.cpus);
+        let irqs = if options.irq { route(&transport, options.cpus.min(usize::from(count))) } else { Vec::new() };
+        let enable = |index: u16, pair: u16| {
+            let vector = (!irqs.is_empty()).then(|| irqs[usize::from(pair) % irqs.len()].entry);
+            transport.enable_queue(index, options.queue_size, vector, event_idx)
+        };
         let mut pairs: Vec<Pair> = (0..count)
             .map(|index| Pair {
                 index,
-                rx: Receive::new(transport.enable_queue(index * 2, options.queue_size, None, event_idx), room, merges),
-                tx: Transmit::new(
-                    transport.enable_queue(index * 2 + 1, options.queue_size, None, event_idx),
-                    options.depth,
-                    longest,
-                ),
+                rx: Receive::new(enable(index * 2, index), room, merges),
+                tx: Transmit::new(enable(index * 2 + 1, index), options.depth, longest),
             })
             .collect();
         let control = (count > 1).then(|| transport.enable_queue(largest * 2, 0, None, event_idx));
@@ -115,9 +122,27 @@ impl Nic {
         if let Some(mut control) = control {
             set_pairs(&mut control, count, options.stall_ms);
         }
-        smp::start(options.cpus);
-        Self { transport, mac, features, pairs: pairs.into_iter().map(Lock::new).collect() }
+        Self { transport, mac, features, pairs: pairs.into_iter().map(Lock::new).collect(), irqs }
     }
+
+    /// The vector of the pairs that this vCPU drives; `None` if they are polled.
+    pub fn irq(&self, cpu: usize) -> Option<Irq> {
+        self.irqs.get(cpu).copied()
+    }
+}
+
+/// A vector for each vCPU that drives pairs, which share it: one count tells a vCPU whether it may sleep.
+fn route(transport: &Transport, cpus: usize) -> Vec<Irq> {
+    let Some(msix) = transport.msix else {
+        power::fail(format_args!("msix where=device expected=a-vector-per-vcpu got=no-msix"))
+    };
+    let irqs = (0..cpus).map(|cpu| Irq { index: blk::CONFIG_IRQ.index + 1 + cpu, entry: 1 + cpu as u16 });
+    irqs.enumerate()
+        .map(|(cpu, irq)| {
+            msix.route(irq.entry, smp::apic_id(cpu), irq.index);
+            irq
+        })
+        .collect()
 }
 
 fn wanted(options: &Options, pairs: u16) -> u64 {
@@ -159,7 +184,8 @@ fn set_pairs(control: &mut Queue, count: u16, stall_ms: u64) {
 
 /// A receive queue. Each descriptor is a buffer of its own, which goes back to the device once its frame was looked at.
 pub struct Receive {
-    queue: Queue,
+    /// The ring, for whoever waits for it.
+    pub queue: Queue,
     buffers: Region,
     stride: usize,
     room: usize,

@@ -199,16 +199,26 @@ impl Queue {
     /// Asks for an interrupt after the next chain. Returns whether chains came back meanwhile: then there may be none.
     #[inline(always)]
     pub fn arm(&mut self) -> bool {
-        if self.event_idx {
-            self.layout.avail.write(self.layout.used_event(), self.used_idx);
-        } else {
-            self.layout.avail.write::<u16>(0, 0);
-        }
-        fence(Ordering::SeqCst);
-        self.pending()
+        self.arm_after(1)
     }
 
-    /// Takes [`Queue::arm`] back. With EVENT_IDX there is nothing to do: the index that was asked for has gone by.
+    /// Asks for an interrupt after so many chains, at least one; without EVENT_IDX, after the next. Returns whether as many
+    /// came back meanwhile: then there may be none.
+    #[inline(always)]
+    pub fn arm_after(&mut self, count: u16) -> bool {
+        let count = if self.event_idx {
+            self.layout.avail.write(self.layout.used_event(), self.used_idx.wrapping_add(count - 1));
+            count
+        } else {
+            self.layout.avail.write::<u16>(0, 0);
+            1
+        };
+        fence(Ordering::SeqCst);
+        self.device_used_idx().wrapping_sub(self.used_idx) >= count
+    }
+
+    /// Takes [`Queue::arm`] back. With EVENT_IDX there is nothing to do: the index that was asked for has gone by, or is going
+    /// to, with one interrupt that nobody waits for.
     #[inline(always)]
     pub fn disarm(&mut self) {
         if !self.event_idx {

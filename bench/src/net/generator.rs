@@ -36,11 +36,27 @@ pub struct Generator {
 }
 
 impl Generator {
-    /// Starts to send frames of `size` bytes.
+    /// Starts to send frames of `size` bytes, more than anybody takes.
     ///
     /// # Errors
     /// A packet socket can't be had.
     pub fn start(interface: &Interface, size: usize) -> Result<Self> {
+        Self::new(interface, size, flood)
+    }
+
+    /// Starts to send single frames of `size` bytes, that far apart.
+    ///
+    /// # Errors
+    /// A packet socket can't be had.
+    pub fn drip(interface: &Interface, size: usize, apart: Duration) -> Result<Self> {
+        Self::new(interface, size, move |socket, frames, stop| drip(socket, frames, stop, apart))
+    }
+
+    fn new(
+        interface: &Interface,
+        size: usize,
+        work: impl FnOnce(&OwnedFd, &[Vec<u8>], &AtomicBool) -> io::Result<()> + Send + 'static,
+    ) -> Result<Self> {
         let socket = socket(interface.index()?).context("making a packet socket (this takes CAP_NET_RAW)")?;
         let flows = if interface.pairs > 1 { FLOWS } else { 1 };
         let frames: Vec<Vec<u8>> = (0..flows).map(|flow| frame(size, DISCARD + flow as u16)).collect();
@@ -48,7 +64,7 @@ impl Generator {
         let stopped = Arc::clone(&stop);
         let thread = thread::Builder::new()
             .name("generator".to_owned())
-            .spawn(move || flood(&socket, &frames, &stopped))
+            .spawn(move || work(&socket, &frames, &stopped))
             .context("starting the generator")?;
         Ok(Self { stop, thread: Some(thread) })
     }
@@ -115,6 +131,17 @@ fn socket(index: u32) -> io::Result<OwnedFd> {
         return Err(io::Error::last_os_error());
     }
     Ok(socket)
+}
+
+fn drip(socket: &OwnedFd, frames: &[Vec<u8>], stop: &AtomicBool, apart: Duration) -> io::Result<()> {
+    for frame in frames.iter().cycle() {
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
+        rustix::io::write(socket, frame)?;
+        thread::sleep(apart);
+    }
+    Ok(())
 }
 
 fn flood(socket: &OwnedFd, frames: &[Vec<u8>], stop: &AtomicBool) -> io::Result<()> {

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::{Flow, PLAIN, PLAIN_BESIDE, QUEUE_SIZE};
+use super::{Flow, PLAIN, PLAIN_BESIDE, QUEUE_SIZE, SLEEPER_QUEUE_SIZE};
 use crate::cli::{Direction, NetOptions};
 use crate::host::Machine;
 use crate::report::{Series, Spread};
@@ -18,6 +18,10 @@ pub(super) fn render(options: &NetOptions, machine: &Machine, series: &[Series<F
     for line in explanations(series) {
         let _ = writeln!(text, "{line}");
     }
+    let _ = writeln!(
+        text,
+        "Queues of {QUEUE_SIZE} where the guest polls, of {SLEEPER_QUEUE_SIZE} where it sleeps, if the VMM has such."
+    );
     for line in starts(series) {
         let _ = writeln!(text, "{line}");
     }
@@ -26,7 +30,7 @@ pub(super) fn render(options: &NetOptions, machine: &Machine, series: &[Series<F
 
 fn title(options: &NetOptions) -> String {
     format!(
-        "frames through a tap, {} of {QUEUE_SIZE}, {} in flight, {}, polling guest; medians of {} of {} ms",
+        "frames through a tap, {}, {} in flight, {}; medians of {} of {} ms",
         plural(u32::from(options.pairs), "queue pair"),
         options.depth,
         plural(u32::from(options.cpus), "vCPU"),
@@ -60,7 +64,7 @@ fn gigabits(rate: Option<Spread>, size: usize) -> String {
 fn explanations(series: &[Series<Flow>]) -> Vec<&'static str> {
     let mut lines = vec![
         "frames/s: median (least-most). Bytes are those of a frame without its check sequence. CPU: per frame, of all",
-        "threads of the VMM but those of the vCPUs, where the guest works and polls; of the plain process, its one thread.",
+        "threads of the VMM but those of the vCPUs, where the guest works or polls; of the plain process, its one thread.",
     ];
     if series.iter().any(|line| line.point.direction == Direction::Out) {
         lines.push(
@@ -69,6 +73,11 @@ fn explanations(series: &[Series<Flow>]) -> Vec<&'static str> {
     }
     if series.iter().any(|line| line.point.direction == Direction::In) {
         lines.push("in: what came of a flood from the host's side, which runs on the same CPUs.");
+    }
+    if series.iter().any(|line| line.point.irq) {
+        lines.push(
+            "irq: the guest sleeps until an interrupt comes, as the drivers of other guests do; elsewhere it polls.",
+        );
     }
     if series.iter().any(|line| line.name == PLAIN_BESIDE) {
         lines.push("plain, CPU shared: the plain process while a thread per vCPU polls as the guest's vCPUs do.");
@@ -85,7 +94,7 @@ mod tests {
 
     #[test]
     fn bits_ratios_and_cpu_are_those_of_the_medians() {
-        let flow = Flow { direction: Direction::Out, size: 1_500 };
+        let flow = Flow { direction: Direction::Out, size: 1_500, irq: false };
         let series = [(PLAIN, 2_000_000), ("ringvm", 1_800_000)].map(|(name, ops)| {
             let mut series = Series::new(name, flow, Vec::new());
             let cpu = Some(Duration::from_millis(900));
