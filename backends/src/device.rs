@@ -12,6 +12,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::dirty::QueueLog;
 use crate::inflight::InflightTable;
 use crate::interrupt::Interrupt;
 use crate::stats::DeviceStats;
@@ -98,6 +99,11 @@ pub struct QueueParts {
     /// Where requests in flight are noted, if the queue shall survive a crash of whoever serves it. What is noted there
     /// already is served again first, and `from` is then what follows from the table.
     pub inflight: Option<InflightTable>,
+    /// Where the pages that are written are marked, while somebody copies the guest elsewhere.
+    pub log: Option<QueueLog>,
+    /// Buffers are used in the order in which they came, whatever it costs: without a table of those in flight, whoever goes on
+    /// for this queue after a crash knows no more than how many were used.
+    pub in_order: bool,
 }
 
 /// Where the queues of a device are served.
@@ -153,6 +159,14 @@ pub enum DeviceError {
         offset: u32,
         /// Number of bytes.
         len: usize,
+    },
+    /// Bytes that are not the state of such a device, or can't become its state.
+    #[error("{device}: the state of another device can't be taken over: {reason}")]
+    State {
+        /// Name of the device.
+        device: String,
+        /// What is wrong with them.
+        reason: &'static str,
     },
     /// The host failed the device.
     #[error("{device}: {what}: {source}")]
@@ -215,6 +229,25 @@ pub trait Device: Send {
     /// [`DeviceError::Host`] when the host could not.
     fn flush(&mut self) -> Result<(), DeviceError> {
         Ok(())
+    }
+
+    /// What the device remembers of its driver besides features and the positions of queues, for [`Self::load_state`] of
+    /// another of its kind: at most [`MAX_STATE`](crate::state::MAX_STATE) bytes. No queue runs.
+    fn save_state(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    /// Goes on with the state of another device, which may have come from anywhere. No queue runs. Before `ack_features` it is
+    /// only known whether it could be taken over: `reset` forgets it, so that it is then loaded once more behind them.
+    ///
+    /// # Errors
+    /// [`DeviceError::State`] for what can't be such a state; nothing was changed then. [`DeviceError::Host`] when the host
+    /// refuses.
+    fn load_state(&mut self, state: &[u8]) -> Result<(), DeviceError> {
+        if state.is_empty() {
+            return Ok(());
+        }
+        Err(DeviceError::State { device: self.info().name.clone(), reason: "this device has none" })
     }
 
     /// What the device has done since its creation.

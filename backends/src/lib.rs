@@ -6,6 +6,7 @@
 
 pub mod block;
 pub mod device;
+pub mod dirty;
 pub mod driver;
 pub mod guest_io;
 pub mod inflight;
@@ -14,6 +15,7 @@ pub mod io;
 pub mod keyval;
 pub mod net;
 pub mod port;
+pub mod program;
 pub mod queue;
 mod queues;
 pub mod reactor;
@@ -21,6 +23,7 @@ pub mod receiver;
 pub mod ring;
 pub mod rng;
 pub mod service;
+pub mod state;
 pub mod stats;
 pub mod storage;
 pub mod summary;

@@ -18,6 +18,7 @@ use virtio_bindings::virtio_ring::{
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::device::{GuestMemory, QueueState, RingConfig};
+use crate::dirty::{QueueLog, Writes};
 use crate::guest_io::GuestIo;
 use crate::inflight::{InflightTable, crash_point};
 use crate::interrupt::Interrupt;
@@ -143,8 +144,12 @@ pub struct Queue {
     in_flight: Vec<u64>,
     /// Where the same is noted for a successor.
     table: Option<InflightTable>,
+    /// Buffers are to be used in the order in which they came.
+    pub(crate) in_order: bool,
     /// Heads that a predecessor has left in flight, the oldest last.
     replay: Vec<u16>,
+    /// What is written is noted here, if anybody wants to know.
+    writes: Option<Box<Writes>>,
     call: Interrupt,
 }
 
@@ -186,9 +191,16 @@ impl Queue {
             seen_avail: from.next_avail,
             in_flight: vec![0; usize::from(ring.size).div_ceil(64)],
             table: None,
+            in_order: false,
             replay: Vec::new(),
+            writes: None,
             call,
         })
+    }
+
+    /// Notes from now on which pages are written. Before the first `pop`.
+    pub(crate) fn log_writes(&mut self, to: QueueLog) {
+        self.writes = Some(Box::new(Writes::new(to, &self.mem, self.size)));
     }
 
     /// Goes on after a predecessor that may have ended at any moment: whatever it popped is either published or in the table,
@@ -227,6 +239,18 @@ impl Queue {
         !self.replay.is_empty() || self.avail_word(1).load(Ordering::Acquire) != self.next_avail
     }
 
+    /// Whether a predecessor has left anything that was not taken again.
+    pub(crate) fn has_replay(&self) -> bool {
+        !self.replay.is_empty()
+    }
+
+    /// Takes the next head that a predecessor has left, without a look at its chain.
+    pub(crate) fn take_replay(&mut self) -> Option<u16> {
+        let head = self.replay.pop()?;
+        self.in_flight[usize::from(head / 64)] |= 1 << (head % 64);
+        Some(head)
+    }
+
     /// Takes the next chain into `chain`; `false` if there is none.
     ///
     /// # Errors
@@ -235,6 +259,9 @@ impl Queue {
         if let Some(head) = self.replay.pop() {
             self.follow(head, chain)?;
             self.in_flight[usize::from(head / 64)] |= 1 << (head % 64);
+            if let Some(writes) = &mut self.writes {
+                writes.taken(head, &chain.writable);
+            }
             return Ok(true);
         }
         if self.seen_avail == self.next_avail {
@@ -261,6 +288,9 @@ impl Queue {
         if let Some(table) = &mut self.table {
             table.popped(head);
         }
+        if let Some(writes) = &mut self.writes {
+            writes.taken(head, &chain.writable);
+        }
         Ok(true)
     }
 
@@ -276,6 +306,10 @@ impl Queue {
         if let Some(table) = &mut self.table {
             table.returned(head);
         }
+        if let Some(writes) = &mut self.writes {
+            // A frame that was dropped may have come into it.
+            writes.returned(head);
+        }
         true
     }
 
@@ -284,6 +318,9 @@ impl Queue {
         let (word, bit) = (usize::from(head / 64), 1 << (head % 64));
         debug_assert!(self.in_flight[word] & bit != 0, "completing a chain that was not popped");
         self.in_flight[word] &= !bit;
+        if let Some(writes) = &mut self.writes {
+            writes.returned(head);
+        }
         let slot = 2 + usize::from(self.next_used & (self.size - 1)) * 4;
         // SAFETY: the slot index is below the queue size, so both words lie in the used ring, which `new` checked to be
         // mapped for its whole length and aligned to 4 bytes.
@@ -307,7 +344,14 @@ impl Queue {
         }
         let old = self.published;
         self.published = self.next_used;
+        if let Some(writes) = &self.writes {
+            self.log_entries(writes, old);
+        }
         self.used_word(1).store(self.next_used, Ordering::Release);
+        if let Some(writes) = &self.writes {
+            writes.used_written(2, 2);
+            writes.tell();
+        }
         if let Some(table) = &mut self.table {
             crash_point();
             table.published(self.next_used);
@@ -331,6 +375,9 @@ impl Queue {
     pub fn disable_kicks(&mut self) {
         if !self.event_idx {
             self.used_word(0).store(VRING_USED_F_NO_NOTIFY as u16, Ordering::Relaxed);
+            if let Some(writes) = &self.writes {
+                writes.used_written(0, 2);
+            }
         }
     }
 
@@ -341,6 +388,11 @@ impl Queue {
         } else {
             self.used_word(0).store(0, Ordering::Relaxed);
         }
+        if let Some(writes) = &self.writes {
+            // Either of the two that it was.
+            writes.used_written(0, 2);
+            writes.used_written(4 + 8 * u64::from(self.size), 2);
+        }
         // The wish must be visible before the index is read once more (2.7.10.1), else a kick is lost.
         fence(Ordering::SeqCst);
         self.has_avail()
@@ -349,6 +401,16 @@ impl Queue {
     /// Raises the interrupt whatever the driver wishes: after a change of place it may have missed one.
     pub fn force_interrupt(&self) {
         self.call.raise();
+    }
+
+    /// Marks the entries of the used ring from `old` on: in one piece, or in two around its end.
+    #[cold]
+    fn log_entries(&self, writes: &Writes, old: u16) {
+        let (size, count) = (u64::from(self.size), u64::from(self.next_used.wrapping_sub(old)));
+        let from = u64::from(old & (self.size - 1));
+        let behind = count.min(size - from);
+        writes.used_written(4 + 8 * from, 8 * behind);
+        writes.used_written(4, 8 * (count - behind).min(from));
     }
 
     fn avail_word(&self, index: usize) -> &AtomicU16 {

@@ -66,11 +66,15 @@ impl Queues {
         if place.is_some() {
             return Err(refuse("runs already"));
         }
-        let QueueParts { ring, mem, kick, call, fault, from, inflight } = parts;
+        let QueueParts { ring, mem, kick, call, fault, from, inflight, log, in_order } = parts;
         let broken = |source| DeviceError::Ring { device: self.name.clone(), index, source };
         let mut queue = Queue::new(mem, &ring, features, from, call).map_err(broken)?;
+        queue.in_order = in_order;
         if let Some(table) = inflight {
             queue.take_over(table).map_err(broken)?;
+        }
+        if let Some(log) = log {
+            queue.log_writes(log);
         }
         let name = format!("{}.{index}", self.name);
         let reactor = self.pool.least_loaded();

@@ -286,7 +286,12 @@ impl<S: Source> Task for Receiver<S> {
             return false;
         }
         self.service.disable_kicks();
-        let burst = if self.patient { PATIENT } else { BATCH };
+        let burst = match self.patient {
+            // What a read gathers beyond its frame goes back in front of the next read's only once both have ended.
+            _ if self.service.queue.in_order => 1,
+            true => PATIENT,
+            false => BATCH,
+        };
         let mut count = 0;
         while count < burst && self.gather(count) {
             let mut io = Io::new(ring, Token { task: self.service.task(), slot: count as u32 });
@@ -366,6 +371,10 @@ impl<S: Source> Task for Receiver<S> {
     }
 
     fn give_back(&mut self) {
+        // Older than whatever was not looked at, and as empty.
+        while let Some(head) = self.service.queue.take_replay() {
+            self.held.push_back(Chain { head, ..Chain::default() });
+        }
         while let Some(chain) = self.held.pop_back() {
             // A frame may have overtaken an empty read, so that later chains are used already; drivers take an empty
             // buffer for a frame too short.

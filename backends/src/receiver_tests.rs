@@ -103,6 +103,8 @@ impl Rig {
             fault: Interrupt::None,
             from: QueueState::default(),
             inflight: None,
+            log: None,
+            in_order: false,
         };
         let mut queues = Queues::new("test", 1, pool);
         queues.start_receiver(0, parts, 0, move || source).unwrap();

@@ -52,9 +52,24 @@ impl Service {
         self.state == State::Running
     }
 
+    /// Whether chains may be taken: new ones, or while it stops what a predecessor has left. Nobody else knows of those: a
+    /// position says how far the driver's ring was looked at, and all before it counts as answered.
+    pub(crate) fn may_take(&self) -> bool {
+        match self.state {
+            State::Running => true,
+            State::Stopping => self.queue.has_replay(),
+            State::Broken => false,
+        }
+    }
+
+    /// Whether it could be left now, with nothing in flight.
+    pub(crate) fn owes_nothing(&self) -> bool {
+        self.state != State::Stopping || !self.queue.has_replay()
+    }
+
     /// Takes the next chain, if there is one and it is sound.
     pub(crate) fn pop(&mut self, chain: &mut Chain) -> bool {
-        self.is_running()
+        self.may_take()
             && self.queue.pop(chain).unwrap_or_else(|error| {
                 self.break_off(&error);
                 false

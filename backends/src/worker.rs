@@ -159,7 +159,7 @@ impl<H: Handler> Task for Worker<H> {
     }
 
     fn ready(&self) -> bool {
-        self.service.is_running() && self.in_flight() < self.handler.window() && self.service.queue.has_avail()
+        self.service.may_take() && self.in_flight() < self.handler.window() && self.service.queue.has_avail()
     }
 
     fn arm(&mut self) -> bool {
@@ -180,6 +180,6 @@ impl<H: Handler> Task for Worker<H> {
     }
 
     fn is_idle(&self) -> bool {
-        self.in_flight() == 0
+        self.in_flight() == 0 && self.service.owes_nothing()
     }
 }

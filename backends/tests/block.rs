@@ -105,6 +105,8 @@ impl Rig {
             })),
             from,
             inflight: None,
+            log: None,
+            in_order: false,
         };
         self.device.start_queue(index as u16, parts).unwrap();
     }

@@ -38,6 +38,7 @@ struct Rig {
     mem: GuestMemory,
     queues: Vec<Queue>,
     faults: Arc<AtomicUsize>,
+    in_order: bool,
     sent: u64,
 }
 
@@ -64,7 +65,7 @@ impl Rig {
 
     fn over(device: NetDevice) -> Self {
         let mem = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 20)]).unwrap());
-        Self { device, mem, queues: Vec::new(), faults: Arc::default(), sent: 0 }
+        Self { device, mem, queues: Vec::new(), faults: Arc::default(), in_order: false, sent: 0 }
     }
 
     /// Lays out the next queue.
@@ -88,6 +89,8 @@ impl Rig {
             })),
             from,
             inflight: None,
+            log: None,
+            in_order: self.in_order,
         };
         self.device.start_queue(index as u16, parts).unwrap();
     }
@@ -425,6 +428,8 @@ fn the_control_queue_stands_where_the_driver_looks_for_it() {
         fault: Interrupt::None,
         from: QueueState::default(),
         inflight: None,
+        log: None,
+        in_order: false,
     };
     let more = parts(&rig);
     rig.device.start_queue(3, more).unwrap_err();
@@ -589,6 +594,37 @@ fn pitfall_40_a_peer_that_serves_fewer_pairs_gets_all_frames_on_those() {
     }
     let (got, _) = one.receive(0);
     assert_eq!(got.len(), 900);
+}
+
+/// Without a table of buffers in flight, all that is known of a queue whose server was killed is how many were used.
+#[test]
+fn pitfall_48_frames_use_buffers_in_order_where_nothing_else_tells_which_were_used() {
+    let mut rig = Rig::over(NetDevice::open("net0", &loopback(), &pool()).unwrap());
+    rig.in_order = true;
+    let features = rig.device.info().features;
+    rig.device.ack_features(features).unwrap();
+    for index in [0, 1] {
+        rig.add_queue(index, features);
+    }
+    let heads: Vec<u16> = (0..200)
+        .map(|index| {
+            rig.offer_at(0, RX_DATA + index * 0x1000, 2048);
+            *rig.queues[0].at.iter().find(|(_, at)| **at == RX_DATA + index * 0x1000).unwrap().0
+        })
+        .collect();
+    rig.publish(0);
+    // Many at once, so that there is something to read ahead.
+    rig.start_queue(1, QueueState::default());
+    for seed in 0..60 {
+        rig.queue_frame(0, &[0; HEADER], &frame(700, seed), usize::MAX);
+    }
+    rig.publish(1);
+    for _ in 0..60 {
+        rig.used(1);
+    }
+    rig.start_queue(0, QueueState::default());
+    let used: Vec<u16> = (0..60).map(|_| rig.used(0).0).collect();
+    assert_eq!(used, heads[..60]);
 }
 
 #[test]

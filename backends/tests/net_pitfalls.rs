@@ -111,6 +111,8 @@ impl Rig {
             })),
             from: QueueState::default(),
             inflight: None,
+            log: None,
+            in_order: false,
         };
         self.device.start_queue(index as u16, parts).unwrap();
         self.queues.push((driver, kick));

@@ -254,6 +254,8 @@ impl<'a> Lane<'a> {
             fault: Interrupt::None,
             from: QueueState::default(),
             inflight: None,
+            log: None,
+            in_order: false,
         };
         Ok(device.start_queue(index, parts)?)
     }

@@ -13,16 +13,18 @@ use ringvm_backends::interrupt::Interrupt;
 use thiserror::Error;
 use tracing::info;
 use vhost::vhost_user::message::{
-    FrontendReq, VhostUserConfig, VhostUserInflight, VhostUserMemory, VhostUserMemoryRegion,
+    FrontendReq, VhostUserConfig, VhostUserInflight, VhostUserLog, VhostUserMemory, VhostUserMemoryRegion,
     VhostUserProtocolFeatures as Protocol, VhostUserSingleMemoryRegion, VhostUserU64, VhostUserVringAddr,
     VhostUserVringState,
 };
 use virtio_bindings::virtio_config::{VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET};
 use vm_memory::ByteValued;
 
+use crate::dirty::{self, F_LOG_ALL, Logging, Mapped};
 use crate::mailbox::Event;
 use crate::memory::{MAX_REGIONS, Memory, MemoryError};
 use crate::message::{MAX_FILES, Message};
+use crate::state::{State, StateError};
 use crate::vring::{Addresses, MAX_SIZE, Vring, VringError};
 use crate::{backend_channel, descriptor, inflight, nic};
 
@@ -31,14 +33,15 @@ const F_PROTOCOL_FEATURES: u64 = 1 << 30;
 /// The payload of SET_VRING_KICK and its kin: the ring, and a flag for "no descriptor".
 const VRING_INDEX: u64 = 0xff;
 const VRING_NO_FD: u64 = 1 << 8;
-/// VHOST_VRING_F_LOG: used ring writes are to be logged.
-const VRING_LOG: u32 = 1;
+/// In the answer to SET_DEVICE_STATE_FD: there is no descriptor, the one that came is taken. The bits below tell of an error.
+const STATE_NO_FD: u64 = 1 << 8;
 /// Longest piece of configuration space that is read at once.
 const MAX_CONFIG: u32 = 4096;
 
 /// What is offered: all that is served.
 fn protocol_features() -> Protocol {
     Protocol::MQ
+        | Protocol::LOG_SHMFD
         | Protocol::REPLY_ACK
         | Protocol::BACKEND_REQ
         | Protocol::CONFIG
@@ -46,6 +49,7 @@ fn protocol_features() -> Protocol {
         | Protocol::RESET_DEVICE
         | Protocol::CONFIGURE_MEM_SLOTS
         | Protocol::STATUS
+        | Protocol::DEVICE_STATE
 }
 
 /// Why a request is not met.
@@ -62,6 +66,10 @@ pub(crate) enum Refused {
     Features(DeviceError),
     #[error("the table of requests in flight: {0}")]
     Inflight(io::Error),
+    #[error("the log of written pages: {0}")]
+    Log(io::Error),
+    #[error(transparent)]
+    State(#[from] StateError),
 }
 
 fn malformed(what: impl Into<String>) -> Refused {
@@ -74,6 +82,8 @@ pub(crate) enum Answer {
     Done,
     /// What was asked for.
     Reply(Vec<u8>, Option<OwnedFd>),
+    /// That it is not met, in the way that the message has for it.
+    Refused(u64, Refused),
 }
 
 impl Answer {
@@ -92,6 +102,8 @@ pub(crate) struct Backend<'a> {
     rings: Vec<Vring>,
     memory: Memory,
     inflight: Option<InflightArea>,
+    logging: Logging,
+    state: State,
     /// What the device has accepted, if it has.
     features: Option<u64>,
     /// Whether rings start disabled.
@@ -100,7 +112,7 @@ pub(crate) struct Backend<'a> {
     status: u8,
     /// A driver broke its ring.
     broken: Arc<AtomicBool>,
-    /// Raised when memory is cut short. Behind `memory`, whose guards know it.
+    /// Raised when memory is cut short. Behind `memory` and `logging`, whose guards know it.
     alarm: Event,
 }
 
@@ -113,6 +125,8 @@ impl<'a> Backend<'a> {
             rings,
             memory: Memory::default(),
             inflight: None,
+            logging: Logging::default(),
+            state: State::default(),
             features: None,
             negotiates: false,
             protocol: Protocol::empty(),
@@ -146,6 +160,9 @@ impl<'a> Backend<'a> {
             | FrontendReq::SET_VRING_ERR
             | FrontendReq::SET_BACKEND_REQ_FD
             | FrontendReq::SET_INFLIGHT_FD
+            | FrontendReq::SET_LOG_BASE
+            | FrontendReq::SET_LOG_FD
+            | FrontendReq::SET_DEVICE_STATE_FD
             | FrontendReq::ADD_MEM_REG
             // Not to be sent, but some do (it is closed then).
             | FrontendReq::REM_MEM_REG => 1,
@@ -158,7 +175,7 @@ impl<'a> Backend<'a> {
         match kind {
             FrontendReq::SET_OWNER => {}
             FrontendReq::GET_FEATURES => {
-                return Ok(Answer::number(self.device.info().features | F_PROTOCOL_FEATURES));
+                return Ok(Answer::number(self.device.info().features | F_PROTOCOL_FEATURES | F_LOG_ALL));
             }
             FrontendReq::SET_FEATURES => self.set_features(number(&message)?)?,
             FrontendReq::GET_PROTOCOL_FEATURES => return Ok(Answer::number(protocol_features().bits())),
@@ -254,10 +271,32 @@ impl<'a> Backend<'a> {
                 self.inflight = Some(area);
                 self.settle()?;
             }
+            FrontendReq::SET_LOG_BASE => return self.set_log_base(&payload(&message)?, files.next()),
+            FrontendReq::SET_LOG_FD => {
+                let file = files.next().filter(|file| descriptor::is_eventfd(file.as_fd()));
+                let file = file.ok_or_else(|| malformed("it needs an eventfd"))?;
+                let event = descriptor::interrupt(&file).map_err(Refused::Log)?;
+                self.change_logging(|logging| logging.set_event(event))?;
+            }
+            FrontendReq::SET_DEVICE_STATE_FD => {
+                let said = payload(&message)?;
+                let begun = self.state.begin(&said, files.next(), self.device, self.rings.iter().any(Vring::runs));
+                return Ok(match begun {
+                    Ok(()) => Answer::number(STATE_NO_FD),
+                    Err(error) => Answer::Refused(STATE_NO_FD | 1, error.into()),
+                });
+            }
+            FrontendReq::CHECK_DEVICE_STATE => {
+                return Ok(match self.state.end(self.device, self.rings.iter().any(Vring::runs)) {
+                    Ok(()) => Answer::number(0),
+                    Err(error) => Answer::Refused(1, error.into()),
+                });
+            }
             FrontendReq::RESET_OWNER => self.end_all(),
             FrontendReq::RESET_DEVICE => {
                 self.end_all();
                 self.rings.fill_with(Vring::default);
+                self.state.forget();
                 self.forget();
             }
             FrontendReq::SET_STATUS => self.set_status(number(&message)?),
@@ -272,13 +311,42 @@ impl<'a> Backend<'a> {
 
     fn set_features(&mut self, features: u64) -> Result<(), Refused> {
         self.negotiates = features & F_PROTOCOL_FEATURES != 0;
-        let features = nic::driver_features(self.device.info(), features & !F_PROTOCOL_FEATURES);
-        // Said again while rings run, as each pair of a NIC does.
-        if self.features != Some(features) || !self.rings.iter().any(Vring::runs) {
+        let log_all = features & F_LOG_ALL != 0;
+        let features = nic::driver_features(self.device.info(), features & !(F_PROTOCOL_FEATURES | F_LOG_ALL));
+        let toggled = log_all != self.logging.all();
+        // Said again while rings run, as each pair of a NIC does, or while they are only disabled, to log what is written.
+        // Else it is another driver's choice.
+        let in_service = self.rings.iter().any(|ring| ring.runs() || toggled && ring.kick.is_some());
+        if self.features != Some(features) || !in_service {
             self.stop_all();
             self.forget();
             self.device.ack_features(features).map_err(Refused::Features)?;
+            self.state.reload(self.device).map_err(Refused::Features)?;
             self.features = Some(features);
+        }
+        if toggled {
+            return self.change_logging(|logging| logging.set_all(log_all));
+        }
+        self.settle()
+    }
+
+    fn set_log_base(&mut self, said: &VhostUserLog, file: Option<OwnedFd>) -> Result<Answer, Refused> {
+        let file = file.ok_or_else(|| malformed("a log without a descriptor"))?;
+        let base = Mapped::new(said, file, &self.alarm).map_err(Refused::Log)?;
+        self.change_logging(|logging| logging.set_base(base))?;
+        // The specification asks for a reply and not for what is in it: some take any, some only what they have sent.
+        Ok(Answer::value(said))
+    }
+
+    /// Changes how writes are logged while nothing is written. Rings go on where they were.
+    fn change_logging(&mut self, change: impl FnOnce(&mut Logging)) -> Result<(), Refused> {
+        let was_on = self.logging.is_on();
+        if was_on {
+            self.stop_all();
+        }
+        change(&mut self.logging);
+        if self.logging.is_on() && !was_on {
+            self.stop_all();
         }
         self.settle()
     }
@@ -339,15 +407,17 @@ impl<'a> Backend<'a> {
     }
 
     fn set_vring_addr(&mut self, said: &VhostUserVringAddr) -> Result<(), Refused> {
-        if said.flags & VRING_LOG != 0 {
-            return Err(malformed("logging was not offered"));
-        }
+        let log = dirty::used_log(said.flags, said.log);
+        let logs = self.logging.is_on();
         let addresses = Addresses { desc: said.descriptor, avail: said.available, used: said.used };
         let ring = self.ring(said.index)?;
         if ring.runs() && ring.addresses != Some(addresses) {
             return Err(malformed("the ring runs"));
         }
         ring.addresses = Some(addresses);
+        if std::mem::replace(&mut ring.log, log) != log && logs {
+            self.stop_ring(said.index as usize);
+        }
         self.settle()
     }
 
@@ -398,6 +468,7 @@ impl<'a> Backend<'a> {
         if status == 0 {
             // Enabled rings stay so: not every frontend would say it again.
             self.end_all();
+            self.state.forget();
             self.forget();
         }
         let refused = if self.features.is_none() { VIRTIO_CONFIG_S_FEATURES_OK as u8 } else { 0 };
@@ -413,6 +484,7 @@ impl<'a> Backend<'a> {
     fn settle(&mut self) -> Result<(), Refused> {
         let mut result = Ok(());
         for index in 0..self.rings.len() {
+            let log = self.logging.of_ring(self.rings[index].log);
             let ring = &mut self.rings[index];
             let wanted = self.features.is_some()
                 && (ring.enabled || !self.negotiates)
@@ -422,7 +494,10 @@ impl<'a> Backend<'a> {
                 ring.stop(index as u16, self.device);
             } else if !ring.runs() {
                 let inflight = self.inflight.as_ref();
-                let started = ring.start(index as u16, self.device, &self.memory, inflight, &self.broken);
+                let started = ring.start(index as u16, self.device, &self.memory, inflight, log, &self.broken);
+                if started.is_ok() {
+                    self.state.forget();
+                }
                 if let Err(error) = started {
                     // Not again with every message: with a new doorbell.
                     ring.kick = None;
@@ -476,6 +551,9 @@ pub(crate) fn has_reply(kind: FrontendReq) -> bool {
             | FrontendReq::GET_CONFIG
             | FrontendReq::GET_INFLIGHT_FD
             | FrontendReq::GET_STATUS
+            | FrontendReq::SET_LOG_BASE
+            | FrontendReq::SET_DEVICE_STATE_FD
+            | FrontendReq::CHECK_DEVICE_STATE
     )
 }
 

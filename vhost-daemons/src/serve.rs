@@ -1,7 +1,7 @@
 //! The life of a daemon: devices opened, each with a control thread that serves one client after another, until a signal ends
 //! them all.
 
-use std::io::{self, IsTerminal};
+use std::io;
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -10,11 +10,12 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use ringvm_backends::device::Device;
+use ringvm_backends::program::{SignalThread, start_tracing};
 use ringvm_backends::reactor::ReactorPool;
 use ringvm_backends::stats::DeviceStats;
 use ringvm_backends::summary::summary;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1};
 use tracing::{error, info, warn};
-use tracing_subscriber::EnvFilter;
 
 use crate::exit::Exit;
 use crate::mailbox::Mailbox;
@@ -22,13 +23,15 @@ use crate::message::Connection;
 use crate::notify::notify;
 use crate::options::ServeOptions;
 use crate::session::{End, Session};
-use crate::signals::{Request, SignalThread};
 use crate::source::{Next, Source};
 
 /// Longest time to wait for a device's statistics: it may be busy draining.
 const STATS_PATIENCE: Duration = Duration::from_secs(2);
 /// Between two attempts to accept, when the host has no descriptor left.
 const HOST_PAUSE: Duration = Duration::from_millis(200);
+
+/// SIGUSR1 asks for statistics, the others end the daemon.
+const SIGNALS: [i32; 5] = [SIGTERM, SIGINT, SIGQUIT, SIGHUP, SIGUSR1];
 
 /// Opens a device of this name, whose queues run on threads of the pool.
 pub type Open<T> = fn(&str, &T, &ReactorPool) -> Result<Box<dyn Device>, String>;
@@ -84,7 +87,7 @@ fn run<T>(program: &Program<T>, options: &ServeOptions, texts: &[String]) -> Res
 
     let (tell, told) = mpsc::channel();
     let signal = tell.clone();
-    let signals = SignalThread::start(move |request| drop(signal.send(Told::Signal(request))));
+    let signals = SignalThread::start(&SIGNALS, move |number| drop(signal.send(Told::Signal(number))));
     let signals = signals.map_err(|error| host("listening to signals", error))?;
     let ready = devices.iter().zip(&sources);
     let ready: Vec<_> = ready.map(|(device, source)| format!("{} is ready at {source}", device.info().name)).collect();
@@ -103,7 +106,7 @@ fn run<T>(program: &Program<T>, options: &ServeOptions, texts: &[String]) -> Res
 
 /// What the main thread is told.
 enum Told {
-    Signal(Request),
+    Signal(i32),
     /// A control thread has nobody to serve any more.
     Ended,
 }
@@ -164,8 +167,8 @@ fn wait(threads: &[Control], told: &Receiver<Told>) {
     let mut left = threads.len();
     while left > 0 {
         match told.recv() {
-            Ok(Told::Signal(Request::Statistics)) => eprint!("{}", summary(&statistics(threads))),
-            Ok(Told::Signal(Request::End)) | Err(_) => return,
+            Ok(Told::Signal(SIGUSR1)) => eprint!("{}", summary(&statistics(threads))),
+            Ok(Told::Signal(_)) | Err(_) => return,
             Ok(Told::Ended) => left -= 1,
         }
     }
@@ -200,17 +203,4 @@ fn finish(threads: Vec<Control>, stats: bool) -> Result<(), Failure> {
         eprint!("{}", summary(&total));
     }
     result
-}
-
-fn start_tracing(verbose: u8) {
-    let level = match verbose {
-        0 => "warn",
-        1 => "info",
-        2 => "debug",
-        _ => "trace",
-    };
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
-    let colours = std::io::stderr().is_terminal();
-    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    subscriber.with_ansi(colours).with_target(false).init();
 }

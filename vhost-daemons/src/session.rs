@@ -84,7 +84,7 @@ impl<'a> Session<'a> {
             Some(kind) => self.backend.apply(kind, message),
             None => Err(Refused::Malformed("nobody knows this message".into())),
         };
-        let refused = match answer {
+        let (refused, code) = match answer {
             Ok(Answer::Reply(body, file)) => {
                 return Ok(connection.reply(request, &body, file.as_ref().map(AsFd::as_fd))?);
             }
@@ -94,7 +94,8 @@ impl<'a> Session<'a> {
                 }
                 return Ok(());
             }
-            Err(refused) => refused,
+            Ok(Answer::Refused(code, refused)) => (refused, Some(code)),
+            Err(refused) => (refused, None),
         };
         let name = known.map_or_else(|| format!("message {request}"), |known| format!("{known:?}"));
         self.refusals += 1;
@@ -102,12 +103,13 @@ impl<'a> Session<'a> {
             return Err(SessionError::Hopeless);
         }
         let nack = need_reply && self.backend.acks() && !known.is_some_and(has_reply);
-        if !nack && !matches!(refused, Refused::Features(_)) {
+        let code = code.or(nack.then_some(1));
+        if code.is_none() && !matches!(refused, Refused::Features(_)) {
             return Err(SessionError::Refused { message: name, reason: refused });
         }
         warn!(device = %self.backend.device().info().name, "{name} refused: {refused}");
-        if nack {
-            connection.reply(request, &1u64.to_ne_bytes(), None)?;
+        if let Some(code) = code {
+            connection.reply(request, &code.to_ne_bytes(), None)?;
         }
         Ok(())
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use ringvm_backends::device::{Device, DeviceError, QueueParts, QueueState, RingConfig};
+use ringvm_backends::dirty::QueueLog;
 use ringvm_backends::inflight::InflightArea;
 use ringvm_backends::interrupt::Interrupt;
 use thiserror::Error;
@@ -41,6 +42,8 @@ pub(crate) struct Addresses {
 pub(crate) struct Vring {
     pub(crate) size: Option<u16>,
     pub(crate) addresses: Option<Addresses>,
+    /// Guest-physical address of the used ring, if writes to it are to be logged.
+    pub(crate) log: Option<u64>,
     /// The next entry of the available ring to look at, while the ring does not run.
     pub(crate) base: u16,
     pub(crate) kick: Option<OwnedFd>,
@@ -69,6 +72,7 @@ impl Vring {
         device: &mut dyn Device,
         memory: &Memory,
         inflight: Option<&InflightArea>,
+        log: Option<QueueLog>,
         broken: &Arc<AtomicBool>,
     ) -> Result<(), VringError> {
         let (Some(size), Some(addresses), Some(kick)) = (self.size, self.addresses, &self.kick) else { return Ok(()) };
@@ -104,6 +108,8 @@ impl Vring {
             })),
             from: QueueState { next_avail: self.base, next_used },
             inflight: inflight.and_then(|area| area.table(index)),
+            log,
+            in_order: inflight.is_none(),
         };
         device.start_queue(index, parts)?;
         self.running = true;

@@ -1,12 +1,11 @@
 //! The `ringvm` program.
 
-use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use ringvm::cli::{Cli, Command};
 use ringvm::exit::Exit;
 use ringvm::{check, run};
-use tracing_subscriber::EnvFilter;
+use ringvm_backends::program::start_tracing;
 
 fn main() -> ExitCode {
     let cli = match Cli::from_process() {
@@ -29,17 +28,4 @@ fn main() -> ExitCode {
             exit.into()
         }
     }
-}
-
-fn start_tracing(verbose: u8) {
-    let level = match verbose {
-        0 => "warn",
-        1 => "info",
-        2 => "debug",
-        _ => "trace",
-    };
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
-    let colours = std::io::stderr().is_terminal();
-    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    subscriber.with_ansi(colours).with_target(false).init();
 }

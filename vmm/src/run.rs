@@ -31,7 +31,7 @@ use crate::legacy::console::{Console, Streams};
 use crate::legacy::terminal::{RawMode, is_interactive};
 use crate::machine::{Blueprint, Machine, MachineError, Running};
 use crate::placement::{Moved, Mover, PlaceError, PlacedDisk, nic_in_daemon};
-use crate::signals::SignalThread;
+use crate::signals;
 use crate::vhost_user::peer::Peer;
 use crate::vhost_user::{ConnectError, VhostUserDevice, Wanted};
 
@@ -176,8 +176,8 @@ pub fn run(config: &Config) -> Result<Exit, RunError> {
         events: &events,
     };
     let machine = Machine::build(&blueprint, devices)?;
-    let signals = SignalThread::start(events.clone())
-        .map_err(|source| RunError::Host { what: "listening to signals", source })?;
+    let signals =
+        signals::listen(events.clone()).map_err(|source| RunError::Host { what: "listening to signals", source })?;
     let raw = match config.serial {
         Serial::Stdio => {
             RawMode::enter().map_err(|source| RunError::Host { what: "putting the terminal into raw mode", source })?

@@ -1,58 +1,31 @@
-//! Signals of the process, turned into events on a thread of their own.
+//! Signals of the process, turned into events.
 
 use std::io;
-use std::thread::{self, JoinHandle};
 
+use ringvm_backends::program::SignalThread;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
-use signal_hook::iterator::{Handle, Signals};
 
 use crate::events::{Ending, Events};
 
-const STACK: usize = 64 << 10;
-
-/// Listens until it is dropped.
-pub struct SignalThread {
-    handle: Handle,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl SignalThread {
-    /// Starts to listen: SIGTERM, SIGINT, SIGQUIT and SIGHUP end the machine, SIGUSR1 asks for statistics, SIGUSR2 for
-    /// disks to change their place.
-    ///
-    /// # Errors
-    /// When the host has no thread or descriptor left.
-    pub fn start(events: Events) -> io::Result<Self> {
-        let mut wanted = vec![SIGTERM, SIGINT, SIGQUIT, SIGUSR1, SIGUSR2];
-        if !is_ignored(SIGHUP) {
-            // nohup(1) means that it shall go on.
-            wanted.push(SIGHUP);
-        }
-        let mut signals = Signals::new(wanted)?;
-        let handle = signals.handle();
-        let thread = thread::Builder::new().name("signals".into()).stack_size(STACK).spawn(move || {
-            for signal in signals.forever() {
-                match signal {
-                    SIGUSR1 => events.statistics(),
-                    SIGUSR2 => events.change_places(),
-                    SIGINT => events.end(Ending::Signal("SIGINT")),
-                    SIGQUIT => events.end(Ending::Signal("SIGQUIT")),
-                    SIGHUP => events.end(Ending::Signal("SIGHUP")),
-                    _ => events.end(Ending::Signal("SIGTERM")),
-                }
-            }
-        })?;
-        Ok(Self { handle, thread: Some(thread) })
+/// Starts to listen: SIGTERM, SIGINT, SIGQUIT and SIGHUP end the machine, SIGUSR1 asks for statistics, SIGUSR2 for disks to
+/// change their place.
+///
+/// # Errors
+/// When the host has no thread or descriptor left.
+pub fn listen(events: Events) -> io::Result<SignalThread> {
+    let mut wanted = vec![SIGTERM, SIGINT, SIGQUIT, SIGUSR1, SIGUSR2];
+    if !is_ignored(SIGHUP) {
+        // nohup(1) means that it shall go on.
+        wanted.push(SIGHUP);
     }
-}
-
-impl Drop for SignalThread {
-    fn drop(&mut self) {
-        self.handle.close();
-        if let Some(thread) = self.thread.take() {
-            drop(thread.join());
-        }
-    }
+    SignalThread::start(&wanted, move |signal| match signal {
+        SIGUSR1 => events.statistics(),
+        SIGUSR2 => events.change_places(),
+        SIGINT => events.end(Ending::Signal("SIGINT")),
+        SIGQUIT => events.end(Ending::Signal("SIGQUIT")),
+        SIGHUP => events.end(Ending::Signal("SIGHUP")),
+        _ => events.end(Ending::Signal("SIGTERM")),
+    })
 }
 
 #[allow(unsafe_code, reason = "asking for a signal's action has no safe wrapper")]

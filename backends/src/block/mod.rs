@@ -22,6 +22,7 @@ use crate::queue::RING_FEATURES;
 use crate::queues::Queues;
 use crate::reactor::ReactorPool;
 use crate::ring::MAX_PIECES;
+use crate::state::{Refusal, StateReader, StateWriter};
 use crate::stats::DeviceStats;
 use crate::storage::Storage;
 use config::{CONFIG_LEN, WRITEBACK};
@@ -34,6 +35,8 @@ use request::{Limits, SECTOR};
 const MAX_SEGMENT_SECTORS: u32 = 1 << 22;
 /// Most segments of a discard or write-zeroes request.
 const MAX_SEGMENTS: u32 = 32;
+/// The layout of a disk's state: the driver's choice of a cache mode.
+const STATE_VERSION: u32 = 1;
 
 /// A storage of any kind, crossed once per queue start.
 trait Backing: Send {
@@ -146,6 +149,18 @@ impl BlockDevice {
         self.features & 1 << feature != 0
     }
 
+    /// The cache mode in the state of another disk.
+    fn cache_mode(&self, state: &[u8]) -> Result<bool, Refusal> {
+        let mut state = StateReader::new(state, VIRTIO_ID_BLOCK, STATE_VERSION)?;
+        let writeback = state.flag()?;
+        state.finish()?;
+        // Without the feature nobody can have chosen.
+        if !writeback && self.info.features & 1 << VIRTIO_BLK_F_CONFIG_WCE == 0 {
+            return Err("it has a cache mode that this disk does not offer");
+        }
+        Ok(writeback)
+    }
+
     /// Brings the cache mode in line with what was negotiated (section 5.2.5.2): write-through for a driver that can't
     /// flush, else as the driver last said, else write-back.
     fn update_cache_mode(&self) {
@@ -212,6 +227,20 @@ impl Device for BlockDevice {
             what: "flushing",
             source,
         })
+    }
+
+    fn save_state(&self) -> Vec<u8> {
+        let mut state = StateWriter::new(VIRTIO_ID_BLOCK, STATE_VERSION);
+        state.flag(self.config[WRITEBACK] != 0);
+        state.finish()
+    }
+
+    fn load_state(&mut self, state: &[u8]) -> Result<(), DeviceError> {
+        let writeback = self.cache_mode(state);
+        let writeback = writeback.map_err(|reason| DeviceError::State { device: self.info.name.clone(), reason })?;
+        self.config[WRITEBACK] = writeback.into();
+        self.update_cache_mode();
+        Ok(())
     }
 
     fn stats(&self) -> DeviceStats {

@@ -21,7 +21,7 @@ use crate::queue::Chain;
 use crate::worker::{Handler, Outcome, Step};
 
 /// Most addresses of one MAC table.
-const MAX_TABLE: u32 = 1024;
+pub(super) const MAX_TABLE: u32 = 1024;
 
 /// What the control queue changes, shared with the device and its other queues.
 pub(super) struct Control {
@@ -45,12 +45,12 @@ pub(super) struct Control {
 /// The driver's wishes for what is received.
 #[derive(Clone, Debug, Default)]
 pub(super) struct RxMode {
-    promiscuous: bool,
-    all_multicast: bool,
-    unicast: Vec<[u8; 6]>,
-    multicast: Vec<[u8; 6]>,
+    pub(super) promiscuous: bool,
+    pub(super) all_multicast: bool,
+    pub(super) unicast: Vec<[u8; 6]>,
+    pub(super) multicast: Vec<[u8; 6]>,
     /// Said once that the port can't filter.
-    told: bool,
+    pub(super) told: bool,
 }
 
 /// A command that is answered with an error.
@@ -84,7 +84,8 @@ impl Control {
         drop(self.port.set_filter(&Filter { promiscuous: true, ..Filter::default() }));
     }
 
-    fn change_rx(&self, change: impl FnOnce(&mut RxMode)) {
+    /// Changes what is received, and brings the port in line with that and with the address.
+    pub(super) fn change_rx(&self, change: impl FnOnce(&mut RxMode)) {
         let mut rx = self.rx.lock().unwrap_or_else(PoisonError::into_inner);
         change(&mut rx);
         let mut addresses = vec![*self.mac.lock().unwrap_or_else(PoisonError::into_inner)];

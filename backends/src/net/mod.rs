@@ -5,6 +5,7 @@ mod features;
 mod frame;
 pub mod options;
 mod receive;
+mod state;
 mod transmit;
 
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
@@ -24,6 +25,7 @@ use control::{Control, ControlHandler, RxMode};
 use frame::{HEADER_LEN, MAX_FRAME};
 pub use options::{Mac, NetOptions, OpenError};
 use receive::ReceiveSource;
+use state::NetState;
 use transmit::TransmitHandler;
 
 /// Bytes of `struct virtio_net_config` up to and with `duplex`.
@@ -328,6 +330,33 @@ impl Device for NetDevice {
 
     fn on_config_change(&mut self, notify: Interrupt) {
         *self.config_changed.lock().unwrap_or_else(PoisonError::into_inner) = notify;
+    }
+
+    fn save_state(&self) -> Vec<u8> {
+        NetState::of(&self.control).to_bytes()
+    }
+
+    fn load_state(&mut self, state: &[u8]) -> Result<(), DeviceError> {
+        // Before they are negotiated, what could be.
+        let negotiated = self.features != 0;
+        let accepted = if negotiated { self.features } else { self.info.features };
+        let state = NetState::from_bytes(state, self.max_pairs, accepted);
+        let state = state.map_err(|reason| DeviceError::State { device: self.info.name.clone(), reason })?;
+        if negotiated && !self.down.load(Ordering::Acquire) {
+            self.port
+                .set_offloads(features::guest_offloads(state.guest_offloads))
+                .map_err(|source| self.host_error("setting the port's offloads", source))?;
+            if let Some(pairs) = state.pairs {
+                let done = self.control.set_pairs(pairs);
+                done.map_err(|source| self.host_error("changing the number of queue pairs", source))?;
+            }
+        }
+        self.control.pairs_said.store(state.pairs.is_some(), Ordering::Release);
+        self.control.guest_offloads.store(state.guest_offloads, Ordering::Relaxed);
+        self.control.announce.store(state.announce, Ordering::Release);
+        *self.control.mac.lock().unwrap_or_else(PoisonError::into_inner) = state.mac;
+        self.control.change_rx(|rx| *rx = state.rx);
+        Ok(())
     }
 
     fn stats(&self) -> DeviceStats {

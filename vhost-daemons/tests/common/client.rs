@@ -3,7 +3,7 @@
 
 use std::io::{IoSlice, IoSliceMut, Read};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -18,6 +18,7 @@ use rustix::net::{
 };
 use vhost::vhost_user::message::FrontendReq;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::{PATIENCE, wait};
 
@@ -33,8 +34,10 @@ pub(crate) const GUEST: u64 = 0x10_0000;
 pub(crate) const SIZE: u16 = 64;
 const RING_SPACE: u64 = 0x1_0000;
 const DATA: u64 = GUEST + 0x10_0000;
-/// Protocol features: MQ, REPLY_ACK, BACKEND_REQ, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, CONFIGURE_MEM_SLOTS, STATUS.
-pub(crate) const PROTOCOL: u64 = 1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 15 | 1 << 16;
+/// Protocol features: MQ, LOG_SHMFD, REPLY_ACK, BACKEND_REQ, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, CONFIGURE_MEM_SLOTS, STATUS,
+/// DEVICE_STATE.
+pub(crate) const PROTOCOL: u64 =
+    1 | 1 << 1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 15 | 1 << 16 | 1 << 19;
 
 pub(crate) fn words(words: &[u32]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_ne_bytes()).collect()
@@ -46,6 +49,14 @@ pub(crate) fn longs(longs: &[u64]) -> Vec<u8> {
 
 pub(crate) fn eventfd() -> OwnedFd {
     rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap()
+}
+
+/// The same eventfd as the `vhost` crate wants it.
+#[allow(unsafe_code, reason = "eventfds by number")]
+pub(crate) fn event(fd: &OwnedFd) -> EventFd {
+    let copy = fd.try_clone().unwrap();
+    // SAFETY: the descriptor is open, and given away.
+    unsafe { EventFd::from_raw_fd(copy.into_raw_fd()) }
 }
 
 pub(crate) fn memfd(size: u64, flags: MemfdFlags) -> OwnedFd {

@@ -20,6 +20,7 @@ use ringvm_backends::interrupt::Interrupt;
 use ringvm_backends::reactor::{ReactorOptions, ReactorPool};
 use ringvm_backends::stats::DeviceStats;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{PlaceError, common_arguments, program};
@@ -95,7 +96,7 @@ struct Placed {
     config_changed: Interrupt,
     running: BTreeMap<u16, Kept>,
     /// What was counted in other places.
-    past: Vec<DeviceStats>,
+    past: DeviceStats,
 }
 
 /// What a queue needs to start again.
@@ -117,6 +118,8 @@ impl Kept {
             fault: self.fault.clone(),
             from,
             inflight,
+            log: None,
+            in_order: false,
         })
     }
 }
@@ -150,7 +153,7 @@ impl PlacedDisk {
             written: BTreeMap::new(),
             config_changed: Interrupt::None,
             running: BTreeMap::new(),
-            past: Vec::new(),
+            past: DeviceStats::default(),
         }));
         Ok((Self { info, shared: Arc::clone(&shared) }, Mover(shared)))
     }
@@ -243,6 +246,10 @@ impl Placed {
     }
 
     fn move_to(&mut self, place: Place) -> Result<Moved, PlaceError> {
+        let is_shared = |kept: &Kept| kept.mem.iter().all(|region| region.file_offset().is_some());
+        if place == Place::Daemon && !self.running.values().all(is_shared) {
+            return Err(PlaceError::Private { device: self.name.clone() });
+        }
         let Self { name, options, reactors, pool, image, stats, .. } = self;
         let mut next = serve(name, options, place, reactors, pool, image.as_ref(), *stats)?;
         self.prepare(&mut next)?;
@@ -289,7 +296,7 @@ impl Placed {
             kept.call.raise();
         }
         let pause = start.elapsed();
-        self.past.push(self.server.device().stats());
+        self.past.merge(&self.server.device().stats());
         self.server = next;
         self.place = place;
         Ok(Moved { name: self.name.clone(), place, pause })
@@ -382,7 +389,36 @@ impl Device for PlacedDisk {
     fn stats(&self) -> DeviceStats {
         let placed = self.lock();
         let mut all = placed.server.device_ref().stats();
-        placed.past.iter().for_each(|past| all.merge(past));
+        all.merge(&placed.past);
         all
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{GuestAddress, GuestMemoryMmap};
+
+    use super::*;
+
+    #[test]
+    fn a_disk_of_a_guest_with_private_memory_stays_where_it_is() {
+        let options = BlockOptions { storage: StorageKind::Null, size: Some(1 << 20), ..BlockOptions::default() };
+        let (mut disk, mover) = PlacedDisk::open("disk0", &options, &ReactorOptions::default(), None, false).unwrap();
+        disk.ack_features(disk.info().features).unwrap();
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        let parts = QueueParts {
+            ring: RingConfig { size: 16, desc: 0, avail: 0x1000, used: 0x2000 },
+            mem: Arc::new(memory),
+            kick: EventFd::new(0).unwrap(),
+            call: Interrupt::None,
+            fault: Interrupt::None,
+            from: QueueState::default(),
+            inflight: None,
+            log: None,
+            in_order: false,
+        };
+        disk.start_queue(0, parts).unwrap();
+        assert!(matches!(mover.toggle(), Err(PlaceError::Private { .. })));
+        assert_eq!(disk.stop_queue(0), Some(QueueState::default()), "it is served all the same");
     }
 }

@@ -6,7 +6,7 @@ mod net;
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use ringvm_backends::block::{self};
+use ringvm_backends::block;
 use ringvm_backends::device::DeviceError;
 use ringvm_backends::net as nic;
 use ringvm_backends::reactor::ReactorOptions;
@@ -44,6 +44,12 @@ pub enum PlaceError {
         what: &'static str,
         /// What came back.
         source: std::io::Error,
+    },
+    /// No other process can map the guest's memory.
+    #[error("{device}: the guest's memory is private (--memory ksm=on), so that no daemon can serve it")]
+    Private {
+        /// Name of the device.
+        device: String,
     },
     /// The daemon that has it is away, and requests in flight with it.
     #[error("{device}: its daemon is away, so that it can't move now; it comes back by itself")]

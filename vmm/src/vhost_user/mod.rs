@@ -528,7 +528,7 @@ impl Device for VhostUserDevice {
             Ok(true)
         });
         // While nobody is there to say so, it is known of one field that it is the driver's.
-        let taken = written.unwrap_or_else(|| self.info.device_type == VIRTIO_ID_BLOCK && offset == BLOCK_WRITEBACK);
+        let taken = written.unwrap_or(self.info.device_type == VIRTIO_ID_BLOCK && offset == BLOCK_WRITEBACK);
         let end = offset as usize + data.len();
         if taken && let Some(place) = state.config.get_mut(offset as usize..end) {
             if written.is_none() {
@@ -543,7 +543,7 @@ impl Device for VhostUserDevice {
     fn start_queue(&mut self, index: u16, parts: QueueParts) -> Result<(), DeviceError> {
         let name = || self.info.name.clone();
         let host = |what, source| DeviceError::Host { device: name(), what, source };
-        let QueueParts { ring, mem, kick, call, fault, from, inflight: _ } = parts;
+        let QueueParts { ring, mem, kick, call, fault, from, inflight: _, log: _, in_order: _ } = parts;
         let mut state = self.shared.lock();
         let place = state.rings.get(usize::from(index));
         match place {

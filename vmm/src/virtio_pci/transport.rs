@@ -326,6 +326,8 @@ impl Transport {
             })),
             from: queue.from,
             inflight: None,
+            log: None,
+            in_order: false,
         });
         let started = match parts {
             Ok(parts) => self.device.start_queue(index as u16, parts).map_err(|error| error.to_string()),

@@ -1,0 +1,183 @@
+//! The log of guest pages that a device has written, for whoever copies a running guest elsewhere (vhost-user specification,
+//! "Migration"): a file with one bit per page of 4 KiB, in the order of guest-physical addresses.
+//!
+//! The kernel writes to guest memory on our behalf, past any bitmap. So a queue remembers, where it takes a chain, what of
+//! it can be written, and marks all of that where it gives the chain back: whoever reads the log takes bits away at any moment
+//! and copies what they stand for, hence a page is marked behind its last write. A queue without a log does none of this.
+
+use std::fs::File;
+use std::io;
+use std::ops::RangeInclusive;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering, fence};
+
+use rustix::fs::{FileType, SealFlags};
+use vm_memory::{
+    Address, FileOffset, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion, VolatileMemory,
+};
+
+use crate::device::GuestMemory;
+use crate::guest_io::GuestIo;
+use crate::interrupt::Interrupt;
+
+/// Bytes of guest memory that a bit stands for, whatever the host's pages are.
+pub const LOG_PAGE: u64 = 4096;
+
+/// A log, shared with whoever reads it.
+#[derive(Debug)]
+pub struct DirtyLog {
+    map: MmapRegion,
+    /// Where in the mapping it begins: its offset in the file need not be a multiple of the host's pages.
+    at: usize,
+    /// Its length in bytes.
+    len: u64,
+    /// Said once that it is too short.
+    told: AtomicBool,
+}
+
+impl DirtyLog {
+    /// Maps `len` bytes at `offset` of a file.
+    ///
+    /// # Errors
+    /// When these are not all there, or can't be mapped.
+    pub fn from_file(file: OwnedFd, offset: u64, len: u64) -> io::Result<Self> {
+        let stat = rustix::fs::fstat(&file)?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+            return Err(invalid("a log needs a memfd or another file".into()));
+        }
+        let end = offset.checked_add(len).and_then(|end| i64::try_from(end).ok());
+        if len == 0 || end.is_none_or(|end| end > stat.st_size) {
+            return Err(invalid(format!("a log of {len} bytes at {offset} is not in a file of {}", stat.st_size)));
+        }
+        // Whoever could cut it short could crash us. A file that can't be sealed is the other side's own risk.
+        let _ = rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK);
+        let at = offset % rustix::param::page_size() as u64;
+        // Both are within a file, so the sum can't wrap.
+        let size = usize::try_from(at + len).map_err(|_| invalid(format!("a log of {len} bytes is too long")))?;
+        let map = MmapRegion::build(
+            Some(FileOffset::new(File::from(file), offset - at)),
+            size,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED,
+        );
+        let map = map.map_err(|error| io::Error::other(format!("mapping a log of {len} bytes: {error}")))?;
+        Ok(Self { map, at: at as usize, len, told: AtomicBool::new(false) })
+    }
+
+    /// Where it is mapped: an address and a length.
+    #[must_use]
+    pub fn mapping(&self) -> (usize, usize) {
+        (self.map.as_ptr() as usize, self.map.size())
+    }
+
+    /// Marks the pages of `len` bytes of guest memory from `addr` on, which have been written. What the log is too short for
+    /// is left out: its reader knows how much memory it looks at.
+    pub fn mark(&self, addr: u64, len: u64) {
+        let Some(pages) = pages(addr, len) else { return };
+        let (first, mut last) = pages.into_inner();
+        let end = self.len.saturating_mul(8);
+        if last >= end {
+            if !self.told.swap(true, Ordering::Relaxed) {
+                tracing::warn!(page = last, pages = end, "the log of written pages is too short for the memory");
+            }
+            last = end - 1;
+        }
+        // What was written must be visible before a bit is found set already: its reader may be about to take it away, and
+        // then to copy the page.
+        fence(Ordering::SeqCst);
+        // Nothing, if even the first page is beyond the end.
+        for byte in first / 8..=last / 8 {
+            let from = if byte == first / 8 { first % 8 } else { 0 };
+            let to = if byte == last / 8 { last % 8 } else { 7 };
+            if from > to {
+                return;
+            }
+            let bits = (0xff_u8 << from) & (0xff >> (7 - to));
+            let cell = self.map.get_atomic_ref::<AtomicU8>(self.at + byte as usize);
+            let cell = cell.expect("the page is below the end, so its byte is mapped");
+            if cell.load(Ordering::Relaxed) & bits != bits {
+                cell.fetch_or(bits, Ordering::SeqCst);
+            }
+        }
+    }
+}
+
+/// The pages of `len` bytes from `addr` on; `None` for no bytes. What wraps around ends with the last page there is.
+fn pages(addr: u64, len: u64) -> Option<RangeInclusive<u64>> {
+    let last = addr.saturating_add(len.checked_sub(1)?);
+    Some(addr / LOG_PAGE..=last / LOG_PAGE)
+}
+
+fn invalid(message: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, message)
+}
+
+/// What a queue needs to log what it writes.
+#[derive(Clone, Debug)]
+pub struct QueueLog {
+    /// Where pages are marked.
+    pub log: Arc<DirtyLog>,
+    /// Guest-physical address of the used ring, if writes to it are to be marked as well.
+    pub used: Option<u64>,
+    /// Raised when something was marked.
+    pub marked: Interrupt,
+}
+
+/// The bookkeeping of one queue.
+#[derive(Debug)]
+pub(crate) struct Writes {
+    to: QueueLog,
+    /// Where regions lie: host address, length and guest-physical address, by host address.
+    regions: Vec<(u64, u64, u64)>,
+    /// What can be written of the chains in flight, by head: guest-physical addresses and lengths.
+    writable: Vec<Vec<(u64, u64)>>,
+}
+
+impl Writes {
+    /// For a queue of `size` descriptors.
+    pub(crate) fn new(to: QueueLog, mem: &GuestMemory, size: u16) -> Self {
+        let place = |region: &GuestRegionMmap| {
+            (region.as_ptr() as u64, GuestMemoryRegion::len(region), region.start_addr().raw_value())
+        };
+        let mut regions: Vec<_> = mem.iter().map(place).collect();
+        regions.sort_unstable();
+        Self { to, regions, writable: vec![Vec::new(); size.into()] }
+    }
+
+    /// A chain was taken, of which this can be written.
+    pub(crate) fn taken(&mut self, head: u16, writable: &GuestIo) {
+        let ranges = &mut self.writable[usize::from(head)];
+        ranges.clear();
+        for piece in writable.pieces() {
+            let host = piece.iov_base as u64;
+            let behind = self.regions.partition_point(|&(start, ..)| start <= host);
+            let (start, len, guest) = self.regions[behind.checked_sub(1).expect("pieces lie in memory")];
+            debug_assert!(host - start + piece.iov_len as u64 <= len, "a piece lies in one region");
+            ranges.push((guest + (host - start), piece.iov_len as u64));
+        }
+    }
+
+    /// Nothing will be written to a chain any more.
+    pub(crate) fn returned(&mut self, head: u16) {
+        for (addr, len) in self.writable[usize::from(head)].drain(..) {
+            self.to.log.mark(addr, len);
+        }
+    }
+
+    /// So many bytes of the used ring were written.
+    pub(crate) fn used_written(&self, offset: u64, len: u64) {
+        if let Some(used) = self.to.used {
+            self.to.log.mark(used.saturating_add(offset), len);
+        }
+    }
+
+    /// Tells the log's reader.
+    pub(crate) fn tell(&self) {
+        self.to.marked.raise();
+    }
+}
+
+#[cfg(test)]
+#[path = "dirty_tests.rs"]
+mod tests;

@@ -1,0 +1,89 @@
+//! What a frontend has said of the log of written pages (vhost-user specification, "Migration"). The log itself is the business
+//! of the backends.
+//!
+//! Three things must come together before anything is marked, in whatever order they come and while rings run: where the log
+//! is, VHOST_F_LOG_ALL, and a ring that runs; for its used ring, a flag of the ring besides.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use ringvm_backends::dirty::{DirtyLog, QueueLog};
+use ringvm_backends::interrupt::Interrupt;
+use vhost::vhost_user::message::VhostUserLog;
+
+use crate::mailbox::Event;
+use crate::sigbus::{self, Guard};
+
+/// VHOST_F_LOG_ALL: writes to guest memory are to be logged.
+pub(crate) const F_LOG_ALL: u64 = 1 << 26;
+/// VHOST_VRING_F_LOG: those to the used ring as well.
+const VRING_LOG: u32 = 1;
+
+/// A mapped log. The guard goes first.
+#[derive(Debug)]
+pub(crate) struct Mapped {
+    _guard: Guard,
+    log: Arc<DirtyLog>,
+}
+
+impl Mapped {
+    /// Maps the log that the frontend shares.
+    pub(crate) fn new(said: &VhostUserLog, file: OwnedFd, alarm: &Event) -> io::Result<Self> {
+        let log = DirtyLog::from_file(file, said.mmap_offset, said.mmap_size)?;
+        let (start, len) = log.mapping();
+        Ok(Self { _guard: sigbus::protect(start, len, alarm)?, log: Arc::new(log) })
+    }
+}
+
+/// The log of a session. Rings that mark in it must have stopped before it is changed.
+#[derive(Debug)]
+pub(crate) struct Logging {
+    base: Option<Mapped>,
+    all: bool,
+    event: Interrupt,
+}
+
+impl Default for Logging {
+    fn default() -> Self {
+        Self { base: None, all: false, event: Interrupt::None }
+    }
+}
+
+impl Logging {
+    /// Whether rings mark what they write.
+    pub(crate) fn is_on(&self) -> bool {
+        self.all && self.base.is_some()
+    }
+
+    /// Whether writes are to be marked, once there is a log.
+    pub(crate) fn all(&self) -> bool {
+        self.all
+    }
+
+    /// Where things are marked from now on.
+    pub(crate) fn set_base(&mut self, base: Mapped) {
+        self.base = Some(base);
+    }
+
+    /// Takes what the features say.
+    pub(crate) fn set_all(&mut self, all: bool) {
+        self.all = all;
+    }
+
+    /// What is raised when something was marked.
+    pub(crate) fn set_event(&mut self, event: Interrupt) {
+        self.event = event;
+    }
+
+    /// What a ring needs, whose used ring is logged at `used`.
+    pub(crate) fn of_ring(&self, used: Option<u64>) -> Option<QueueLog> {
+        let base = self.base.as_ref().filter(|_| self.all)?;
+        Some(QueueLog { log: Arc::clone(&base.log), used, marked: self.event.clone() })
+    }
+}
+
+/// Where the used ring is logged, if it is, of what SET_VRING_ADDR says.
+pub(crate) fn used_log(flags: u32, log: u64) -> Option<u64> {
+    (flags & VRING_LOG != 0).then_some(log)
+}
