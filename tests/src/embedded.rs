@@ -4,9 +4,10 @@
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
-use tempfile::TempDir;
+use tempfile::{NamedTempFile, TempDir};
 
-use crate::native::{self, Ended, RingVm};
+use crate::host::{Need, need};
+use crate::native::{self, Ended, Place, RingVm};
 use crate::paths;
 
 /// The guest's image, written once.
@@ -15,6 +16,34 @@ static GUEST: LazyLock<(TempDir, PathBuf)> = LazyLock::new(|| {
     let path = ringvm_bench::guest::write_to(dir.path()).expect("the target folder is writable");
     (dir, path)
 });
+
+/// Whether this host can run such a guest; if not, and that was allowed, the test ends here.
+pub fn ready() -> bool {
+    need(Need::Kvm) && need(Need::IoUring)
+}
+
+/// An image on a disk, full of holes.
+pub fn image(megabytes: u64) -> NamedTempFile {
+    let image = NamedTempFile::new_in(paths::target()).expect("the target folder is writable");
+    image.as_file().set_len(megabytes << 20).expect("the target folder has room for holes");
+    image
+}
+
+/// What follows `--disk` for an image that is served in a place, with more options.
+pub fn disk(image: &NamedTempFile, place: Place, more: &str) -> String {
+    if place == Place::Daemon {
+        paths::daemon("ringvm-blk").expect("the daemon is built");
+    }
+    format!("path={},{},{more}", image.path().display(), place.option())
+}
+
+/// What follows `--net` for a port of which this process needs no rights, in a place.
+pub fn net(port: &str, place: Place) -> String {
+    if place == Place::Daemon {
+        paths::daemon("ringvm-net").expect("the daemon is built");
+    }
+    format!("{port},{}", place.option())
+}
 
 /// The guest's image.
 pub fn kernel() -> &'static Path {

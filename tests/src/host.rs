@@ -27,10 +27,14 @@ pub enum Need {
     Lab,
     /// Taps in a network namespace of the test's own.
     Tap,
+    /// DPDK's testpmd.
+    Dpdk,
+    /// QEMU's storage daemon.
+    StorageDaemon,
 }
 
 impl Need {
-    const ALL: [Need; 4] = [Need::Kvm, Need::IoUring, Need::Lab, Need::Tap];
+    const ALL: [Need; 6] = [Need::Kvm, Need::IoUring, Need::Lab, Need::Tap, Need::Dpdk, Need::StorageDaemon];
 
     /// The name by which its absence is allowed.
     pub fn name(self) -> &'static str {
@@ -39,6 +43,8 @@ impl Need {
             Need::IoUring => "io-uring",
             Need::Lab => "lab",
             Need::Tap => "tap",
+            Need::StorageDaemon => "storage-daemon",
+            Need::Dpdk => "dpdk",
         }
     }
 
@@ -52,6 +58,8 @@ impl Need {
             Need::IoUring => io_uring::IoUring::new(8).err().map(|e| format!("setting up an io_uring: {e}")),
             Need::Lab => missing_of_lab(),
             Need::Tap => missing_of_tap(),
+            Need::StorageDaemon => absent(&["qemu-storage-daemon"]),
+            Need::Dpdk => missing_of_dpdk(),
         }
     }
 }
@@ -82,16 +90,21 @@ pub(crate) const LAB_PROGRAMS: [&str; 16] = [
     "xz",
 ];
 
+fn absent(names: &[&str]) -> Option<String> {
+    let absent: Vec<_> = names.iter().copied().filter(|name| program(name).is_none()).collect();
+    (!absent.is_empty()).then(|| format!("not installed: {}; tests/run installs them", absent.join(", ")))
+}
+
 fn missing_of_lab() -> Option<String> {
-    let absent: Vec<_> = LAB_PROGRAMS.into_iter().filter(|name| program(name).is_none()).collect();
-    if !absent.is_empty() {
-        return Some(format!("not installed: {}; tests/run installs them", absent.join(", ")));
+    if let Some(missing) = absent(&LAB_PROGRAMS) {
+        return Some(missing);
     }
     KernelPackage::find().err().map(|e| e.to_string())
 }
 
 fn missing_of_tap() -> Option<String> {
-    let absent: Vec<_> = ["ip", "setpriv", "unshare"].into_iter().filter(|name| program(name).is_none()).collect();
+    let absent: Vec<_> =
+        ["ip", "nsenter", "setpriv", "unshare"].into_iter().filter(|name| program(name).is_none()).collect();
     if !absent.is_empty() {
         return Some(format!("not installed: {}; tests/run installs them", absent.join(", ")));
     }
@@ -104,6 +117,11 @@ fn missing_of_tap() -> Option<String> {
         Ok(output) => Some(format!("making a tap in a namespace: {}", String::from_utf8_lossy(&output.stderr).trim())),
         Err(e) => Some(format!("running unshare: {e}")),
     }
+}
+
+fn missing_of_dpdk() -> Option<String> {
+    let absent: Vec<_> = ["dpdk-testpmd", "stdbuf"].into_iter().filter(|name| program(name).is_none()).collect();
+    (!absent.is_empty()).then(|| format!("not installed: {}; tests/run installs them", absent.join(", ")))
 }
 
 /// The path of a program, looked up in PATH and where Debian keeps the administrator's programs.

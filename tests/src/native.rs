@@ -1,6 +1,9 @@
-//! VMs on the host's own KVM: `ringvm` as a child process.
+//! VMs on the host's own KVM: `ringvm`, and the daemons that serve it, as child processes.
 
+use std::collections::hash_map::RandomState;
 use std::ffi::OsStr;
+use std::fs;
+use std::hash::BuildHasher;
 use std::io::Read;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
@@ -16,14 +19,36 @@ use crate::{Error, Result, paths};
 /// For a run that is not given a limit of its own.
 pub const LIMIT: Duration = Duration::from_secs(60);
 
-/// A `ringvm` to be started.
+/// Where a device is served. What holds in one place holds in the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// By `ringvm` itself.
+    Process,
+    /// By a daemon that `ringvm` starts.
+    Daemon,
+}
+
+impl Place {
+    /// Every place.
+    pub const ALL: [Place; 2] = [Place::Process, Place::Daemon];
+
+    /// As an option of `--disk` and `--net`.
+    pub fn option(self) -> &'static str {
+        match self {
+            Place::Process => "place=process",
+            Place::Daemon => "place=daemon",
+        }
+    }
+}
+
+/// A `ringvm`, or a daemon, to be started.
 #[derive(Debug)]
 pub struct RingVm {
     command: Command,
     text: String,
 }
 
-/// A running `ringvm`. Dropped, it is killed.
+/// A running `ringvm`, or a daemon. Dropped, it is killed.
 #[derive(Debug)]
 pub struct Running {
     child: Child,
@@ -35,6 +60,19 @@ pub struct Running {
     text: String,
 }
 
+/// What a process holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Holdings {
+    /// Open file descriptors.
+    pub descriptors: usize,
+    /// Threads.
+    pub threads: usize,
+    /// Mappings of memory.
+    pub mappings: usize,
+    /// Anonymous memory that is resident, in KiB.
+    pub anonymous: u64,
+}
+
 /// What a finished run left.
 #[derive(Debug)]
 pub struct Ended {
@@ -44,6 +82,22 @@ pub struct Ended {
     pub stdout: String,
     /// Errors and statistics.
     pub stderr: String,
+}
+
+impl Holdings {
+    /// Checks that nothing has grown since `early` as something would that leaks each time.
+    ///
+    /// # Panics
+    /// When it has.
+    #[track_caller]
+    pub fn assert_flat(&self, early: &Holdings) {
+        // A machine or a connection may be caught half built.
+        let flat = self.descriptors <= early.descriptors + 20
+            && self.threads <= early.threads + 8
+            && self.mappings <= early.mappings + 60
+            && self.anonymous <= early.anonymous + 1024;
+        assert!(flat, "{early:?} -> {self:?}");
+    }
 }
 
 impl Ended {
@@ -75,14 +129,66 @@ enum Chunk {
     Stderr(Vec<u8>),
 }
 
+/// Waits for a process that this one has started, other than `last`, and returns its number.
+pub fn child_after(pid: u32, last: u32, limit: Duration) -> Result<u32> {
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(child) = children(pid).into_iter().find(|&child| child != last) {
+            return Ok(child);
+        }
+        if Instant::now() > deadline {
+            let what = format!("the start of a process by {pid} after {last}");
+            return Err(Error::TimedOut { what, limit, tail: String::new() });
+        }
+        thread::sleep(Duration::from_micros(200));
+    }
+}
+
+/// Sends a process that is not a child of ours a signal; it may have ended meanwhile.
+pub fn send(pid: u32, signal: Signal) {
+    if let Some(pid) = Pid::from_raw(pid.cast_signed()) {
+        let _ = kill_process(pid, signal);
+    }
+}
+
+/// A time between nothing and `most`.
+pub fn random(most: Duration) -> Duration {
+    // Each state has keys of its own.
+    let number = RandomState::new().hash_one(0);
+    Duration::from_micros(number % (most.as_micros() as u64).max(1))
+}
+
 /// The `ringvm` under test with these arguments.
 pub fn ringvm<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> Result<RingVm> {
-    let path = paths::ringvm()?;
-    let mut command = Command::new(&path);
+    Ok(program(paths::ringvm()?, arguments))
+}
+
+/// The daemon under test of this name with these arguments.
+pub fn daemon<A: AsRef<OsStr>>(name: &str, arguments: impl IntoIterator<Item = A>) -> Result<RingVm> {
+    Ok(program(paths::daemon(name)?, arguments))
+}
+
+/// Another program, such as somebody else's daemon.
+pub fn program<A: AsRef<OsStr>>(path: impl AsRef<OsStr>, arguments: impl IntoIterator<Item = A>) -> RingVm {
+    let mut command = Command::new(path);
     // The tests' own log filter is none of its business.
     command.args(arguments).env_remove("RUST_LOG");
     let text = format!("{command:?}");
-    Ok(RingVm { command, text })
+    RingVm { command, text }
+}
+
+/// The processes that this one has started and that run.
+pub fn children(pid: u32) -> Vec<u32> {
+    let parent = |child: u32| -> Option<u32> {
+        // The name in parentheses may hold anything; behind it come the state and the parent.
+        let stat = fs::read_to_string(format!("/proc/{child}/stat")).ok()?;
+        let mut words = stat.rsplit_once(')')?.1.split_whitespace();
+        let state = words.next()?;
+        words.next()?.parse().ok().filter(|_| state != "Z")
+    };
+    let processes = fs::read_dir("/proc").into_iter().flatten();
+    let numbers = processes.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    numbers.filter(|&child| parent(child) == Some(pid)).collect()
 }
 
 /// A shell script of setting up, then the `ringvm` under test with these arguments, alone in a network, with processes and
@@ -128,6 +234,10 @@ impl RingVm {
     }
 }
 
+fn occurrences(bytes: &[u8], text: &str) -> usize {
+    bytes.windows(text.len()).filter(|window| *window == text.as_bytes()).count()
+}
+
 fn collect(
     mut pipe: impl Read + Send + 'static,
     to: mpsc::Sender<Chunk>,
@@ -167,12 +277,57 @@ impl Running {
 
     /// Waits until its stdout has shown `text` so many times.
     pub fn expect_count(&mut self, text: &str, count: usize, limit: Duration) -> Result<()> {
+        self.await_text(text, limit, |running| occurrences(&running.stdout, text) >= count)
+    }
+
+    /// Waits until its stderr has shown `text` so many times.
+    pub fn expect_said(&mut self, text: &str, count: usize, limit: Duration) -> Result<()> {
+        self.await_text(text, limit, |running| occurrences(&running.stderr, text) >= count)
+    }
+
+    /// What its stdout has shown so far.
+    pub fn shown(&mut self) -> String {
+        while let Ok(chunk) = self.chunks.try_recv() {
+            self.take(chunk);
+        }
+        String::from_utf8_lossy(&self.stdout).into_owned()
+    }
+
+    /// What its stderr has shown so far.
+    pub fn said(&mut self) -> String {
+        while let Ok(chunk) = self.chunks.try_recv() {
+            self.take(chunk);
+        }
+        String::from_utf8_lossy(&self.stderr).into_owned()
+    }
+
+    /// What it holds now.
+    ///
+    /// # Panics
+    /// When it has ended.
+    pub fn holdings(&self) -> Holdings {
+        let pid = self.pid();
+        let count = |what: &str| fs::read_dir(format!("/proc/{pid}/{what}")).map_or(0, Iterator::count);
+        let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default().lines().count();
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        let anonymous = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+        let anonymous = anonymous.and_then(|rest| rest.split_whitespace().next()).and_then(|n| n.parse().ok());
+        Holdings {
+            descriptors: count("fd"),
+            threads: count("task"),
+            mappings: maps,
+            anonymous: anonymous.expect("Linux says RssAnon"),
+        }
+    }
+
+    fn await_text(&mut self, text: &str, limit: Duration, come: impl Fn(&Running) -> bool) -> Result<()> {
         let deadline = Instant::now() + limit;
-        while self.stdout.windows(text.len()).filter(|window| *window == text.as_bytes()).count() < count {
+        while !come(self) {
             match self.chunks.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(chunk) => self.take(chunk),
                 Err(RecvTimeoutError::Timeout) => {
-                    return Err(Error::TimedOut { what: format!("`{text}` on stdout"), limit, tail: self.tail() });
+                    let what = format!("`{text}` from `{}`", self.text);
+                    return Err(Error::TimedOut { what, limit, tail: self.tail() });
                 }
                 Err(RecvTimeoutError::Disconnected) => {
                     return Err(Error::Ended { what: self.text.clone(), tail: self.tail() });

@@ -32,6 +32,14 @@ pub fn ringvm() -> Result<PathBuf> {
     }
 }
 
+/// A daemon under test: the one that the `ringvm` under test finds beside itself.
+pub fn daemon(name: &str) -> Result<PathBuf> {
+    match env::var_os("RINGVM_BIN") {
+        Some(path) => Ok(Path::new(&path).with_file_name(name)),
+        None => release_binary(name),
+    }
+}
+
 /// A release binary of the workspace, refused when it is absent or older than one of the sources it was built from.
 pub fn release_binary(name: &str) -> Result<PathBuf> {
     let path = target().join("release").join(name);

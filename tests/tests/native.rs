@@ -3,101 +3,90 @@
 //! The guest checks what it reads against a model of its own; what is looked at here is what it says, how `ringvm` ends and
 //! what is left of it.
 
-use std::fs;
 use std::io::Write;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use ringvm_tests::embedded::{self, figure, guest, succeed};
-use ringvm_tests::host::{Need, need};
-use ringvm_tests::native::LIMIT;
+use ringvm_tests::embedded::{self, disk, figure, guest, image, ready, succeed};
+use ringvm_tests::native::{LIMIT, Place};
 use ringvm_tests::paths;
 use rustix::process::Signal;
-use tempfile::NamedTempFile;
 
-/// Whether this host can run these tests; if not, and that was allowed, they end here.
-fn ready() -> bool {
-    need(Need::Kvm) && need(Need::IoUring)
-}
-
-/// An image on a disk, full of holes.
-fn image(megabytes: u64) -> NamedTempFile {
-    let image = NamedTempFile::new_in(paths::target()).expect("the target folder is writable");
-    image.as_file().set_len(megabytes << 20).expect("the target folder has room for holes");
-    image
-}
-
-fn disk(image: &NamedTempFile, more: &str) -> String {
-    format!("path={},{more}", image.path().display())
+/// Runs a test with the disk in every place.
+fn everywhere(test: impl Fn(Place)) {
+    if ready() {
+        Place::ALL.into_iter().for_each(test);
+    }
 }
 
 #[test]
 fn random_operations_match_the_guests_model() {
-    if !ready() {
-        return;
-    }
-    for queues in [1, 2] {
-        for mode in ["poll=1", "irq=1"] {
-            for direct in ["off", "on"] {
-                let image = image(64);
-                let job = format!("job=verify queues={queues} cpus={queues} depth=16 ops=3000 {mode}");
-                let disk = disk(&image, &format!("queues={queues},direct={direct}"));
-                let said = succeed(&job, &["--cpus", &queues.to_string(), "--disk", &disk]);
-                for kind in ["reads", "writes", "discards", "write_zeroes", "flushes", "sectors_checked", "indirect"] {
-                    assert!(figure(&said, kind) > 0, "{kind} in {said}");
+    everywhere(|place| {
+        for queues in [1, 2] {
+            for mode in ["poll=1", "irq=1"] {
+                for direct in ["off", "on"] {
+                    let image = image(64);
+                    let job = format!("job=verify queues={queues} cpus={queues} depth=16 ops=3000 {mode}");
+                    let disk = disk(&image, place, &format!("queues={queues},direct={direct}"));
+                    let said = succeed(&job, &["--cpus", &queues.to_string(), "--disk", &disk]);
+                    for kind in
+                        ["reads", "writes", "discards", "write_zeroes", "flushes", "sectors_checked", "indirect"]
+                    {
+                        assert!(figure(&said, kind) > 0, "{kind} in {said}");
+                    }
+                    assert_eq!(figure(&said, "irqs") > 0, mode == "irq=1", "{said}");
                 }
-                assert_eq!(figure(&said, "irqs") > 0, mode == "irq=1", "{said}");
             }
         }
-    }
+    });
 }
 
 #[test]
 fn every_ring_feature_can_be_left_out() {
-    if !ready() {
-        return;
-    }
-    for words in ["event_idx=0", "indirect=0", "event_idx=0 indirect=0 irq=1", "queue_size=16", "flush=0", "wce=0"] {
-        let image = image(64);
-        let said = succeed(&format!("job=verify depth=4 ops=1000 {words}"), &["--disk", &disk(&image, "queues=1")]);
-        assert!(figure(&said, "sectors_checked") > 0);
-    }
+    everywhere(|place| {
+        for words in
+            ["event_idx=0", "indirect=0", "event_idx=0 indirect=0 irq=1", "qsize=16", "flush=0", "config_wce=0"]
+        {
+            let image = image(64);
+            let said =
+                succeed(&format!("job=verify depth=4 ops=1000 {words}"), &["--disk", &disk(&image, place, "queues=1")]);
+            assert!(figure(&said, "sectors_checked") > 0);
+        }
+    });
 }
 
 #[test]
 fn two_disks_over_two_io_threads() {
-    if !ready() {
-        return;
-    }
-    let (one, two) = (image(64), image(64));
-    let job = "depth=8 ops=1000 irq=1 job=verify disk=0 job=verify disk=1";
-    let (one, two) = (disk(&one, "queues=2"), disk(&two, "queues=1,direct=on"));
-    let said = succeed(job, &["--disk", &one, "--disk", &two, "--io-threads", "2"]);
-    assert_eq!(said.matches("result job=verify").count(), 2, "{said}");
+    everywhere(|place| {
+        let (one, two) = (image(64), image(64));
+        let job = "depth=8 ops=1000 irq=1 job=verify disk=0 job=verify disk=1";
+        let (one, two) = (disk(&one, place, "queues=2"), disk(&two, place, "queues=1,direct=on"));
+        let said = succeed(job, &["--disk", &one, "--disk", &two, "--io-threads", "2"]);
+        assert_eq!(said.matches("result job=verify").count(), 2, "{said}");
+    });
 }
 
 #[test]
 fn pitfalls_17_and_24_reset_in_the_middle_of_io() {
-    if !ready() {
-        return;
-    }
-    for direct in ["off", "on"] {
-        let image = image(64);
-        let job = "job=reset rounds=20 queues=2 cpus=2 depth=16 ops=200";
-        let said = succeed(job, &["--cpus", "2", "--disk", &disk(&image, &format!("queues=2,direct={direct}"))]);
-        assert!(figure(&said, "abandoned") > 0, "resets met requests in flight: {said}");
-    }
+    everywhere(|place| {
+        for direct in ["off", "on"] {
+            let image = image(64);
+            let job = "job=reset rounds=20 queues=2 cpus=2 depth=16 ops=200";
+            let said =
+                succeed(job, &["--cpus", "2", "--disk", &disk(&image, place, &format!("queues=2,direct={direct}"))]);
+            assert!(figure(&said, "abandoned") > 0, "resets met requests in flight: {said}");
+        }
+    });
 }
 
 #[test]
 fn a_malicious_guest_gets_errors_or_needs_reset_and_the_device_comes_back() {
-    if !ready() {
-        return;
-    }
-    let image = image(64);
-    let said = succeed("job=hostile kind=all", &["--disk", &disk(&image, "queues=2")]);
-    assert!(said.matches("hostile kind=").count() > 40, "{said}");
-    assert_eq!(image.as_file().metadata().expect("it is ours").len(), 64 << 20, "the image keeps its size");
+    everywhere(|place| {
+        let image = image(64);
+        let said = succeed("job=hostile kind=all", &["--disk", &disk(&image, place, "queues=2")]);
+        assert!(said.matches("hostile kind=").count() > 40, "{said}");
+        assert_eq!(image.as_file().metadata().expect("it is ours").len(), 64 << 20, "the image keeps its size");
+    });
 }
 
 #[test]
@@ -113,84 +102,68 @@ fn many_vcpus_come_up() {
 
 #[test]
 fn pitfall_60_exit_codes_tell_how_a_guest_ended() {
-    if !ready() {
-        return;
-    }
-    let image = image(64);
-    let disk = disk(&image, "queues=1");
-    let code = |job: &str, more: &[&str]| {
-        let options: Vec<_> = ["--disk", &disk].iter().chain(more).copied().collect();
-        let ended = guest(job, &options).run().expect("it ends");
-        (ended.code(), ended.stderr)
-    };
-    assert_eq!(code("job=none", &[]).0, 0);
-    assert_eq!(code("job=reboot via=keyboard", &["--no-reboot"]).0, 5);
-    assert_eq!(code("job=reboot via=acpi", &["--no-reboot"]).0, 5);
-    let (crashed, why) = code("job=crash", &[]);
-    assert!(crashed == 4 && why.contains("triple fault"), "{crashed} {why}");
-    assert_eq!(code("job=rand-write time=100ms job=crash", &[]).0, 4, "in the middle of a busy life");
+    everywhere(|place| {
+        let image = image(64);
+        let disk = disk(&image, place, "queues=1");
+        let code = |job: &str, more: &[&str]| {
+            let options: Vec<_> = ["--disk", &disk].iter().chain(more).copied().collect();
+            let ended = guest(job, &options).run().expect("it ends");
+            (ended.code(), ended.stderr)
+        };
+        assert_eq!(code("job=none", &[]).0, 0);
+        assert_eq!(code("job=reboot via=keyboard", &["--no-reboot"]).0, 5);
+        assert_eq!(code("job=reboot via=acpi", &["--no-reboot"]).0, 5);
+        let (crashed, why) = code("job=crash", &[]);
+        assert!(crashed == 4 && why.contains("triple fault"), "{crashed} {why}");
+        assert_eq!(code("job=rand-write time=100ms job=crash", &[]).0, 4, "in the middle of a busy life");
+    });
 }
 
 #[test]
 fn pitfall_57_signals_end_it_with_the_disks_flushed() {
-    if !ready() {
-        return;
-    }
-    for signal in [Signal::TERM, Signal::INT] {
-        let image = image(64);
-        let mut running = guest("job=rand-write time=60s depth=32", &["--disk", &disk(&image, "queues=1")])
-            .start()
-            .expect("it starts");
-        running.expect("start job=rand-write", LIMIT).expect("the guest comes up");
-        std::thread::sleep(Duration::from_millis(200));
-        running.signal(signal).expect("it is there");
-        let ended = running.end(LIMIT).expect("it ends");
-        assert_eq!(ended.code(), 0, "{}", ended.stderr);
-        // The lock is gone with the process: the image can be used at once.
-        succeed("job=verify ops=200 depth=4", &["--disk", &disk(&image, "queues=1")]);
-    }
-}
-
-/// What a process holds: descriptors, threads, mappings and resident memory in KiB.
-fn holdings(pid: u32) -> (usize, usize, usize, u64) {
-    let count = |what: &str| fs::read_dir(format!("/proc/{pid}/{what}")).map_or(0, Iterator::count);
-    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default().lines().count();
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let anonymous = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
-    let anonymous = anonymous.and_then(|rest| rest.split_whitespace().next()).and_then(|n| n.parse().ok());
-    (count("fd"), count("task"), maps, anonymous.expect("Linux says RssAnon"))
+    everywhere(|place| {
+        for signal in [Signal::TERM, Signal::INT] {
+            let image = image(64);
+            let mut running = guest("job=rand-write time=60s depth=32", &["--disk", &disk(&image, place, "queues=1")])
+                .start()
+                .expect("it starts");
+            running.expect("start job=rand-write", LIMIT).expect("the guest comes up");
+            std::thread::sleep(Duration::from_millis(200));
+            running.signal(signal).expect("it is there");
+            let ended = running.end(LIMIT).expect("it ends");
+            assert_eq!(ended.code(), 0, "{}", ended.stderr);
+            // The lock is gone with the process: the image can be used at once.
+            succeed("job=verify ops=200 depth=4", &["--disk", &disk(&image, place, "queues=1")]);
+        }
+    });
 }
 
 #[test]
 fn a_thousand_starts_and_stops_leak_nothing() {
-    if !ready() {
-        return;
-    }
-    let image = image(64);
-    let mut running =
-        guest("job=read ops=64 depth=8 job=reboot", &["--disk", &disk(&image, "queues=2"), "--cpus", "2"])
-            .start()
-            .expect("it starts");
-    let pid = running.pid();
-    let mut early = None;
-    let limit = Duration::from_secs(300);
-    let start = Instant::now();
-    for count in 1..=1000 {
-        running
-            .expect_count("ringvm-guest: hello", count, limit.saturating_sub(start.elapsed()))
-            .expect("it boots again");
-        // The first lives warm caches and grow buffers to their size.
-        if count == 50 {
-            early = Some(holdings(pid));
+    everywhere(|place| {
+        let image = image(64);
+        let mut running =
+            guest("job=read ops=64 depth=8 job=reboot", &["--disk", &disk(&image, place, "queues=2"), "--cpus", "2"])
+                .start()
+                .expect("it starts");
+        let mut early = None;
+        let limit = Duration::from_secs(300);
+        let start = Instant::now();
+        for count in 1..=1000 {
+            running
+                .expect_count("ringvm-guest: hello", count, limit.saturating_sub(start.elapsed()))
+                .expect("it boots again");
+            // The first lives warm caches and grow buffers to their size.
+            if count == 50 {
+                early = Some(running.holdings());
+            }
         }
-    }
-    let (early, late) = (early.expect("fifty is less than a thousand"), holdings(pid));
-    running.signal(Signal::TERM).expect("it is there");
-    assert_eq!(running.end(LIMIT).expect("it ends").code(), 0);
-    println!("descriptors, threads, mappings, KiB: {early:?} after 50 starts, {late:?} after 1000");
-    // A machine may be caught half built; a leak would be a thousand of anything.
-    assert!(late.0 <= early.0 + 20 && late.1 <= early.1 + 8 && late.2 <= early.2 + 60, "{early:?} -> {late:?}");
-    assert!(late.3 <= early.3 + 1024, "memory: {early:?} -> {late:?}");
+        let (early, late) = (early.expect("fifty is less than a thousand"), running.holdings());
+        running.signal(Signal::TERM).expect("it is there");
+        assert_eq!(running.end(LIMIT).expect("it ends").code(), 0);
+        println!("{place:?}: {early:?} after 50 starts, {late:?} after 1000");
+        late.assert_flat(&early);
+    });
 }
 
 #[test]

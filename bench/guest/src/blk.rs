@@ -136,7 +136,11 @@ impl Config {
         let queues = if features & F_MQ != 0 && config.len() >= 36 { config.read::<u16>(34) } else { 1 };
         Self {
             capacity,
-            size_max: word(F_SIZE_MAX, 8, u32::MAX),
+            // Segments that hold nothing would make no disk: QEMU's exports say 0 for "no limit".
+            size_max: match word(F_SIZE_MAX, 8, u32::MAX) {
+                0 => u32::MAX,
+                bytes => bytes,
+            },
             seg_max: word(F_SEG_MAX, 12, 1),
             blk_size: word(F_BLK_SIZE, 20, SECTOR as u32),
             num_queues: queues,

@@ -129,7 +129,7 @@ impl<'a> Shared<'a> {
         let queue_size = usize::from(blk.queues[0].lock().queue.layout.size);
         let segs = (blk.config.seg_max as usize).min(queue_size.saturating_sub(2)).max(1);
         // One more than data, header and status, for a header in two halves, where the queue is long enough.
-        let limits = Limits { segs, len: blk.config.size_max.max(1) as usize, chain: (segs + 3).min(queue_size) };
+        let limits = Limits { segs, len: blk.config.size_max as usize, chain: (segs + 3).min(queue_size) };
         Self {
             options,
             model: Model::new(sectors, options.seed),

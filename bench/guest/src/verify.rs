@@ -51,7 +51,9 @@ pub fn reset(options: &Options) {
         smp::run(cpus, &|cpu| {
             let mut waiter = Waiter::new(options);
             let mut own = hold(&blk, &lanes, cpu, cpus);
-            drive(&mut own, &shared, &mut waiter, Stop::after(per_lane, None));
+            // With a time, a device that answers nothing is reset all the same.
+            let end = options.time_ms.map(|ms| clock::ticks() + clock::from_ms(ms));
+            drive(&mut own, &shared, &mut waiter, Stop::after(per_lane, end));
         });
         blk.transport.reset();
         for lane in &lanes {

@@ -41,6 +41,8 @@ impl Payload {
             ("bin/lab-agent", paths::helper("lab-agent")?),
             ("bin/without-io-uring", paths::helper("without-io-uring")?),
             (STREAM, paths::helper("lab-stream")?),
+            ("bin/ringvm-blk", paths::daemon("ringvm-blk")?),
+            ("bin/ringvm-net", paths::daemon("ringvm-net")?),
         ];
         if folder.exists() {
             fs::remove_dir_all(folder).map_err(Error::file("emptying", folder))?;
@@ -115,7 +117,8 @@ fn l1_root(tree: &mut Tree, ringvm: &Path, helpers: &[(&str, PathBuf)]) -> Resul
     Ok(())
 }
 
-fn guest_initramfs(package: &KernelPackage, scratch: &Path) -> Result<Tree> {
+/// What the guests of the tests boot into: a shell on the serial console (see init/l2.sh) with the tools of the tests.
+pub fn guest_initramfs(package: &KernelPackage, scratch: &Path) -> Result<Tree> {
     let mut tree = Tree::default();
     tree.busybox()?;
     tree.console();

@@ -1,6 +1,20 @@
 //! A guest of the lab in a line: `vm().cpus(2).disk(disk(&image).queues(2))`, and what that is as ringvm's command line.
 
+use std::env;
+
 use super::payload;
+use crate::native::Place;
+
+/// The variable that puts every disk and NIC whose test does not say where it is into daemons: `daemon`.
+const PLACE: &str = "RINGVM_LAB_PLACE";
+
+fn usual_place() -> Place {
+    match env::var(PLACE).as_deref() {
+        Ok("daemon") => Place::Daemon,
+        Ok("" | "process") | Err(_) => Place::Process,
+        Ok(other) => panic!("{PLACE} is `{other}`; the places are process and daemon"),
+    }
+}
 
 /// In which form the stock kernel is given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,18 +38,24 @@ pub struct Image {
 #[derive(Clone, Debug)]
 pub struct Disk {
     path: String,
+    place: Place,
     options: Vec<(&'static str, String)>,
 }
 
 /// A disk that serves this image.
 pub fn disk(image: &Image) -> Disk {
-    Disk { path: image.path.clone(), options: Vec::new() }
+    Disk { path: image.path.clone(), place: usual_place(), options: Vec::new() }
 }
 
 impl Disk {
     fn with(mut self, key: &'static str, value: impl ToString) -> Disk {
         self.options.push((key, value.to_string()));
         self
+    }
+
+    /// Served there.
+    pub fn place(self, place: Place) -> Disk {
+        Disk { place, ..self }
     }
 
     /// This many virtqueues.
@@ -65,12 +85,13 @@ impl Disk {
 
     fn option(&self) -> String {
         let options = self.options.iter().map(|(key, value)| format!(",{key}={value}"));
-        format!("path={}{}", self.path, options.collect::<String>())
+        format!("path={},{}{}", self.path, self.place.option(), options.collect::<String>())
     }
 
     /// The same as a table of the configuration file.
     fn toml(&self) -> String {
-        let mut text = format!("[[disk]]\npath = {:?}\n", self.path);
+        let place = self.place.option().trim_start_matches("place=");
+        let mut text = format!("[[disk]]\npath = {:?}\nplace = {place:?}\n", self.path);
         for (key, value) in &self.options {
             let value = match value.as_str() {
                 "on" => "true".to_owned(),
@@ -137,6 +158,16 @@ impl Vm {
     pub fn disk(mut self, disk: Disk) -> Vm {
         self.disks.push(disk);
         self
+    }
+
+    /// One more NIC with these options of `--net`: eth0, eth1, ... in the order of the calls.
+    pub fn net(self, options: &str) -> Vm {
+        self.net_in(usual_place(), options)
+    }
+
+    /// [`Vm::net`], served there.
+    pub fn net_in(self, place: Place, options: &str) -> Vm {
+        self.arg("--net").arg(&format!("{options},{}", place.option()))
     }
 
     /// With fio in the guest, which takes an initramfs of 80 MB.

@@ -3,6 +3,7 @@
 
 use ringvm_tests::Result;
 use ringvm_tests::lab::{Exit, Guest, Image, Lab, disk, lab, vm};
+use ringvm_tests::native::Place;
 use rustix::process::Signal;
 
 /// Records of 4 KiB apart, each acknowledged on the console once it is down.
@@ -35,9 +36,18 @@ fn all_there(lab: &Lab, guest: &Guest, image: &Image) -> Result<()> {
 
 #[test]
 fn kill_9_loses_no_write_that_was_fsynced() {
+    kill_9(Place::Process);
+}
+
+#[test]
+fn kill_9_loses_no_write_that_was_fsynced_in_a_daemon() {
+    kill_9(Place::Daemon);
+}
+
+fn kill_9(place: Place) {
     lab(|lab| {
         let image = lab.image("32M")?;
-        let mut guest = lab.boot(&vm().disk(disk(&image)))?;
+        let mut guest = lab.boot(&vm().disk(disk(&image).place(place)))?;
         write_some(&mut guest, "conv=sync,notrunc,fsync")?;
         guest.signal(Signal::KILL)?;
         assert_eq!(guest.exit()?, Exit::Signal(9));
@@ -59,9 +69,18 @@ fn kill_9_loses_no_write_that_was_fsynced_to_direct_storage() {
 
 #[test]
 fn a_power_cut_of_the_host_loses_no_write_that_was_fsynced() {
+    power_cut(Place::Process);
+}
+
+#[test]
+fn a_power_cut_of_the_host_loses_no_write_that_was_fsynced_in_a_daemon() {
+    power_cut(Place::Daemon);
+}
+
+fn power_cut(place: Place) {
     lab(|lab| {
         let image = lab.image("32M")?;
-        let mut guest = lab.boot(&vm().disk(disk(&image)))?;
+        let mut guest = lab.boot(&vm().disk(disk(&image).place(place)))?;
         write_some(&mut guest, "conv=sync,notrunc,fsync")?;
         lab.power_cut()?;
         // What the console had shown by then.
@@ -72,9 +91,18 @@ fn a_power_cut_of_the_host_loses_no_write_that_was_fsynced() {
 
 #[test]
 fn sigterm_in_the_middle_of_writes_flushes_and_exits() {
+    sigterm(Place::Process);
+}
+
+#[test]
+fn sigterm_in_the_middle_of_writes_flushes_and_exits_in_a_daemon() {
+    sigterm(Place::Daemon);
+}
+
+fn sigterm(place: Place) {
     lab(|lab| {
         let image = lab.image("32M")?;
-        let mut guest = lab.boot(&vm().disk(disk(&image)))?;
+        let mut guest = lab.boot(&vm().disk(disk(&image).place(place)))?;
         // Written through the guest's page cache, never flushed by the guest.
         write_some(&mut guest, "conv=sync,notrunc oflag=direct")?;
         guest.signal(Signal::TERM)?;

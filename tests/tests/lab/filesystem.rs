@@ -1,16 +1,26 @@
 //! A file system in the guest: made, filled, trimmed, left clean.
 
 use ringvm_tests::lab::{Exit, Lab, disk, lab, vm};
+use ringvm_tests::native::Place;
 
 #[test]
 fn ext4_holds_a_tree_trims_and_is_clean_after_power_off() {
+    ext4(Place::Process);
+}
+
+#[test]
+fn ext4_in_a_daemon_holds_a_tree_trims_and_is_clean_after_power_off() {
+    ext4(Place::Daemon);
+}
+
+fn ext4(place: Place) {
     lab(|lab| {
         let image = lab.image("256M")?;
         let blocks = |lab: &Lab| -> ringvm_tests::Result<u64> {
             let output = lab.run(&format!("sync {0}; stat -c %b {0}", image.path))?;
             Ok(output.parse().unwrap_or_else(|e| panic!("`{output}`: {e}")))
         };
-        let machine = vm().cpus(2).disk(disk(&image).queues(2));
+        let machine = vm().cpus(2).disk(disk(&image).place(place).queues(2));
         let mut guest = lab.boot(&machine)?;
         guest.run("mkfs.ext4 -q /dev/vda && mount -t ext4 /dev/vda /mnt")?;
         guest.run("mkdir /mnt/tree /mnt/big && cp -a /bin /lib /lib64 /modules /init /mnt/tree/")?;

@@ -4,24 +4,35 @@
 use std::time::Duration;
 
 use ringvm_tests::lab::{Exit, disk, lab, vm};
+use ringvm_tests::native::Place;
 
 /// TCG in TCG: a run takes some ten seconds on an idle machine.
 const LIMIT: Duration = Duration::from_secs(120);
 
 #[test]
 fn crc32c_verify_over_two_queues() {
-    verify(false);
+    verify(Place::Process, false);
+}
+
+#[test]
+fn crc32c_verify_over_two_queues_in_a_daemon() {
+    verify(Place::Daemon, false);
 }
 
 #[test]
 fn crc32c_verify_over_two_queues_with_direct_storage() {
-    verify(true);
+    verify(Place::Process, true);
 }
 
-fn verify(direct_storage: bool) {
+#[test]
+fn crc32c_verify_over_two_queues_with_direct_storage_in_a_daemon() {
+    verify(Place::Daemon, true);
+}
+
+fn verify(place: Place, direct_storage: bool) {
     lab(|lab| {
         let image = lab.image("128M")?;
-        let served = disk(&image).queues(2).queue_size(128);
+        let served = disk(&image).place(place).queues(2).queue_size(128);
         let served = if direct_storage { served.direct() } else { served };
         let mut guest = lab.boot(&vm().cpus(2).memory("640M").fio().disk(served))?;
         let queues = |text: &str| -> Vec<u64> {

@@ -3,6 +3,7 @@
 
 mod boot;
 mod console;
+mod daemon;
 mod devices;
 mod durability;
 mod filesystem;

@@ -17,7 +17,7 @@ const STREAM_LIMIT: Duration = Duration::from_secs(600);
 /// one CPU, and two vCPUs that take turns on it halve the rates.
 fn boot(lab: &mut Lab, pairs: u16, more: &str) -> Result<Guest> {
     let net = format!("tap=vm0,mac=52:54:00:0a:09:02,queues={pairs}{more}");
-    let mut guest = lab.boot(&vm().cpus(u32::from(pairs)).arg("--net").arg(&net).arg("--stats"))?;
+    let mut guest = lab.boot(&vm().cpus(u32::from(pairs)).net(&net).arg("--stats"))?;
     lab.run(&format!("ip addr add {HOST}/24 dev vm0"))?;
     guest.run(&format!("ip addr add {GUEST}/24 dev eth0 && ip link set eth0 up"))?;
     guest.run(&format!("ping -c 3 -W 5 {HOST}"))?;

@@ -1,0 +1,68 @@
+//! A running disk changes its place, between `ringvm` and a daemon, under a guest that verifies.
+
+use std::thread::sleep;
+use std::time::Duration;
+
+use ringvm_tests::embedded::{assert_success, disk, figure, guest, image, ready};
+use ringvm_tests::host::say;
+use ringvm_tests::native::{Ended, Place, Running, children, random};
+use rustix::process::Signal;
+
+const LIMIT: Duration = Duration::from_secs(60);
+const JOB_LIMIT: Duration = Duration::from_secs(300);
+
+/// A guest that verifies over two queues, and has begun.
+fn verifying(disk: &str, words: &str) -> Running {
+    let mut running =
+        guest(&format!("job=verify queues=2 depth=32 {words}"), &["--disk", disk]).start().expect("it starts");
+    running.expect("ringvm-guest: start job=verify", LIMIT).expect("the guest comes up");
+    running
+}
+
+fn end_well(running: Running) -> Ended {
+    let ended = running.end(JOB_LIMIT).expect("it ends");
+    assert_success(&ended);
+    assert!(figure(&ended.stdout, "sectors_checked") > 0, "{}", ended.stdout);
+    ended
+}
+
+/// The pauses of the moves to a place, in microseconds.
+fn pauses(said: &str, place: &str) -> Vec<u64> {
+    let moves = said.lines().filter_map(|line| line.split_once(&format!(": moved to {place}, nobody served it for ")));
+    let pauses = moves.map(|(_, rest)| rest.strip_suffix(" us").and_then(|number| number.parse().ok()));
+    pauses.map(|pause| pause.unwrap_or_else(|| panic!("a pause that is no number in {said}"))).collect()
+}
+
+fn tell(place: &str, mut pauses: Vec<u64>) {
+    say(&format!("pauses of {} moves to {place}, us: {pauses:?}", pauses.len()));
+    pauses.sort_unstable();
+    say(&format!("  median {}, longest {}", pauses[pauses.len() / 2], pauses[pauses.len() - 1]));
+}
+
+#[test]
+fn a_disk_moves_fifty_times_there_and_back_under_verified_load() {
+    if !ready() {
+        return;
+    }
+    for (words, options) in [("ops=150000", "queues=2"), ("ops=60000 irq=1", "queues=2,direct=on")] {
+        let image = image(64);
+        let mut running = verifying(&disk(&image, Place::Process, options), words);
+        let mut early = None;
+        for count in 1..=100 {
+            sleep(random(Duration::from_millis(10)));
+            running.signal(Signal::USR2).expect("it runs");
+            running.expect_said(": moved to ", count, LIMIT).expect("it moves before the guest's job ends");
+            if count == 20 {
+                early = Some(running.holdings());
+            }
+        }
+        let late = running.holdings();
+        late.assert_flat(&early.expect("twenty is less than a hundred"));
+        assert!(children(running.pid()).is_empty(), "it is back in the process, and no daemon is left");
+        let ended = end_well(running);
+        let (there, back) = (pauses(&ended.stderr, "a daemon"), pauses(&ended.stderr, "this process"));
+        assert_eq!((there.len(), back.len()), (50, 50), "{}", ended.stderr);
+        tell("a daemon", there);
+        tell("the process", back);
+    }
+}
