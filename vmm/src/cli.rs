@@ -25,6 +25,9 @@ Examples:
   Two NICs: one on a tap with two queue pairs, one joined to another VM's:
     ringvm run --kernel vmlinuz --net tap=vm0,queues=2,mac=52:54:00:12:34:56 --net link=/run/ab
 
+  A disk in a daemon of its own, and one that a running daemon serves:
+    ringvm run --kernel vmlinuz --disk path=disk.img,place=daemon --disk socket=/run/b.sock
+
   The same from a file; options given here override it, disks are added:
     ringvm run --config vm.toml --memory size=4G,hugepages=2M
 
@@ -36,7 +39,7 @@ Exit codes:
   4  the guest crashed
   5  the guest rebooted under --no-reboot
 
-SIGUSR1 prints the statistics of every device on standard error.";
+SIGUSR1 prints the statistics of every device on standard error. SIGUSR2 moves every disk from this process into a daemon, or back.";
 
 /// An event-driven virtual machine monitor for Linux/KVM.
 #[derive(Debug, Parser)]

@@ -7,6 +7,7 @@ pub mod request;
 #[cfg(test)]
 mod request_tests;
 
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -88,7 +89,20 @@ impl BlockDevice {
     /// # Errors
     /// Anything that is wrong with the options or the image, in one line.
     pub fn open(name: &str, options: &BlockOptions, pool: &ReactorPool) -> Result<Self, OpenError> {
-        Ok(match options.open_image()? {
+        Self::with_image(name, options, options.open_image()?, pool)
+    }
+
+    /// A disk over an image that [`BlockOptions::open_image`] has opened, for these options or others with the same image.
+    ///
+    /// # Errors
+    /// Anything that is wrong with the image.
+    pub fn with_image(
+        name: &str,
+        options: &BlockOptions,
+        image: Option<File>,
+        pool: &ReactorPool,
+    ) -> Result<Self, OpenError> {
+        Ok(match image {
             Some(image) => Self::over(name, options.raw(image)?, options, pool),
             None => Self::over(name, options.null()?, options, pool),
         })

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::fs::File;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -187,11 +187,10 @@ fn serve(
                     source,
                 })?),
             };
-            let here = match image {
-                Some(image) => BlockOptions { path: None, fd: Some(image.as_raw_fd()), ..options.clone() },
-                None => options.clone(),
-            };
-            Ok(Server::Process(Box::new(BlockDevice::open(name, &here, pool)?)))
+            let image = image.map(|image| image.try_clone().map(File::from)).transpose().map_err(|source| {
+                PlaceError::Host { device: name.to_owned(), what: "duplicating the image's descriptor", source }
+            })?;
+            Ok(Server::Process(Box::new(BlockDevice::with_image(name, options, image, pool)?)))
         }
         Place::Daemon => {
             let program = Program::new(
