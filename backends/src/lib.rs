@@ -4,6 +4,7 @@
 //! ([`device::QueueParts`]); from there a request goes
 //! doorbell → [`reactor`] → [`worker`] → [`queue`] → [`block`] → [`storage`] → [`ring`] and back, on one I/O thread.
 
+mod afterlife;
 pub mod block;
 pub mod device;
 pub mod dirty;

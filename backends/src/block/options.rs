@@ -7,19 +7,16 @@ use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, StatxFlags};
 use serde::Deserialize;
 use thiserror::Error;
 
+use crate::afterlife::outwait;
 use crate::device::Place;
 use crate::storage::Geometry;
 use crate::storage::null::Null;
 use crate::storage::raw::{DirectAlign, Raw};
-
-/// A process that was killed holds its lock until the kernel has ended what it had in flight, and its io_uring.
-const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Most queues of a disk.
 pub const MAX_QUEUES: u16 = 64;
@@ -246,12 +243,7 @@ impl BlockOptions {
             (None, Some(fd)) => self.inherit(fd)?,
             (None, None) => return Err(self.refuse("path= is missing, name an image file")),
         };
-        let start = Instant::now();
-        let mut locked = lock(&file, self.readonly);
-        while locked.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock) && start.elapsed() < LOCK_PATIENCE {
-            std::thread::sleep(Duration::from_millis(5));
-            locked = lock(&file, self.readonly);
-        }
+        let locked = outwait(&[libc::EAGAIN, libc::EACCES], || lock(&file, self.readonly));
         locked.map_err(|e| match e.raw_os_error() {
             Some(libc::EAGAIN | libc::EACCES) => {
                 host("locking the image", e, "; another process uses it, stop that one or open it readonly=on in both")

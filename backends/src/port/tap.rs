@@ -14,6 +14,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use thiserror::Error;
 
 use super::{Ends, Filter, Offloads, Port};
+use crate::afterlife::outwait;
 
 /// Bytes of the header in front of each frame (`struct virtio_net_hdr_v1`).
 const HEADER_LEN: libc::c_int = 12;
@@ -270,7 +271,8 @@ fn attach(name: &str, many: bool) -> Result<File, TapError> {
     let queues = if many { libc::IFF_MULTI_QUEUE } else { 0 };
     let mut request = request(name);
     request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | queues) as libc::c_short;
-    ioctl(&file, libc::TUNSETIFF, &raw mut request as usize).map_err(|e| {
+    let attached = outwait(&[libc::EBUSY], || ioctl(&file, libc::TUNSETIFF, &raw mut request as usize));
+    attached.map_err(|e| {
         let hint = match e.raw_os_error() {
             Some(libc::EPERM) => {
                 "; create it for this user: ip tuntap add NAME mode tap user USER vnet_hdr multi_queue"
