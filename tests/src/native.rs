@@ -285,6 +285,12 @@ impl Running {
         self.await_text(text, limit, |running| occurrences(&running.stderr, text) >= count)
     }
 
+    /// Waits until its stderr has shown any of `texts` so many times in all.
+    pub fn expect_said_any(&mut self, texts: &[&str], count: usize, limit: Duration) -> Result<()> {
+        let seen = |running: &Running| texts.iter().map(|text| occurrences(&running.stderr, text)).sum::<usize>();
+        self.await_text(&texts.join("` or `"), limit, |running| seen(running) >= count)
+    }
+
     /// What its stdout has shown so far.
     pub fn shown(&mut self) -> String {
         while let Ok(chunk) = self.chunks.try_recv() {

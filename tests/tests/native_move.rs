@@ -1,15 +1,19 @@
 //! A running disk changes its place, between `ringvm` and a daemon, under a guest that verifies.
 
+use std::sync::{Mutex, PoisonError};
 use std::thread::sleep;
 use std::time::Duration;
 
 use ringvm_tests::embedded::{assert_success, disk, figure, guest, image, ready};
 use ringvm_tests::host::say;
-use ringvm_tests::native::{Ended, Place, Running, children, random};
+use ringvm_tests::native::{Ended, Place, Running, children, random, send};
 use rustix::process::Signal;
 
 const LIMIT: Duration = Duration::from_secs(60);
 const JOB_LIMIT: Duration = Duration::from_secs(300);
+
+/// Pauses are measured here, so one test at a time.
+static ALONE: Mutex<()> = Mutex::new(());
 
 /// A guest that verifies over two queues, and has begun.
 fn verifying(disk: &str, words: &str) -> Running {
@@ -44,6 +48,7 @@ fn a_disk_moves_fifty_times_there_and_back_under_verified_load() {
     if !ready() {
         return;
     }
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     for (words, options) in [("ops=150000", "queues=2"), ("ops=60000 irq=1", "queues=2,direct=on")] {
         let image = image(64);
         let mut running = verifying(&disk(&image, Place::Process, options), words);
@@ -65,4 +70,27 @@ fn a_disk_moves_fifty_times_there_and_back_under_verified_load() {
         tell("a daemon", there);
         tell("the process", back);
     }
+}
+
+#[test]
+fn a_disk_moves_while_its_daemon_is_killed() {
+    if !ready() {
+        return;
+    }
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let image = image(64);
+    let mut running = verifying(&disk(&image, Place::Process, "queues=2"), "ops=300000");
+    let (mut moved, mut stayed) = (0, 0);
+    for count in 1..=80 {
+        // Before, during or behind the move.
+        running.signal(Signal::USR2).expect("it runs");
+        sleep(random(Duration::from_millis(12)));
+        children(running.pid()).into_iter().for_each(|daemon| send(daemon, Signal::KILL));
+        running.expect_said_any(&[": moved to ", "it stays where it is"], count, LIMIT).expect("each move ends");
+        let said = running.said();
+        (moved, stayed) = (said.matches(": moved to ").count(), said.matches("it stays where it is").count());
+    }
+    say(&format!("80 moves with a kill each: {moved} moved, {stayed} stayed"));
+    assert!(moved > 0, "some moves arrive");
+    end_well(running);
 }
