@@ -1,9 +1,9 @@
 //! RingVM's devices served over vhost-user: the other place that a [`Device`](ringvm_backends::device::Device) can run in.
 //!
-//! [`serve`] gives each device a control thread of its own, which takes one client after another from a [`source`] and runs a
-//! [`session`] with each: messages ([`message`]) come in, and a [`backend`] turns them into calls of the device: [`memory`] maps what the client
-//! shares, a [`vring`] collects what was said of one ring until it can run, [`inflight`] keeps what survives a crash, [`dirty`]
-//! says where written pages are logged, [`state`] carries what a device remembers. Requests themselves are the business of the backends and never come here.
+//! [`serve`] gives each device a control thread of its own, which takes one client after another from a `source` and runs a
+//! `session` with each: messages (`message`) come in, and a `backend` turns them into calls of the device: `memory` maps what the client
+//! shares, a `vring` collects what was said of one ring until it can run, `inflight` keeps what survives a crash, `dirty`
+//! says where written pages are logged, `state` carries what a device remembers. Requests themselves are the business of the backends and never come here.
 //!
 //! The protocol is that of QEMU's `docs/interop/vhost-user.rst`. Its message types are those of the `vhost` crate, but not its
 //! request handler: that refuses what common clients send (padded payloads, rings enabled before features are set, device
