@@ -1,13 +1,14 @@
-//! What a process that was killed keeps open for a moment: the kernel lets go of the files of an io_uring only when it has
-//! ended what was in flight in it, which is after the process can be waited for.
+//! What a process that has ended keeps open for a moment: the kernel lets go of the files of an io_uring only when it has
+//! ended what was in flight in it, which is after the process can be waited for; Linux 6.1 takes up to a second for those
+//! that were registered.
 
 use std::io;
 use std::time::{Duration, Instant};
 
-const PATIENCE: Duration = Duration::from_secs(1);
+const PATIENCE: Duration = Duration::from_secs(3);
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// Makes `attempt` until it does not end with one of `busy` (errno), for a second at most.
+/// Makes `attempt` until it does not end with one of `busy` (errno), for three seconds at most.
 pub(crate) fn outwait<T>(busy: &[i32], mut attempt: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     let start = Instant::now();
     loop {

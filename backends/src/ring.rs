@@ -361,6 +361,10 @@ impl Drop for Ring {
             }
             self.reap(&mut completions);
         }
+        if self.places.is_some() {
+            // Now rather than when the kernel comes to it: whoever opens such a file next must not find it in use.
+            _ = self.ring.submitter().unregister_files();
+        }
     }
 }
 

@@ -271,7 +271,9 @@ fn attach(name: &str, many: bool) -> Result<File, TapError> {
     let queues = if many { libc::IFF_MULTI_QUEUE } else { 0 };
     let mut request = request(name);
     request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | queues) as libc::c_short;
-    let attached = outwait(&[libc::EBUSY], || ioctl(&file, libc::TUNSETIFF, &raw mut request as usize));
+    // One that is about to go may have had the other kind of queues.
+    let passing = [libc::EBUSY, libc::EINVAL];
+    let attached = outwait(&passing, || ioctl(&file, libc::TUNSETIFF, &raw mut request as usize));
     attached.map_err(|e| {
         let hint = match e.raw_os_error() {
             Some(libc::EPERM) => {
