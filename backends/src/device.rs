@@ -216,6 +216,9 @@ pub trait Device: Send {
     /// Returns only when nothing of the queue is in flight and every completion is published. Idempotent.
     fn stop_queue(&mut self, index: u16) -> Option<QueueState>;
 
+    /// Has every queue take no more requests, to be stopped next: what is in flight in one ends while another is waited for.
+    fn quiesce(&mut self) {}
+
     /// Returns the device to its state before `ack_features`. All queues are stopped first.
     fn reset(&mut self);
 

@@ -96,8 +96,16 @@ impl Queues {
         Some(state)
     }
 
+    /// Has every queue take nothing more, so that stopping one after the other takes no longer than stopping one.
+    pub(crate) fn quiesce(&self) {
+        for place in self.places.iter().flatten() {
+            self.reactor(place).quiesce(place.task);
+        }
+    }
+
     /// Stops every queue.
     pub(crate) fn stop_all(&mut self) {
+        self.quiesce();
         for index in 0..self.places.len() as u16 {
             self.stop(index);
         }

@@ -107,6 +107,7 @@ type Build = Box<dyn FnOnce(u32) -> Box<dyn Task> + Send>;
 
 enum Command {
     Attach { kick: EventFd, build: Build, reply: reply::Sender<io::Result<u32>> },
+    Quiesce { task: u32 },
     Detach { task: u32, reply: Detached },
     Stats { task: u32, reply: reply::Sender<QueueStats> },
 }
@@ -153,6 +154,11 @@ impl Reactor {
         let task = answer.recv().map_err(|_| io::Error::other("the I/O thread has died"))??;
         self.load.fetch_add(1, Ordering::Relaxed);
         Ok(task)
+    }
+
+    /// Has a task take nothing more, so that [`Self::detach`] finds less in flight.
+    pub fn quiesce(&self, task: u32) {
+        self.send(Command::Quiesce { task });
     }
 
     /// Stops a task; returns when nothing of it is in flight and all it has completed is published. `None` if there is no
@@ -388,13 +394,10 @@ impl Core {
                 });
                 drop(reply.send(seat));
             }
+            Command::Quiesce { task } => drop(self.quiesce(task)),
             Command::Detach { task, reply } => {
                 // Without such a task the reply's sender is dropped, which is the answer.
-                if let Some(Some(seat)) = self.seats.get_mut(task as usize)
-                    && seat.leaving.is_none()
-                {
-                    seat.task.service().stop();
-                    seat.task.stop(&mut self.ring);
+                if let Some(seat) = self.quiesce(task) {
                     seat.leaving = Some(reply);
                 }
             }
@@ -404,6 +407,14 @@ impl Core {
                 }
             }
         }
+    }
+
+    /// Has a task that is not leaving yet take nothing more.
+    fn quiesce(&mut self, task: u32) -> Option<&mut Seat> {
+        let seat = self.seats.get_mut(task as usize)?.as_mut().filter(|seat| seat.leaving.is_none())?;
+        seat.task.service().stop();
+        seat.task.stop(&mut self.ring);
+        Some(seat)
     }
 
     /// Lets tasks go that were asked to and have nothing in flight. What they completed was published by `turn`.

@@ -226,6 +226,10 @@ impl Device for BlockDevice {
         self.queues.stop(index)
     }
 
+    fn quiesce(&mut self) {
+        self.queues.quiesce();
+    }
+
     fn reset(&mut self) {
         self.queues.stop_all();
         self.features = 0;

@@ -258,6 +258,7 @@ impl Placed {
             return Err(PlaceError::Away { device: self.name.clone() });
         }
         let start = Instant::now();
+        self.server.device().quiesce();
         let mut stopped = Vec::new();
         for &index in self.running.keys() {
             let from = self.server.device().stop_queue(index).unwrap_or_default();
@@ -358,6 +359,10 @@ impl Device for PlacedDisk {
         let mut placed = self.lock();
         placed.running.remove(&index);
         placed.server.device().stop_queue(index)
+    }
+
+    fn quiesce(&mut self) {
+        self.lock().server.device().quiesce();
     }
 
     fn reset(&mut self) {
