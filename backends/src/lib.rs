@@ -21,6 +21,7 @@ pub mod queue;
 mod queues;
 pub mod reactor;
 pub mod receiver;
+pub mod replay;
 pub mod ring;
 pub mod rng;
 pub mod service;

@@ -208,7 +208,7 @@ impl Queue {
     ///
     /// # Errors
     /// A table that can't be this queue's.
-    pub(crate) fn take_over(&mut self, mut table: InflightTable) -> Result<(), RingError> {
+    pub fn take_over(&mut self, mut table: InflightTable) -> Result<(), RingError> {
         let used = self.used_word(1).load(Ordering::Acquire);
         self.replay = table.take_over(self.size, used).map_err(RingError::Inflight)?;
         if !self.replay.is_empty() {
@@ -255,7 +255,7 @@ impl Queue {
     ///
     /// # Errors
     /// When the ring or the chain can't be followed. Nothing of it can be answered; the queue must not be used further.
-    pub(crate) fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
+    pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
         if let Some(head) = self.replay.pop() {
             self.follow(head, chain)?;
             self.in_flight[usize::from(head / 64)] |= 1 << (head % 64);

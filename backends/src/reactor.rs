@@ -8,6 +8,8 @@
 //! shrinks when it did not, so an idle queue costs nothing and a busy one no kicks, wake-ups or context switches.
 #![allow(unsafe_code, reason = "registering descriptors with the runtime")]
 
+mod stepped;
+
 use std::future::poll_fn;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
@@ -27,6 +29,7 @@ use crate::device::QueueState;
 use crate::ring::{Ring, Token};
 use crate::service::Service;
 use crate::stats::QueueStats;
+pub use stepped::Stepped;
 
 /// What a reactor runs: one queue of some device. Called from one thread only.
 pub trait Task {

@@ -31,10 +31,13 @@ pub enum Need {
     Dpdk,
     /// QEMU's storage daemon.
     StorageDaemon,
+    /// Valgrind, to count instructions.
+    Valgrind,
 }
 
 impl Need {
-    const ALL: [Need; 6] = [Need::Kvm, Need::IoUring, Need::Lab, Need::Tap, Need::Dpdk, Need::StorageDaemon];
+    const ALL: [Need; 7] =
+        [Need::Kvm, Need::IoUring, Need::Lab, Need::Tap, Need::Dpdk, Need::StorageDaemon, Need::Valgrind];
 
     /// The name by which its absence is allowed.
     pub fn name(self) -> &'static str {
@@ -45,6 +48,7 @@ impl Need {
             Need::Tap => "tap",
             Need::StorageDaemon => "storage-daemon",
             Need::Dpdk => "dpdk",
+            Need::Valgrind => "valgrind",
         }
     }
 
@@ -60,6 +64,7 @@ impl Need {
             Need::Tap => missing_of_tap(),
             Need::StorageDaemon => absent(&["qemu-storage-daemon"]),
             Need::Dpdk => missing_of_dpdk(),
+            Need::Valgrind => absent(&["valgrind"]),
         }
     }
 }
