@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
-use ringvm_backends::block::{BlockDevice, BlockOptions as DiskOptions};
+use ringvm_backends::block::{BlockDevice, BlockOptions as DiskOptions, StorageKind};
 use ringvm_backends::device::{Device, GuestMemory, QueueParts, QueueState};
 use ringvm_backends::driver::{Buffer, Driver};
 use ringvm_backends::interrupt::Interrupt;
@@ -21,11 +21,13 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::cli::{BlockOptions, Pattern};
+use crate::document::BlockPoint;
 use crate::hist::Hist;
 use crate::process;
 use crate::rng::Rng;
 use crate::run::{Latency, Sample};
 use crate::scratch::Scratch;
+use crate::signals;
 
 /// Its name in tables and reports.
 pub const NAME: &str = "backend alone";
@@ -48,6 +50,7 @@ const REFRESH: u64 = 4096;
 /// One queue and its driver.
 struct Lane<'a> {
     options: &'a BlockOptions,
+    point: BlockPoint,
     mem: GuestMemory,
     driver: Driver,
     kick: EventFd,
@@ -74,7 +77,8 @@ struct Lane<'a> {
 ///
 /// # Errors
 /// The disk or the device can't be had, or a request fails.
-pub fn measure(options: &BlockOptions, depth: u32, scratch: &Scratch, warm: Duration) -> Result<Sample> {
+pub fn measure(options: &BlockOptions, point: BlockPoint, scratch: &Scratch, warm: Duration) -> Result<Sample> {
+    let BlockPoint { bs, depth, .. } = point;
     if depth > u32::from(QUEUE_SIZE) {
         bail!("depth {depth} does not fit a queue of {QUEUE_SIZE}");
     }
@@ -82,7 +86,9 @@ pub fn measure(options: &BlockOptions, depth: u32, scratch: &Scratch, warm: Dura
     let pool = ReactorPool::new(&ReactorOptions { count: threads, ..ReactorOptions::default() })
         .context("starting the I/O threads of the backend")?;
     let disk = DiskOptions {
-        path: Some(scratch.path.clone()),
+        path: scratch.path.clone(),
+        storage: if scratch.path.is_some() { StorageKind::Raw } else { StorageKind::Null },
+        size: scratch.path.is_none().then_some(scratch.size),
         direct: options.direct,
         queues: options.queues,
         queue_size: QUEUE_SIZE,
@@ -93,13 +99,13 @@ pub fn measure(options: &BlockOptions, depth: u32, scratch: &Scratch, warm: Dura
     let wanted = wanted.iter().fold(0, |bits, &bit| bits | 1_u64 << bit);
     let features = device.info().features & wanted;
     device.ack_features(features)?;
-    let span = Lane::span(options.bs, depth);
+    let span = Lane::span(bs, depth);
     let len = usize::try_from(span * u64::from(options.queues)).context("memory for the driver")?;
     let mem = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), len)]).context("mapping memory for the driver")?;
     let mem = Arc::new(mem);
     let mut lanes = Vec::new();
     for index in 0..options.queues {
-        let lane = Lane::new(options, depth, scratch.size, &mem, index, span * u64::from(index), features)?;
+        let lane = Lane::new(options, point, scratch.size, &mem, index, span * u64::from(index), features)?;
         lane.start(&mut device, index)?;
         lanes.push(lane);
     }
@@ -154,7 +160,7 @@ fn drive(lanes: &mut [Lane<'_>], threads: usize, time: Duration, warm: Duration)
             latency.merge(&hist);
         }
     }
-    Ok(Sample { ops, time: elapsed, latency: Some(Latency::of(&latency)), cpu, carried: None, vm: None })
+    Ok(Sample { ops, time: elapsed, latency: Some(Latency::of(&latency)), cpu, ..Sample::default() })
 }
 
 /// CPU time of the backend's threads so far, with the kernel's workers for them.
@@ -171,6 +177,7 @@ fn turns(lanes: &mut [Lane<'_>], time: Duration) -> Result<Duration> {
         if now.duration_since(start) >= time {
             return Ok(now.duration_since(start));
         }
+        signals::check()?;
         let mut progress = false;
         for lane in &mut *lanes {
             progress |= lane.reap(now)?;
@@ -202,20 +209,21 @@ impl<'a> Lane<'a> {
 
     fn new(
         options: &'a BlockOptions,
-        depth: u32,
+        point: BlockPoint,
         size: u64,
         mem: &GuestMemory,
         index: u16,
         base: u64,
         features: u64,
     ) -> Result<Self> {
+        let BlockPoint { bs, depth, .. } = point;
         let slots = u64::from(depth);
         let fixed = base + Driver::footprint(QUEUE_SIZE).next_multiple_of(PAGE);
         let tables = fixed + (slots * FIXED).next_multiple_of(PAGE);
         let data = tables + (slots * CHAIN * 16).next_multiple_of(PAGE);
         // Not zeroes, and every page is touched before anything is measured.
-        mem.write_slice(&vec![0x5a; (slots * options.bs) as usize], GuestAddress(data)).context("preparing buffers")?;
-        let blocks = size / options.bs;
+        mem.write_slice(&vec![0x5a; (slots * bs) as usize], GuestAddress(data)).context("preparing buffers")?;
+        let blocks = size / bs;
         let mut driver = Driver::new(Arc::clone(mem), base, QUEUE_SIZE, features);
         driver.want_interrupts(false);
         let call = EventFd::new(EFD_NONBLOCK).context("making an eventfd")?;
@@ -225,6 +233,7 @@ impl<'a> Lane<'a> {
             .context("watching an eventfd")?;
         Ok(Self {
             options,
+            point,
             mem: Arc::clone(mem),
             driver,
             kick: EventFd::new(EFD_NONBLOCK).context("making an eventfd")?,
@@ -294,27 +303,27 @@ impl<'a> Lane<'a> {
     }
 
     fn submit(&mut self, slot: u64) -> Result<u16> {
-        let block = if matches!(self.options.rw, Pattern::Read | Pattern::Write) {
+        let block = if matches!(self.point.rw, Pattern::Read | Pattern::Write) {
             let block = self.next_block;
             self.next_block = (block + 1) % self.blocks;
             block
         } else {
             self.rng.below(self.blocks)
         };
-        let read = match self.options.rw {
+        let read = match self.point.rw {
             Pattern::Read | Pattern::RandRead => true,
             Pattern::Write | Pattern::RandWrite => false,
             Pattern::Mixed => self.rng.below(100) < READS,
         };
         let header = self.fixed + slot * FIXED;
         let kind = if read { VIRTIO_BLK_T_IN } else { VIRTIO_BLK_T_OUT };
-        let sector = block * (self.options.bs / SECTOR);
+        let sector = block * (self.point.bs / SECTOR);
         self.mem.write_obj(u64::from(kind), GuestAddress(header))?;
         self.mem.write_obj(sector, GuestAddress(header + 8))?;
         self.mem.write_obj(STATUS_UNSET, GuestAddress(header + STATUS))?;
         let buffers = [
             Buffer { addr: header, len: 16, writable: false },
-            Buffer { addr: self.data + slot * self.options.bs, len: self.options.bs as u32, writable: read },
+            Buffer { addr: self.data + slot * self.point.bs, len: self.point.bs as u32, writable: read },
             Buffer { addr: header + STATUS, len: 1, writable: true },
         ];
         let head = if self.indirect {
@@ -366,13 +375,15 @@ mod tests {
         // A disk that others write to may take long for a batch.
         let direct = ["--rw", "write", "--direct", "--time", "400ms"];
         let cached = ["--time", "40ms", "--queues", "2", "--cpus", "2"];
-        for more in [&cached[..], &["--time", "40ms", "--irq", "--rw", "mixed"], &direct] {
+        let null = ["--time", "40ms", "--storage", "null"];
+        for more in [&cached[..], &["--time", "40ms", "--irq", "--rw", "mixed"], &direct, &null] {
             let cli = Cli::try_parse_from(common.iter().chain(more)).unwrap();
             let Some(Command::Block(options)) = cli.command else { unreachable!() };
             let scratch = Scratch::prepare(&options).unwrap();
             for depth in [1, 100] {
-                let sample = measure(&options, depth, &scratch, Duration::from_millis(5)).unwrap();
-                let latency = sample.latency.unwrap();
+                let point = BlockPoint { rw: options.rw[0], bs: options.bs[0], depth };
+                let sample = measure(&options, point, &scratch, Duration::from_millis(5)).unwrap();
+                let latency = sample.latency.clone().unwrap();
                 assert!(sample.ops > 0 && latency.p99 >= latency.p50, "{more:?} {depth}: {sample:?}");
                 // How much it is over so short a time is the scheduler's whim on a busy machine.
                 assert!(sample.cpu.is_some(), "{more:?} {depth}: {sample:?}");

@@ -4,8 +4,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::{Deserialize, Serialize};
 
-use crate::vmm::Contestant;
+use crate::vmm::Against;
 
 /// Measures ringvm with the embedded guest, beside what a plain io_uring ring reaches on the host with the same file.
 #[derive(Debug, Parser)]
@@ -25,12 +26,23 @@ pub enum Command {
     /// The NIC: frames per second into and out of a tap, and what the VMM's threads cost
     #[command(after_help = NET_EXAMPLES)]
     Net(Box<NetOptions>),
+    /// A guest that does nothing: the CPU time that its VM takes
+    #[command(after_help = IDLE_EXAMPLES)]
+    Idle(Box<IdleOptions>),
+    /// Compare two results that --json has written
+    #[command(after_help = COMPARE_EXAMPLES)]
+    Compare(CompareOptions),
+    /// Print the table of a result that --json has written, or make its report
+    Report(ReportOptions),
 }
 
 const BLOCK_EXAMPLES: &str = "Examples:
   ringvm-bench block --depth 32 --runs 9
   ringvm-bench block --rw rand-write --direct --size 4G --file /mnt/fast/scratch.img
-  ringvm-bench block --against qemu=/usr/bin/qemu-system-x86_64 --json result.json";
+  ringvm-bench block --rw rand-read,rand-write --bs 4k,128k --depth 1,8,32 --html report.html
+  ringvm-bench block --against qemu=/usr/bin/qemu-system-x86_64 --json result.json
+  ringvm-bench block --against found --syscalls --html report.html
+  ringvm-bench block --storage null --depth 64";
 
 const NET_EXAMPLES: &str = "The tap lies in a network namespace of this program's own: no interface of the host is touched. This takes root, or a
 kernel that lets everybody have user namespaces.
@@ -40,6 +52,19 @@ Examples:
   ringvm-bench net --pairs 2 --cpus 2
   ringvm-bench net --only in --irq=none
   ringvm-bench net --against firecracker=/usr/bin/firecracker --json result.json";
+
+const IDLE_EXAMPLES: &str = "The NICs' taps lie in a network namespace of this program's own, which takes root or a kernel that lets everybody have
+user namespaces; --nics 0 does without.
+
+Examples:
+  ringvm-bench idle --time 30s --against found
+  ringvm-bench idle --disks 8 --nics 0";
+
+const COMPARE_EXAMPLES: &str = "Exit code 1 if --fail-below is given and some ratio is less.
+
+Examples:
+  ringvm-bench compare before.json after.json
+  ringvm-bench compare before.json after.json --fail-below 0.97";
 
 impl Default for Command {
     fn default() -> Self {
@@ -51,18 +76,59 @@ impl Default for Command {
     }
 }
 
+/// Who is measured.
+#[derive(Args, Clone, Debug)]
+pub struct Others {
+    /// The ringvm to measure; the one beside this program if not given
+    #[arg(long, value_name = "PATH")]
+    pub ringvm: Option<PathBuf>,
+    /// Other VMMs, as KIND=PATH; KIND is ringvm, cloud-hypervisor, firecracker, firecracker-async, qemu, qemu-tcg, or
+    /// qemu-storage-daemon, which serves its disk to ringvm. `found`: those of them that are on the PATH
+    #[arg(long, value_name = "KIND=PATH|found", value_delimiter = ',', value_parser = Against::parse)]
+    pub against: Vec<Against>,
+    /// Count system calls and exits per operation too, in one more run of each contestant: counting slows it. By the kernel's
+    /// tracepoints, or where these are out of reach by strace
+    #[arg(long, value_enum, value_name = "HOW", num_args = 0..=1, require_equals = true, default_missing_value = "auto")]
+    pub syscalls: Option<Counting>,
+}
+
+/// How system calls are counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Counting {
+    /// By tracepoints if they can be had, else by strace.
+    Auto,
+    /// By tracepoints.
+    Tracepoints,
+    /// By strace.
+    Strace,
+}
+
+/// What is left behind besides the table.
+#[derive(Args, Clone, Debug, Default)]
+pub struct Output {
+    /// Write all results, the machine and the commands to this file
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Write a report with plots to this file, which needs no other
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+}
+
 /// How `block` measures.
 #[derive(Args, Clone, Debug)]
 pub struct BlockOptions {
     /// Requests in flight, per queue; several are measured one after the other
     #[arg(long, value_delimiter = ',', default_value = "1,32,64", value_parser = clap::value_parser!(u32).range(1..=256))]
     pub depth: Vec<u32>,
-    /// Bytes per request
-    #[arg(long, default_value = "4k", value_parser = block_size)]
-    pub bs: u64,
-    /// What is done to the disk
-    #[arg(long, value_enum, default_value_t = Pattern::RandRead)]
-    pub rw: Pattern,
+    /// Bytes per request; several are measured one after the other, each with all depths
+    #[arg(long, value_delimiter = ',', default_value = "4k", value_parser = block_size)]
+    pub bs: Vec<u64>,
+    /// What is done to the disk; several are measured one after the other, each with all sizes, those that only read first
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "rand-read")]
+    pub rw: Vec<Pattern>,
+    /// What holds the disk's bytes. With `null` nothing does, requests succeed at once, and the plain ring's are NOPs
+    #[arg(long, value_enum, default_value_t = Storage::File, conflicts_with_all = ["file", "direct"], conflicts_with = "overwrite")]
+    pub storage: Storage,
     /// Queues of the disk, all of them used
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub queues: u16,
@@ -90,18 +156,15 @@ pub struct BlockOptions {
     /// Past the page cache (O_DIRECT)
     #[arg(long)]
     pub direct: bool,
-    /// The ringvm to measure; the one beside this program if not given
-    #[arg(long, value_name = "PATH")]
-    pub ringvm: Option<PathBuf>,
-    /// Other VMMs, as KIND=PATH; KIND is ringvm, cloud-hypervisor, firecracker, firecracker-async, qemu or qemu-tcg
-    #[arg(long, value_name = "KIND=PATH", value_delimiter = ',', value_parser = Contestant::parse)]
-    pub against: Vec<Contestant>,
+    /// Who
+    #[command(flatten)]
+    pub others: Others,
     /// Measure the backend alone too, driven from this process; where there is no /dev/kvm that is done anyway
     #[arg(long)]
     pub backend: bool,
-    /// Write all results, the machine and the commands to this file
-    #[arg(long, value_name = "FILE")]
-    pub json: Option<PathBuf>,
+    /// Where to
+    #[command(flatten)]
+    pub output: Output,
 }
 
 /// How `net` measures.
@@ -136,22 +199,68 @@ pub struct NetOptions {
     /// How long one run measures, e.g. 500ms or 2s
     #[arg(long, default_value = "2s", value_parser = duration)]
     pub time: Duration,
-    /// The ringvm to measure; the one beside this program if not given
-    #[arg(long, value_name = "PATH")]
-    pub ringvm: Option<PathBuf>,
-    /// Other VMMs, as KIND=PATH; KIND is ringvm, cloud-hypervisor, firecracker, qemu or qemu-tcg
-    #[arg(long, value_name = "KIND=PATH", value_delimiter = ',', value_parser = Contestant::parse)]
-    pub against: Vec<Contestant>,
+    /// Who
+    #[command(flatten)]
+    pub others: Others,
     /// Measure the plain process alone, no VM; where there is no /dev/kvm that is done anyway
-    #[arg(long, conflicts_with_all = ["against", "ringvm"])]
+    #[arg(long, conflicts_with_all = ["against", "ringvm", "syscalls"])]
     pub plain: bool,
-    /// Write all results, the machine and the commands to this file
+    /// Where to
+    #[command(flatten)]
+    pub output: Output,
+}
+
+/// How `idle` measures.
+#[derive(Args, Clone, Debug)]
+pub struct IdleOptions {
+    /// Disks of the VM
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(0..=8))]
+    pub disks: u16,
+    /// NICs of the VM
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(0..=8))]
+    pub nics: u16,
+    /// vCPUs of the VM; all but the first are never started
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=16))]
+    pub cpus: u16,
+    /// Runs of each contestant; the table shows medians
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub runs: u32,
+    /// How long one run measures, e.g. 500ms or 30s
+    #[arg(long, default_value = "10s", value_parser = duration)]
+    pub time: Duration,
+    /// Who
+    #[command(flatten)]
+    pub others: Others,
+    /// Where to
+    #[command(flatten)]
+    pub output: Output,
+}
+
+/// What `compare` compares.
+#[derive(Args, Clone, Debug)]
+pub struct CompareOptions {
+    /// What was measured before
+    pub a: PathBuf,
+    /// What was measured after
+    pub b: PathBuf,
+    /// Fail if some median in B is less than this part of that in A
+    #[arg(long, value_name = "RATIO", value_parser = part)]
+    pub fail_below: Option<f64>,
+}
+
+/// What `report` makes.
+#[derive(Args, Clone, Debug)]
+pub struct ReportOptions {
+    /// A result
+    pub result: PathBuf,
+    /// Write the report with plots to this file; without this the table is printed
     #[arg(long, value_name = "FILE")]
-    pub json: Option<PathBuf>,
+    pub html: Option<PathBuf>,
 }
 
 /// Where frames go, as seen by the guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
 pub enum Direction {
     /// From the guest into the tap.
     Out,
@@ -191,8 +300,26 @@ impl Direction {
     }
 }
 
+/// What holds a disk's bytes.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Storage {
+    /// A file or a block device.
+    File,
+    /// Nothing.
+    Null,
+}
+
+impl BlockOptions {
+    /// Bytes of the largest request.
+    pub fn largest_bs(&self) -> u64 {
+        self.bs.iter().copied().max().unwrap_or(0)
+    }
+}
+
 /// Kinds of load, named as the guest's jobs are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
 pub enum Pattern {
     /// Sequential reads.
     Read,
@@ -252,6 +379,11 @@ fn block_size(text: &str) -> Result<u64, String> {
         size if size % 512 == 0 && size <= 1 << 20 => Ok(size),
         _ => Err("expected a multiple of 512 up to 1M".to_owned()),
     }
+}
+
+fn part(text: &str) -> Result<f64, String> {
+    let part: f64 = text.parse().map_err(|_| "expected a ratio, e.g. 0.95".to_owned())?;
+    if part.is_finite() && part > 0.0 { Ok(part) } else { Err("expected a ratio above 0, e.g. 0.95".to_owned()) }
 }
 
 fn duration(text: &str) -> Result<Duration, String> {

@@ -1,13 +1,15 @@
 //! What machine this is, and whether it has what a measurement needs.
 
+use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
 use std::io;
 use std::path::Path;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-/// The machine, for the report.
-#[derive(Clone, Debug, Serialize)]
+/// The machine, as far as it says what to make of figures.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
 pub struct Machine {
     /// CPU model.
     pub cpu: String,
@@ -17,25 +19,78 @@ pub struct Machine {
     pub kernel: String,
     /// RAM in bytes.
     pub memory: u64,
+    /// The distribution.
+    pub system: Option<String>,
+    /// Whether the machine is a guest itself.
+    pub virtual_machine: bool,
+    /// The modules of KVM that are loaded; empty where it is built in, or missing.
+    pub kvm: Vec<String>,
+    /// How CPU frequencies are chosen, where that can be seen.
+    pub governor: Option<String>,
+    /// When transparent hugepages are used.
+    pub hugepages: Option<String>,
+    /// Known weaknesses of the CPU, and what is done about them, which costs at each exit and system call.
+    pub mitigations: BTreeMap<String, String>,
 }
 
 impl Machine {
     /// Looks around.
     pub fn look() -> Self {
         let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or("unknown");
+        let of_cpu = |key| {
+            cpuinfo
+                .lines()
+                .find_map(|line| line.strip_prefix(key))
+                .map(|text| text.trim_start_matches([' ', '\t', ':']))
+        };
         let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
         let kilobytes = meminfo
             .lines()
             .find_map(|line| line.strip_prefix("MemTotal:"))
             .and_then(|line| line.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
         Self {
-            cpu: model.trim_start_matches([' ', '\t', ':']).to_owned(),
+            cpu: of_cpu("model name").unwrap_or("unknown").to_owned(),
             cpus: std::thread::available_parallelism().map_or(1, usize::from),
-            kernel: fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned(),
+            kernel: word("/proc/sys/kernel/osrelease").unwrap_or_default(),
             memory: kilobytes.unwrap_or(0) * 1024,
+            system: distribution(),
+            virtual_machine: of_cpu("flags").is_some_and(|flags| flags.split(' ').any(|flag| flag == "hypervisor")),
+            kvm: names("/sys/module").into_iter().filter(|name| name.starts_with("kvm")).collect(),
+            governor: word("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+            hugepages: word("/sys/kernel/mm/transparent_hugepage/enabled").and_then(|text| chosen(&text)),
+            mitigations: mitigations(),
         }
     }
+}
+
+/// The content of a file of one line.
+fn word(path: &str) -> Option<String> {
+    let text = fs::read_to_string(path).ok()?.trim().to_owned();
+    (!text.is_empty()).then_some(text)
+}
+
+/// The files of a directory, sorted.
+fn names(dir: &str) -> Vec<String> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let mut names: Vec<_> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}
+
+/// The word in brackets, as sysfs marks what is in force.
+fn chosen(text: &str) -> Option<String> {
+    Some(text.split_once('[')?.1.split_once(']')?.0.to_owned())
+}
+
+fn distribution() -> Option<String> {
+    let text = fs::read_to_string("/etc/os-release").ok()?;
+    let name = text.lines().find_map(|line| line.strip_prefix("PRETTY_NAME="))?;
+    Some(name.trim_matches('"').to_owned())
+}
+
+fn mitigations() -> BTreeMap<String, String> {
+    let dir = "/sys/devices/system/cpu/vulnerabilities";
+    names(dir).into_iter().filter_map(|name| word(&format!("{dir}/{name}")).map(|text| (name, text))).collect()
 }
 
 /// Why /dev/kvm can't be used, and what to do; `None` if it can.
@@ -84,5 +139,18 @@ impl FileSystem {
             other => (format!("file system {other:#x}"), false),
         };
         Ok(Self { name, in_memory, available: stat.f_bavail.saturating_mul(stat.f_bsize as u64) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_machine_has_cpus_memory_and_a_kernel() {
+        let machine = Machine::look();
+        assert!(machine.cpus > 0 && machine.memory > 1 << 20 && !machine.kernel.is_empty(), "{machine:?}");
+        assert_eq!(chosen("always [madvise] never").as_deref(), Some("madvise"));
+        assert_eq!(chosen("none"), None);
     }
 }

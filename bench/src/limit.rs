@@ -20,6 +20,7 @@ use crate::cli::Pattern;
 use crate::hist::Hist;
 use crate::rng::Rng;
 use crate::run::{Latency, Sample};
+use crate::signals;
 
 const ALIGN: usize = 4096;
 /// Per cent of reads in [`Pattern::Mixed`], as in the guest.
@@ -28,8 +29,8 @@ const READS: u64 = 70;
 /// What the plain ring is to do.
 #[derive(Clone, Copy, Debug)]
 pub struct Job<'a> {
-    /// The file or block device.
-    pub path: &'a Path,
+    /// The file or block device; without one, requests are NOPs, for which the kernel does nothing but complete them.
+    pub path: Option<&'a Path>,
     /// O_DIRECT.
     pub direct: bool,
     /// Reads or writes.
@@ -69,7 +70,7 @@ struct Loop<'a> {
     job: Job<'a>,
     // Before the buffers: fields are dropped in this order, and the ring must be gone first.
     ring: IoUring,
-    file: File,
+    file: Option<File>,
     buffers: Buffers,
     rng: Rng,
     blocks: u64,
@@ -78,6 +79,8 @@ struct Loop<'a> {
     submitted: Vec<Instant>,
     in_flight: usize,
     ops: u64,
+    /// System calls.
+    calls: u64,
     latency: Box<Hist>,
 }
 
@@ -88,24 +91,24 @@ struct Loop<'a> {
 pub fn measure(job: &Job<'_>) -> Result<Sample> {
     let mut ring = Loop::new(*job)?;
     ring.turns(job.warm)?;
-    (ring.ops, *ring.latency) = (0, Hist::default());
+    (ring.ops, ring.calls, *ring.latency) = (0, 0, Hist::default());
     let cpu = thread_time();
     let elapsed = ring.turns(job.time)?;
     let cpu = thread_time().saturating_sub(cpu);
-    let (ops, latency) = (ring.ops, ring.latency.clone());
+    let (ops, calls, latency) = (ring.ops, ring.calls, Latency::of(&ring.latency));
     ring.drain()?;
-    Ok(Sample { ops, time: elapsed, latency: Some(Latency::of(&latency)), cpu: Some(cpu), carried: None, vm: None })
+    let (latency, cpu, syscalls) = (Some(latency), Some(cpu), Some(calls));
+    Ok(Sample { ops, time: elapsed, latency, cpu, syscalls, ..Sample::default() })
 }
 
 impl<'a> Loop<'a> {
     fn new(job: Job<'a>) -> Result<Self> {
         let flags = if job.direct { libc::O_DIRECT } else { 0 };
-        let file = OpenOptions::new()
-            .read(true)
-            .write(job.pattern.writes())
-            .custom_flags(flags)
-            .open(job.path)
-            .with_context(|| format!("opening {} for the plain ring", job.path.display()))?;
+        let mut how = OpenOptions::new();
+        how.read(true).write(job.pattern.writes()).custom_flags(flags);
+        let open =
+            |path: &Path| how.open(path).with_context(|| format!("opening {} for the plain ring", path.display()));
+        let file = job.path.map(open).transpose()?;
         let depth = job.depth as usize;
         Ok(Self {
             ring: ring(job.depth).context("making an io_uring for the plain ring (kernel.io_uring_disabled, a seccomp filter, or a kernel before 5.6)")?,
@@ -118,6 +121,7 @@ impl<'a> Loop<'a> {
             submitted: vec![Instant::now(); depth],
             in_flight: 0,
             ops: 0,
+            calls: 0,
             latency: Box::default(),
             job,
         })
@@ -132,6 +136,7 @@ impl<'a> Loop<'a> {
             if now.duration_since(start) >= time {
                 return Ok(now.duration_since(start));
             }
+            signals::check()?;
             self.fill(now)?;
             self.enter()?;
         }
@@ -146,6 +151,7 @@ impl<'a> Loop<'a> {
     }
 
     fn enter(&mut self) -> Result<()> {
+        self.calls += 1;
         match self.ring.submit_and_wait(1) {
             Ok(_) => Ok(()),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
@@ -168,13 +174,12 @@ impl<'a> Loop<'a> {
                 Pattern::Write | Pattern::RandWrite => false,
                 Pattern::Mixed => self.rng.below(100) < READS,
             };
-            let fd = types::Fd(self.file.as_raw_fd());
             let buffer = self.buffers.slot(slot as usize, bs);
             let offset = block * self.job.bs;
-            let entry = if read {
-                opcode::Read::new(fd, buffer, bs as u32).offset(offset).build()
-            } else {
-                opcode::Write::new(fd, buffer, bs as u32).offset(offset).build()
+            let entry = match self.file.as_ref().map(|file| types::Fd(file.as_raw_fd())) {
+                Some(fd) if read => opcode::Read::new(fd, buffer, bs as u32).offset(offset).build(),
+                Some(fd) => opcode::Write::new(fd, buffer, bs as u32).offset(offset).build(),
+                None => opcode::Nop::new().build(),
             };
             let entry = entry.user_data(u64::from(slot));
             // SAFETY: the buffer is this slot's alone until its completion, and `Loop` drains the ring, or (after an
@@ -189,14 +194,16 @@ impl<'a> Loop<'a> {
     }
 
     fn reap(&mut self, now: Instant) -> Result<()> {
+        let whole = if self.file.is_some() { self.job.bs as i32 } else { 0 };
         for completion in self.ring.completion() {
             let slot = completion.user_data() as usize;
             self.in_flight -= 1;
             match completion.result() {
-                result if result == self.job.bs as i32 => {}
+                result if result == whole => {}
                 result @ ..0 => {
                     return Err(io::Error::from_raw_os_error(-result)).with_context(|| {
-                        format!("{} of {} on the plain ring", self.job.pattern.words(), self.job.path.display())
+                        let path = self.job.path.unwrap_or(Path::new("nothing"));
+                        format!("{} of {} on the plain ring", self.job.pattern.words(), path.display())
                     });
                 }
                 short => bail!("a request of {} bytes on the plain ring ended after {short}", self.job.bs),
@@ -252,7 +259,7 @@ mod tests {
 
     fn job(path: &Path, pattern: Pattern, direct: bool) -> Job<'_> {
         let (warm, time) = (Duration::from_millis(5), Duration::from_millis(50));
-        Job { path, direct, pattern, bs: 4096, size: 1 << 20, depth: 8, warm, time }
+        Job { path: Some(path), direct, pattern, bs: 4096, size: 1 << 20, depth: 8, warm, time }
     }
 
     #[test]
@@ -260,13 +267,22 @@ mod tests {
         let file = file(1 << 20);
         for direct in [false, true] {
             let sample = measure(&job(file.path(), Pattern::RandRead, direct)).unwrap();
-            let latency = sample.latency.unwrap();
+            let latency = sample.latency.clone().unwrap();
             assert!(sample.ops > 0 && latency.p50 > Duration::ZERO && latency.p99 >= latency.p50, "{sample:?}");
             assert!(sample.time >= Duration::from_millis(50) && sample.cpu.unwrap() > Duration::ZERO, "{sample:?}");
         }
         assert!(std::fs::read(file.path()).unwrap().iter().all(|&byte| byte == 0xff));
         measure(&job(file.path(), Pattern::Write, false)).unwrap();
         assert!(std::fs::read(file.path()).unwrap().iter().any(|&byte| byte != 0xff));
+    }
+
+    #[test]
+    fn without_a_file_requests_do_nothing() {
+        let job = Job { path: None, ..job(Path::new(""), Pattern::RandWrite, false) };
+        let sample = measure(&job).unwrap();
+        assert!(sample.ops > 0 && sample.syscalls.unwrap() > 0, "{sample:?}");
+        let steps: u64 = sample.latency.unwrap().steps.iter().map(|&(_, count)| count).sum();
+        assert_eq!(steps, sample.ops);
     }
 
     #[test]

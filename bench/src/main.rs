@@ -4,12 +4,13 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use ringvm_bench::cli::{Cli, Command};
-use ringvm_bench::{block, net, signals};
+use ringvm_bench::document::Document;
+use ringvm_bench::{block, compare, html, idle, net, report, signals};
 
 fn main() -> ExitCode {
     let command = Cli::parse().command.unwrap_or_default();
     match measure(&command) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => signals::interrupted().map_or(ExitCode::SUCCESS, ExitCode::from),
         Err(error) => {
             eprintln!("ringvm-bench: {error:#}");
             ExitCode::FAILURE
@@ -28,6 +29,29 @@ fn measure(command: &Command) -> anyhow::Result<()> {
             net::namespace::enter()?;
             signals::install();
             net::run(options)
+        }
+        Command::Idle(options) => {
+            if options.nics != 0 {
+                net::namespace::enter()?;
+            }
+            signals::install();
+            idle::run(options)
+        }
+        Command::Compare(options) => {
+            let compared = compare::files(&options.a, &options.b)?;
+            report::print(&compared.text)?;
+            let (least, at) = compared.least;
+            match options.fail_below {
+                Some(limit) if least < limit => anyhow::bail!("{at}: {least:.3} is below {limit}"),
+                _ => Ok(()),
+            }
+        }
+        Command::Report(options) => {
+            let document = Document::read(&options.result)?;
+            match &options.html {
+                Some(path) => html::write(&document, path),
+                None => report::print(&report::table(&document)),
+            }
         }
     }
 }

@@ -9,25 +9,25 @@ pub mod generator;
 pub mod interface;
 pub mod namespace;
 pub mod plain;
-mod table;
+pub(crate) mod table;
 
 use std::fmt;
-use std::io::Write;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
-use serde_json::json;
+use anyhow::{Result, bail};
 
 use self::generator::Generator;
 use self::interface::Interface;
 use crate::cli::{Direction, NetOptions};
-use crate::host::Machine;
-use crate::plan::{self, Contender, Plan};
-use crate::report::{self, Series};
-use crate::run::{self, Moment, Sample};
-use crate::vmm::{Contestant, Nic, Vm};
+use crate::document::{Counted, Document, Job, NetJob, NetPoint, Point};
+use crate::plan::{self, Contender, Count, Measure, Plan, Size};
+use crate::run::{self, Look, Moment, Observed, Sample};
+use crate::strace;
+use crate::vmm::{Contestant, Kind, Nic, Vm};
 
 const WARM: Duration = Duration::from_millis(100);
+/// What a run lasts that is to do nothing: one that sends can't be told to send nothing.
+const SHORTEST: Duration = Duration::from_millis(1);
 const QUEUE_SIZE: u16 = 256;
 /// Where the guest sleeps, frames have to find buffers while it wakes up, and one interrupt is to bring many.
 const SLEEPER_QUEUE_SIZE: u16 = 1024;
@@ -59,44 +59,34 @@ impl fmt::Display for Host {
 }
 
 /// What is measured at a time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Flow {
-    direction: Direction,
-    /// Bytes of a frame, from its addresses to the end of its payload.
-    size: usize,
-    /// Whether the guest sleeps until an interrupt comes.
-    irq: bool,
-}
+type Flow = NetPoint;
 
 impl Flow {
-    fn segments(self) -> bool {
-        self.size > ETHERNET_LONGEST
+    fn new(direction: Direction, size: usize, irq: bool) -> Self {
+        let queue_size = if irq { SLEEPER_QUEUE_SIZE } else { QUEUE_SIZE };
+        Self { direction, size, tso: size > ETHERNET_LONGEST, irq, queue_size }
     }
 
-    fn queue_size(self) -> u16 {
-        if self.irq { SLEEPER_QUEUE_SIZE } else { QUEUE_SIZE }
-    }
-
-    fn job(self, options: &NetOptions) -> String {
+    /// How the guest is told, for a time or a number of frames.
+    fn job(self, options: &NetOptions, amount: &str) -> String {
         let transmits = self.direction == Direction::Out;
         format!(
-            "job={} size={} tso={} irq={} {}depth={} pairs={} cpus={} time={}ms",
+            "job={} size={} tso={} irq={} {}depth={} pairs={} cpus={} {amount}",
             if transmits { "net-tx" } else { "net-rx" },
             self.size,
-            u8::from(self.segments()),
+            u8::from(self.tso),
             u8::from(self.irq),
             if transmits { String::new() } else { format!("bs={RECEIVE_BUFFER} ") },
             options.depth,
             options.pairs,
             options.cpus,
-            options.time.as_millis()
         )
     }
 }
 
 impl fmt::Display for Flow {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (tso, irq) = (if self.segments() { " TSO" } else { "" }, if self.irq { ", irq" } else { "" });
+        let (tso, irq) = (if self.tso { " TSO" } else { "" }, if self.irq { ", irq" } else { "" });
         write!(f, "{} {}{tso}{irq}", self.direction.words(), self.size)
     }
 }
@@ -109,36 +99,26 @@ pub fn run(options: &NetOptions) -> Result<()> {
     let contenders = contenders(options)?;
     let interface = Interface::create(TAP, options.pairs)?;
     let flows: Vec<_> = flows(options).into_iter().map(|flow| (flow, at(flow, &contenders))).collect();
-    let plan = Plan::new(options.runs, flows.iter().map(|(_, contenders)| contenders.len()).sum())?;
-    let mut series = Vec::new();
-    for (flow, contenders) in &flows {
-        series.extend(at_flow(options, *flow, contenders, &interface, &plan)?);
+    let mut size = Size { runs: options.runs, ..Size::default() };
+    for (_, contenders) in &flows {
+        let one = Size::of(options.runs, contenders, 1);
+        (size.series, size.vmms) = (size.series + one.series, size.vmms + one.vmms);
     }
-    plan.progress.finish_and_clear();
-    let machine = Machine::look();
-    // The file first: a reader of the table may be gone by now.
-    if let Some(path) = &options.json {
-        let point = |flow: Flow| {
-            json!({
-                "direction": flow.direction.words(),
-                "size": flow.size,
-                "tso": flow.segments(),
-                "irq": flow.irq,
-                "queue_size": flow.queue_size(),
-            })
-        };
-        let series = series.iter().map(|line| report::describe(line, point(line.point), "fps")).collect();
-        report::write(path, job(options), &machine, series)?;
-    }
-    let table = table::render(options, &machine, &series);
-    std::io::stdout().write_all(table.as_bytes()).context("printing the table")
+    let plan = Plan::new(size, options.others.syscalls)?;
+    let document = plan::document(Job::Net(job(options)), &contenders);
+    plan.finish(document, &options.output, |document| {
+        flows.iter().try_for_each(|(flow, contenders)| at_flow(options, *flow, contenders, &interface, &plan, document))
+    })
 }
 
 fn contenders(options: &NetOptions) -> Result<Vec<Contender<Host>>> {
     let mut contenders = vec![Contender::Host(Host::Plain)];
     if !options.plain {
         contenders.push(Contender::Host(Host::PlainBeside));
-        plan::add_vmms(&mut contenders, options.ringvm.as_deref(), &options.against, "the plain process only")?;
+        // Those with one queue pair can't be measured with more.
+        let pairs = |kind| options.pairs == 1 || kind != Kind::Firecracker;
+        let fit = |kind: Kind| kind.has_nics() && pairs(kind);
+        plan::add_vmms(&mut contenders, &options.others, "the plain process only", fit)?;
     }
     Ok(contenders)
 }
@@ -155,18 +135,19 @@ fn flows(options: &NetOptions) -> Vec<Flow> {
     let all = |direction, sizes: &[u32]| -> Vec<Flow> {
         let sizes = if wanted(direction) { sizes } else { &[] };
         let irq = options.irq.is_in(direction);
-        sizes.iter().map(|&size| Flow { direction, size: size as usize, irq }).collect()
+        sizes.iter().map(|&size| Flow::new(direction, size as usize, irq)).collect()
     };
     [all(Direction::Out, &options.size), all(Direction::In, &options.receive_size)].concat()
 }
 
-fn job(options: &NetOptions) -> serde_json::Value {
-    json!({
-        "depth": options.depth,
-        "pairs": options.pairs,
-        "cpus": options.cpus,
-        "time_ms": options.time.as_millis() as u64,
-    })
+fn job(options: &NetOptions) -> NetJob {
+    NetJob {
+        depth: options.depth,
+        pairs: options.pairs,
+        cpus: options.cpus,
+        runs: options.runs,
+        time_ms: options.time.as_millis() as u64,
+    }
 }
 
 fn at_flow(
@@ -175,31 +156,96 @@ fn at_flow(
     contenders: &[Contender<Host>],
     interface: &Interface,
     plan: &Plan,
-) -> Result<Vec<Series<Flow>>> {
-    let command_line = flow.job(options);
+    document: &mut Document,
+) -> Result<()> {
+    let command_line = flow.job(options, &format!("time={}ms", options.time.as_millis()));
+    let nics = [Nic { tap: TAP, pairs: options.pairs, queue_size: flow.queue_size }];
     let vm = Vm {
         kernel: &plan.kernel,
         command_line: &command_line,
         cpus: options.cpus,
         // Room for the longest frames in all buffers of both directions.
         memory: 192 + 64 * u32::from(options.pairs),
-        disk: None,
-        nic: Some(Nic { tap: TAP, pairs: options.pairs, queue_size: flow.queue_size() }),
+        disks: &[],
+        nics: &nics,
     };
-    plan.interleave(flow, &flow.to_string(), contenders, &vm, |contender| {
-        let before = interface.counters()?;
+    let mut measure = At { options, flow, interface, plan, vm };
+    plan.interleave(document, (Point::Net(flow), &flow.to_string()), contenders, &vm, &mut measure)
+}
+
+/// One flow.
+struct At<'a> {
+    options: &'a NetOptions,
+    flow: Flow,
+    interface: &'a Interface,
+    plan: &'a Plan,
+    vm: Vm<'a>,
+}
+
+impl Measure<Host> for At<'_> {
+    fn run(&mut self, contender: &Contender<Host>) -> Result<Sample> {
+        let before = self.interface.counters()?;
         let mut sample = match contender {
-            Contender::Host(Host::Plain) => plain(options, flow, interface)?,
-            Contender::Host(Host::PlainBeside) => busy::beside(options.cpus, || plain(options, flow, interface))?,
-            Contender::Vmm(contestant) => guest(contestant, &vm, flow, interface, plan, options.time)?,
+            Contender::Host(Host::Plain) => plain(self.options, self.flow, self.interface)?,
+            Contender::Host(Host::PlainBeside) => {
+                busy::beside(self.options.cpus, || plain(self.options, self.flow, self.interface))?
+            }
+            Contender::Vmm(contestant) => {
+                let observed = self.guest(contestant, Look::Plain)?;
+                let (ops, time) = (observed.vm.number("frames")?, Duration::from_nanos(observed.vm.number("time_ns")?));
+                Sample { ops, time, cpu: observed.cpu, vm: Some(observed.vm), ..Sample::default() }
+            }
         };
-        let carried = interface.counters()?.since(before);
-        sample.carried = Some(match flow.direction {
+        let carried = self.interface.counters()?.since(before);
+        sample.carried = Some(match self.flow.direction {
             Direction::Out => arrived(sample.ops, carried.from_user)?,
             Direction::In => taken(sample.ops, carried.to_user)?,
         });
         Ok(sample)
-    })
+    }
+
+    fn count(&mut self, contestant: &Contestant, how: &Count) -> Result<Counted> {
+        let Count::Strace(strace) = how else {
+            let observed = self.guest(contestant, Look::Counted)?;
+            return Ok(observed.counted(observed.vm.number("frames")?));
+        };
+        let line = |time: Duration| self.flow.job(self.options, &format!("time={}ms", time.as_millis()));
+        let (loaded, empty) = (line(self.options.time), line(SHORTEST));
+        let vms = (&Vm { command_line: &loaded, ..self.vm }, &Vm { command_line: &empty, ..self.vm });
+        let generator = match self.flow.direction {
+            Direction::In => Some(Generator::start(self.interface, self.flow.size)?),
+            Direction::Out => None,
+        };
+        let counted = strace::count(strace, contestant, vms, self.plan.dir.path(), self.options.time, "frames");
+        generator.map_or(Ok(()), Generator::stop)?;
+        counted
+    }
+}
+
+impl At<'_> {
+    fn guest(&self, contestant: &Contestant, look: Look) -> Result<Observed> {
+        let mut generator = None;
+        let (dir, time) = (self.plan.dir.path(), self.options.time);
+        let observed = run::observe(contestant, &self.vm, dir, time, look, |moment| {
+            match moment {
+                Moment::Start if self.flow.direction == Direction::In => {
+                    generator = Some(Generator::start(self.interface, self.flow.size)?);
+                }
+                Moment::Start => {}
+                Moment::End => generator.take().map_or(Ok(()), Generator::stop)?,
+            }
+            Ok(())
+        })?;
+        let (frames, bytes) = (observed.vm.number("frames")?, observed.vm.number("bytes")?);
+        if bytes != frames * self.flow.size as u64 {
+            bail!(
+                "the guest under {} met {bytes} bytes in {frames} frames, not {} in each",
+                contestant.name,
+                self.flow.size
+            );
+        }
+        Ok(observed)
+    }
 }
 
 /// What is counted is a part of what the tap sees: it sees what goes before and after the measurement too.
@@ -227,7 +273,7 @@ fn plain(options: &NetOptions, flow: Flow, interface: &Interface) -> Result<Samp
         interface,
         transmits,
         size: flow.size,
-        segments: flow.segments(),
+        segments: flow.tso,
         // One thread carries what all pairs of the guest carry.
         burst: options.depth * u32::from(options.pairs),
         warm: WARM,
@@ -235,33 +281,6 @@ fn plain(options: &NetOptions, flow: Flow, interface: &Interface) -> Result<Samp
     })?;
     generator.map_or(Ok(()), Generator::stop)?;
     Ok(sample)
-}
-
-fn guest(
-    contestant: &Contestant,
-    vm: &Vm<'_>,
-    flow: Flow,
-    interface: &Interface,
-    plan: &Plan,
-    time: Duration,
-) -> Result<Sample> {
-    let mut generator = None;
-    let (cpu, vm) = run::observe(contestant, vm, plan.dir.path(), time, |moment| {
-        match moment {
-            Moment::Start if flow.direction == Direction::In => {
-                generator = Some(Generator::start(interface, flow.size)?);
-            }
-            Moment::Start => {}
-            Moment::End => generator.take().map_or(Ok(()), Generator::stop)?,
-        }
-        Ok(())
-    })?;
-    let (frames, bytes) = (vm.number("frames")?, vm.number("bytes")?);
-    if bytes != frames * flow.size as u64 {
-        bail!("the guest under {} met {bytes} bytes in {frames} frames, not {} in each", contestant.name, flow.size);
-    }
-    let time = Duration::from_nanos(vm.number("time_ns")?);
-    Ok(Sample { ops: frames, time, latency: None, cpu, carried: None, vm: Some(vm) })
 }
 
 #[cfg(test)]

@@ -1,20 +1,21 @@
 //! What measurements have in common: who takes part, and that all of them take turns, run by run, so that whatever the
-//! machine does meanwhile, it does to all of them.
+//! machine does meanwhile, it does to all of them. What was measured is kept if something ends it early.
 
 use std::fmt::Display;
 use std::io::IsTerminal;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tempfile::TempDir;
 
-use crate::host;
-use crate::report::Series;
+use crate::cli::{Counting, Others, Output};
+use crate::counter::Counter;
+use crate::document::{Counted, Document, Job, Point, Series};
 use crate::run::Sample;
-use crate::vmm::{Contestant, Vm};
-use crate::{guest, signals};
+use crate::vmm::{Against, Contestant, Kind, Vm, found};
+use crate::{guest, host, report, signals, strace};
 
 /// Who takes part: something in this process, or a VMM.
 #[derive(Clone, Debug)]
@@ -35,37 +36,127 @@ impl<H: Display> Contender<H> {
     }
 }
 
-/// Adds ringvm, with its devices in either place, and the others, but none that needs a /dev/kvm that can't be used: that is said then, and what is measured
-/// `instead`.
+/// Adds ringvm, with its devices in either place, and the others, but none that needs a /dev/kvm that can't be used: that is
+/// said then, and what is measured `instead`. Those that were found, not named, take part only if they are `fit`.
 ///
 /// # Errors
 /// There is no ringvm.
 pub fn add_vmms<H>(
     contenders: &mut Vec<Contender<H>>,
-    ringvm: Option<&Path>,
-    against: &[Contestant],
+    others: &Others,
     instead: &str,
+    fit: impl Fn(Kind) -> bool,
 ) -> Result<()> {
     let trouble = host::kvm_trouble();
+    let mut all: Vec<Contestant> = Vec::new();
     match &trouble {
         Some(trouble) => {
             eprintln!("ringvm-bench: no VM can be run here: {trouble}");
             eprintln!("ringvm-bench: measuring {instead}");
         }
         None => {
-            let ringvm = Contestant::ringvm(ringvm)?;
+            let ringvm = Contestant::ringvm(others.ringvm.as_deref())?;
             let daemon = ringvm.in_daemon();
-            contenders.extend([ringvm, daemon].map(Contender::Vmm));
+            all.extend([ringvm, daemon]);
         }
     }
-    for contestant in against {
+    let frontend = all.first().map(|ringvm| ringvm.path.clone());
+    for against in &others.against {
+        match against {
+            Against::One(contestant) => all.push(contestant.clone()),
+            Against::Found => all.extend(find(&fit)),
+        }
+    }
+    let mut names: Vec<String> = Vec::new();
+    for mut contestant in all {
         if trouble.is_some() && contestant.kind.needs_kvm() {
             eprintln!("ringvm-bench: leaving out {}, which needs /dev/kvm", contestant.name);
-        } else {
-            contenders.push(Contender::Vmm(contestant.clone()));
+            continue;
         }
+        // Two of a kind are told apart.
+        let same = names.iter().filter(|&name| *name == contestant.name).count();
+        names.push(contestant.name.clone());
+        if same != 0 {
+            contestant.name += &format!(" #{}", same + 1);
+        }
+        contestant.frontend = frontend.clone();
+        contenders.push(Contender::Vmm(contestant));
     }
     Ok(())
+}
+
+/// What is on the PATH and fit; says what is, and what is not.
+fn find(fit: &impl Fn(Kind) -> bool) -> Vec<Contestant> {
+    let found = found::all();
+    if found.is_empty() {
+        eprintln!("ringvm-bench: none of {} is on the PATH", found::looked_for());
+    }
+    let (fit, unfit): (Vec<_>, Vec<_>) = found.into_iter().partition(|contestant| fit(contestant.kind));
+    for contestant in &fit {
+        eprintln!("ringvm-bench: found {} at {}", contestant.name, contestant.path.display());
+    }
+    for contestant in &unfit {
+        eprintln!("ringvm-bench: leaving out {}, which can't be measured so", contestant.name);
+    }
+    fit
+}
+
+/// How much there is to do.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Size {
+    /// Runs of each contender at each point.
+    pub runs: u32,
+    /// Contenders, over all points.
+    pub series: usize,
+    /// Of these, VMMs.
+    pub vmms: usize,
+}
+
+impl Size {
+    /// All of `contenders` at so many points.
+    pub fn of<H>(runs: u32, contenders: &[Contender<H>], points: usize) -> Self {
+        let vmms = contenders.iter().filter(|contender| matches!(contender, Contender::Vmm(_))).count();
+        Self { runs, series: contenders.len() * points, vmms: vmms * points }
+    }
+}
+
+/// How system calls are counted, if they are.
+#[derive(Clone, Debug)]
+pub enum Count {
+    /// By tracepoints.
+    Tracepoints,
+    /// By this strace.
+    Strace(PathBuf),
+}
+
+impl Count {
+    /// What the options mean on this host; says so if that is nothing.
+    ///
+    /// # Errors
+    /// One way was asked for by name and can't be had.
+    pub fn choose(how: Option<Counting>) -> Result<Option<Self>> {
+        let Some(how) = how else { return Ok(None) };
+        if how != Counting::Strace {
+            if Counter::is_possible() {
+                return Ok(Some(Self::Tracepoints));
+            }
+            if how == Counting::Tracepoints {
+                bail!(
+                    "system calls can't be counted by tracepoints here: that takes root and a kernel with tracefs; try --syscalls=strace"
+                );
+            }
+        }
+        match strace::find() {
+            Some(path) => Ok(Some(Self::Strace(path))),
+            None if how == Counting::Strace => bail!("there is no strace on the PATH: install the package strace"),
+            None => {
+                eprintln!(
+                    "ringvm-bench: system calls are not counted: that takes root and tracefs, or the package strace"
+                );
+                Ok(None)
+            }
+        }
+    }
 }
 
 /// A measurement under way.
@@ -76,62 +167,170 @@ pub struct Plan {
     pub kernel: PathBuf,
     /// How far it is.
     pub progress: ProgressBar,
-    /// Runs of each contender at each point.
-    pub runs: u32,
+    /// How system calls are counted.
+    pub count: Option<Count>,
+    runs: u32,
+}
+
+/// How the members of a measurement are run.
+pub trait Measure<H> {
+    /// One run.
+    ///
+    /// # Errors
+    /// It fails.
+    fn run(&mut self, contender: &Contender<H>) -> Result<Sample>;
+
+    /// One run in which system calls are counted.
+    ///
+    /// # Errors
+    /// It fails.
+    fn count(&mut self, contestant: &Contestant, how: &Count) -> Result<Counted>;
 }
 
 impl Plan {
-    /// For so many series of runs.
+    /// For so many runs.
     ///
     /// # Errors
-    /// No place for the guest's image.
-    pub fn new(runs: u32, series: usize) -> Result<Self> {
+    /// No place for the guest's image, or no way to count.
+    pub fn new(size: Size, counting: Option<Counting>) -> Result<Self> {
+        let count = Count::choose(counting)?;
         let dir = tempfile::tempdir().context("making a temporary directory")?;
         signals::remove_on_signal(dir.path());
         let kernel = guest::write_to(dir.path()).context("writing the guest's image")?;
-        let progress = progress(series as u64 * u64::from(runs));
-        Ok(Self { dir, kernel, progress, runs })
+        let counted = if count.is_some() { size.vmms } else { 0 };
+        let progress = progress(size.series as u64 * u64::from(size.runs) + counted as u64);
+        Ok(Self { dir, kernel, progress, count, runs: size.runs })
     }
 
-    /// All runs at one point, which `label` names for people.
+    /// Runs a measurement, and delivers what it has put into the document, all that was planned or not.
+    ///
+    /// # Errors
+    /// The measurement's own, unless the user has ended it.
+    pub fn finish(
+        &self,
+        mut document: Document,
+        output: &Output,
+        work: impl FnOnce(&mut Document) -> Result<()>,
+    ) -> Result<()> {
+        self.progress.reset_eta();
+        let outcome = work(&mut document);
+        let (done, all) = (self.progress.position(), self.progress.length().unwrap_or(0));
+        self.progress.finish_and_clear();
+        document.series.retain(|series| !series.runs.is_empty());
+        document.incomplete = match &outcome {
+            Ok(()) => None,
+            Err(_) if signals::interrupted().is_some() => Some(format!("interrupted after {done} of {all} runs")),
+            Err(error) => {
+                let why = format!("{error:#}");
+                Some(format!("failed after {done} of {all} runs: {}", why.lines().next().unwrap_or_default()))
+            }
+        };
+        if !document.series.is_empty() {
+            report::deliver(&document, output)?;
+        }
+        match outcome {
+            Err(_) if signals::interrupted().is_some() => Ok(()),
+            outcome => outcome,
+        }
+    }
+
+    /// All runs at one point, which `label` names for people. What is measured goes into the document as it comes.
     ///
     /// # Errors
     /// A run that fails, with its contender and the point.
-    pub fn interleave<P: Copy, H: Display>(
+    pub fn interleave<H: Display>(
         &self,
-        point: P,
-        label: &str,
+        document: &mut Document,
+        (point, label): (Point, &str),
         contenders: &[Contender<H>],
         vm: &Vm<'_>,
-        mut measure: impl FnMut(&Contender<H>) -> Result<Sample>,
-    ) -> Result<Vec<Series<P>>> {
-        let mut all = Vec::new();
+        measure: &mut impl Measure<H>,
+    ) -> Result<()> {
+        let first = document.series.len();
         for contender in contenders {
-            let command = match contender {
-                Contender::Vmm(contestant) => contestant.command(vm, self.dir.path())?,
-                Contender::Host(_) => Vec::new(),
+            let text = |words: Vec<std::ffi::OsString>| -> Vec<String> {
+                words.into_iter().map(|word| word.to_string_lossy().into_owned()).collect()
             };
-            all.push(Series::new(&contender.name(), point, command));
+            let (command, daemon) = match contender {
+                Contender::Vmm(contestant) => {
+                    let launch = contestant.launch(vm, self.dir.path())?;
+                    (text(launch.vmm), launch.daemon.map(|daemon| text(daemon.words)).unwrap_or_default())
+                }
+                Contender::Host(_) => (Vec::new(), Vec::new()),
+            };
+            document.series.push(Series::new(&contender.name(), point, command, daemon));
         }
+        // The first is what the others are measured by, where it runs without a VM.
+        document.series[first].reference = matches!(contenders[0], Contender::Host(_));
         for round in 1..=self.runs {
-            for (contender, series) in contenders.iter().zip(&mut all) {
+            for (contender, series) in contenders.iter().zip(&mut document.series[first..]) {
                 self.progress.set_message(format!("{label}, run {round} of {}: {}", self.runs, series.name));
-                let sample = measure(contender);
-                series.samples.push(sample.with_context(|| format!("measuring {} at {label}", series.name))?);
+                let sample = measure.run(contender);
+                series.add(&sample.with_context(|| format!("measuring {} at {label}", series.name))?);
+                signals::check()?;
                 self.progress.inc(1);
             }
         }
-        Ok(all)
+        let Some(how) = &self.count else { return Ok(()) };
+        for (contender, series) in contenders.iter().zip(&mut document.series[first..]) {
+            let Contender::Vmm(contestant) = contender else { continue };
+            self.progress.set_message(format!("{label}, counting system calls: {}", series.name));
+            let counted = measure.count(contestant, how);
+            series.counted =
+                Some(counted.with_context(|| format!("counting system calls of {} at {label}", series.name))?);
+            signals::check()?;
+            self.progress.inc(1);
+        }
+        Ok(())
     }
+}
+
+/// The document that a measurement begins with.
+pub fn document<H>(job: Job, contenders: &[Contender<H>]) -> Document {
+    let programs = contenders.iter().filter_map(|contender| match contender {
+        Contender::Vmm(contestant) => Some(contestant.program()),
+        Contender::Host(_) => None,
+    });
+    Document::new(job, programs.collect())
 }
 
 /// A bar on stderr; without a terminal there, only what is printed through it.
 fn progress(steps: u64) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stderr());
     if std::io::stderr().is_terminal() {
-        let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}");
+        let style = ProgressStyle::with_template("{bar:30} {pos}/{len}, {eta} left  {wide_msg}");
         bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
         bar.enable_steady_tick(Duration::from_millis(200));
     }
     bar
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_of_a_kind_have_different_names() {
+        if host::kvm_trouble().is_some() {
+            return;
+        }
+        let ringvm = std::env::current_exe().unwrap();
+        let other = |text: &str| Against::parse(text).unwrap();
+        let others = Others {
+            ringvm: Some(ringvm.clone()),
+            against: vec![other("ringvm=/old/ringvm"), other("qemu-storage-daemon=/q")],
+            syscalls: None,
+        };
+        let mut contenders: Vec<Contender<&str>> = Vec::new();
+        add_vmms(&mut contenders, &others, "nothing", |_| true).unwrap();
+        let names: Vec<_> = contenders.iter().map(Contender::name).collect();
+        assert_eq!(names, ["ringvm", "ringvm, daemon", "ringvm #2", "qemu-storage-daemon"]);
+        let Some(Contender::Vmm(daemon)) = contenders.last() else { unreachable!() };
+        assert_eq!(daemon.frontend.as_deref(), Some(ringvm.as_path()));
+    }
+
+    #[test]
+    fn nothing_is_counted_unasked() {
+        assert!(Count::choose(None).unwrap().is_none());
+    }
 }

@@ -16,15 +16,20 @@ pub struct CpuTime {
 }
 
 impl CpuTime {
-    /// Adds up the threads of a process and of its daemons.
+    /// Adds up the threads of a VMM, which comes first, of the daemons that serve it, and of what they have started.
     ///
     /// # Errors
-    /// The process is gone.
-    pub fn of(pid: u32, kind: Kind) -> io::Result<Self> {
-        let vcpus = threads_time(pid, |name| kind.is_vcpu(name))?;
-        let mut all = threads_time(pid, |_| true)?;
-        for child in children(pid) {
-            all += threads_time(child, |_| true).unwrap_or_default();
+    /// One of them is gone.
+    pub fn of(pids: &[u32], kind: Kind) -> io::Result<Self> {
+        let (mut vcpus, mut all) = (Duration::ZERO, Duration::ZERO);
+        for (index, &pid) in pids.iter().enumerate() {
+            if index == 0 {
+                vcpus = threads_time(pid, |name| kind.is_vcpu(name))?;
+            }
+            all += threads_time(pid, |_| true)?;
+            for child in children(pid) {
+                all += threads_time(child, |_| true).unwrap_or_default();
+            }
         }
         Ok(Self { vcpus, others: all.saturating_sub(vcpus) })
     }
@@ -36,7 +41,7 @@ impl CpuTime {
 }
 
 /// The processes that a process has started.
-fn children(pid: u32) -> Vec<u32> {
+pub(crate) fn children(pid: u32) -> Vec<u32> {
     let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
     // Each thread has its own; kernels without CONFIG_PROC_CHILDREN don't tell.
     let lists = tasks.flatten().filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
@@ -101,7 +106,7 @@ struct Mapping<'a> {
 impl Mapping<'_> {
     fn is_ram(&self, kind: Kind, ram: u64) -> bool {
         match kind {
-            Kind::Ringvm | Kind::RingvmDaemon => self.name.starts_with("/memfd:ringvm-memory"),
+            Kind::Ringvm | Kind::RingvmDaemon | Kind::StorageDaemon => self.name.starts_with("/memfd:ringvm-memory"),
             _ => self.size >= ram / 2,
         }
     }
@@ -163,7 +168,7 @@ Rss:                   4 kB
         let mut child = std::process::Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap();
         std::thread::sleep(Duration::from_millis(50));
         assert!(children(std::process::id()).contains(&child.id()));
-        assert!(CpuTime::of(std::process::id(), Kind::RingvmDaemon).unwrap().others > Duration::ZERO);
+        assert!(CpuTime::of(&[std::process::id()], Kind::RingvmDaemon).unwrap().others > Duration::ZERO);
         child.kill().unwrap();
         child.wait().unwrap();
     }
@@ -173,7 +178,7 @@ Rss:                   4 kB
         let pid = std::process::id();
         let spin = std::time::Instant::now();
         while spin.elapsed() < Duration::from_millis(30) {}
-        assert!(CpuTime::of(pid, Kind::Ringvm).unwrap().others > Duration::ZERO);
+        assert!(CpuTime::of(&[pid], Kind::Ringvm).unwrap().others > Duration::ZERO);
         assert!(memory_beyond_ram(pid, Kind::Ringvm, 1 << 30).unwrap() > 0);
     }
 }

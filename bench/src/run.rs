@@ -8,7 +8,7 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread;
@@ -17,17 +17,24 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::process::{Signal, set_parent_process_death_signal};
 
+use crate::companion::Companion;
+use crate::counter::{Counter, Counts};
+use crate::document::Counted;
+use crate::exits::Exits;
 use crate::hist::Hist;
 use crate::process::{CpuTime, memory_beyond_ram};
-use crate::vmm::{Contestant, Vm};
+use crate::signals;
+use crate::vmm::{Contestant, Launch, Vm};
 
 /// What every line of the guest starts with.
 pub const PREFIX: &str = "ringvm-guest: ";
 /// How long starting and ending may take, apart from the measurement.
 const PATIENCE: Duration = Duration::from_secs(40);
+/// How often is looked whether the user has lost patience.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// What one run measured.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Sample {
     /// Operations, or frames.
     pub ops: u64,
@@ -37,6 +44,8 @@ pub struct Sample {
     pub latency: Option<Latency>,
     /// CPU time of the VMM's threads other than vCPUs (of the one thread, without a VM).
     pub cpu: Option<Duration>,
+    /// System calls, of who measures without a VM.
+    pub syscalls: Option<u64>,
     /// Frames that the tap has carried by its own count, from before the measurement to after it.
     pub carried: Option<u64>,
     /// What was looked at besides, of a VMM.
@@ -44,18 +53,21 @@ pub struct Sample {
 }
 
 /// How long operations took.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Latency {
     /// Median.
     pub p50: Duration,
     /// 99th percentile.
     pub p99: Duration,
+    /// How many took less than so many nanoseconds, but not less than the step before.
+    pub steps: Vec<(u64, u64)>,
 }
 
 impl Latency {
     /// Of what a histogram in nanoseconds has.
     pub fn of(hist: &Hist) -> Self {
-        Self { p50: Duration::from_nanos(hist.percentile(500)), p99: Duration::from_nanos(hist.percentile(990)) }
+        let percentile = |per_mille| Duration::from_nanos(hist.percentile(per_mille));
+        Self { p50: percentile(500), p99: percentile(990), steps: hist.groups().collect() }
     }
 }
 
@@ -68,6 +80,8 @@ pub struct VmSample {
     pub to_first_instruction: Option<Duration>,
     /// Resident bytes besides the guest's RAM.
     pub memory: Option<u64>,
+    /// Exits of the guest, by KVM's own count.
+    pub exits: Option<u64>,
     /// The guest's own line.
     pub line: String,
 }
@@ -90,11 +104,6 @@ impl Sample {
     pub fn rate(&self) -> f64 {
         self.ops as f64 / self.time.as_secs_f64().max(1e-9)
     }
-
-    /// CPU time per operation in microseconds.
-    pub fn cpu_per_op(&self) -> Option<f64> {
-        self.cpu.map(|cpu| cpu.as_secs_f64() * 1e6 / self.ops.max(1) as f64)
-    }
 }
 
 /// A VMM that runs, and is killed when dropped.
@@ -106,8 +115,10 @@ pub struct Running {
     first: Option<Instant>,
     /// Everything that the guest has printed so far, for error messages.
     heard: Vec<String>,
-    errors: std::path::PathBuf,
+    errors: PathBuf,
     name: String,
+    /// Serves the VM's disk; ends after it.
+    companion: Option<Companion>,
 }
 
 enum Event {
@@ -126,10 +137,7 @@ impl Running {
         let (program, arguments) = words.split_first().context("an empty command line")?;
         let mut command = Command::new(program);
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr);
-        // SAFETY: one system call, no allocation, no locks.
-        unsafe {
-            command.pre_exec(|| Ok(set_parent_process_death_signal(Some(Signal::KILL))?));
-        }
+        end_with_parent(&mut command);
         let started = Instant::now();
         let mut child = command.spawn().with_context(|| format!("starting {}", Path::new(program).display()))?;
         let stdout = child.stdout.take().context("a child without an output")?;
@@ -143,12 +151,29 @@ impl Running {
             heard: Vec::new(),
             errors,
             name: name.to_owned(),
+            companion: None,
         })
+    }
+
+    /// Starts a contestant with a VM, and before it the daemon that serves its disk, if it has one.
+    ///
+    /// # Errors
+    /// Either can't be started.
+    pub fn launch(name: &str, launch: &Launch, dir: &Path, time: Duration) -> Result<Self> {
+        let companion = launch.daemon.as_ref().map(|daemon| Companion::start(name, daemon, dir)).transpose()?;
+        let mut running = Self::start(name, &launch.vmm, dir, time)?;
+        running.companion = companion;
+        Ok(running)
     }
 
     /// The process.
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// The processes that serve the VM: this one, and the daemon of its disk.
+    pub fn pids(&self) -> Vec<u32> {
+        std::iter::once(self.pid()).chain(self.companion.as_ref().map(Companion::pid)).collect()
     }
 
     /// From before the start to the guest's first instruction.
@@ -162,8 +187,9 @@ impl Running {
     /// The guest failed, or said nothing for too long.
     pub fn next_line(&mut self) -> Result<Option<String>> {
         loop {
+            signals::check()?;
             let left = self.deadline.saturating_duration_since(Instant::now());
-            match self.lines.recv_timeout(left) {
+            match self.lines.recv_timeout(left.min(LOOK)) {
                 Ok((at, Event::FirstByte)) => self.first = Some(at),
                 Ok((_, Event::Line(line))) => {
                     self.heard.push(line.clone());
@@ -174,6 +200,7 @@ impl Running {
                     return Ok(Some(text.to_owned()));
                 }
                 Err(RecvTimeoutError::Disconnected) => return Ok(None),
+                Err(RecvTimeoutError::Timeout) if Instant::now() < self.deadline => {}
                 Err(RecvTimeoutError::Timeout) => {
                     bail!("{} was silent for too long and was ended{}", self.name, self.context())
                 }
@@ -190,6 +217,7 @@ impl Running {
             if let Some(status) = self.child.try_wait().with_context(|| format!("waiting for {}", self.name))? {
                 return Ok(status);
             }
+            signals::check()?;
             if Instant::now() >= self.deadline {
                 bail!("{} did not end after its guest had powered off{}", self.name, self.context());
             }
@@ -220,6 +248,14 @@ impl Drop for Running {
             let _ = self.child.kill();
             let _ = self.child.wait();
         }
+    }
+}
+
+/// Has a child end with the thread that starts it.
+pub(crate) fn end_with_parent(command: &mut Command) {
+    // SAFETY: one system call, no allocation, no locks.
+    unsafe {
+        command.pre_exec(|| Ok(set_parent_process_death_signal(Some(Signal::KILL))?));
     }
 }
 
@@ -269,8 +305,49 @@ pub enum Moment {
     End,
 }
 
-/// Boots the guest under a VMM, with a job that prints `start` and `result`. Returns the CPU time that threads other than
-/// vCPUs took in between, and the rest. `at` is called at both moments.
+/// What a run is to look at besides, where that costs something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Look {
+    /// Nothing.
+    Plain,
+    /// System calls and exits, by tracepoints.
+    Counted,
+}
+
+/// What was seen of a VMM.
+#[derive(Clone, Debug)]
+pub struct Observed {
+    /// CPU time of threads other than vCPUs, from the one moment to the other.
+    pub cpu: Option<Duration>,
+    /// The rest.
+    pub vm: VmSample,
+    /// How operations were distributed over nanoseconds, if the guest has said so.
+    pub steps: Vec<(u64, u64)>,
+    /// What was counted, if that was wanted and can be had.
+    pub counts: Option<Counts>,
+}
+
+impl Observed {
+    /// What was counted, over so many operations.
+    pub fn counted(&self, ops: u64) -> Counted {
+        Counted {
+            by: "tracepoints".to_owned(),
+            ops,
+            syscalls: self.counts.map(|counts| counts.syscalls),
+            exits: self.counts.and_then(|counts| counts.exits),
+            names: Vec::new(),
+        }
+    }
+}
+
+/// What is looked at when the guest begins, to be compared with when it ends.
+struct Before {
+    cpu: Option<CpuTime>,
+    exits: Option<Exits>,
+    counter: Option<Counter>,
+}
+
+/// Boots the guest under a VMM, with a job that prints `start`, `end` and `result`. `at` is called at both moments.
 ///
 /// # Errors
 /// The VMM or its guest fails, or `at` does.
@@ -279,26 +356,37 @@ pub fn observe(
     vm: &Vm<'_>,
     dir: &Path,
     time: Duration,
+    look: Look,
     mut at: impl FnMut(Moment) -> Result<()>,
-) -> Result<(Option<Duration>, VmSample)> {
-    let words = contestant.command(vm, dir)?;
-    let mut running = Running::start(&contestant.name, &words, dir, time)?;
-    let (mut before, mut result) = (None, None);
+) -> Result<Observed> {
+    let launch = contestant.launch(vm, dir)?;
+    let mut running = Running::launch(&contestant.name, &launch, dir, time)?;
+    let pids = running.pids();
+    let cpu_time = || CpuTime::of(&pids, contestant.kind).ok();
+    let (mut before, mut after, mut result, mut steps) = (None, None, None, Vec::new());
     while let Some(line) = running.next_line()? {
         if line.starts_with("start ") {
-            before = CpuTime::of(running.pid(), contestant.kind).ok();
+            let counter = if look == Look::Counted { Counter::open(&pids).ok() } else { None };
+            before = Some(Before { cpu: cpu_time(), exits: Exits::of(running.pid()), counter });
             at(Moment::Start)?;
-        } else if let Some(text) = line.strip_prefix("result ") {
-            let after = CpuTime::of(running.pid(), contestant.kind).ok();
+        } else if line == "end" {
+            let cpu = cpu_time().zip(before.as_ref().and_then(|before| before.cpu));
+            let cpu = cpu.map(|(after, before)| after.since(before));
+            let exits = before.as_ref().and_then(|before| before.exits.as_ref()?.since());
+            let counts = before.as_ref().and_then(|before| before.counter.as_ref()?.read().ok());
             at(Moment::End)?;
-            let memory = memory_beyond_ram(running.pid(), contestant.kind, u64::from(vm.memory) << 20).ok();
-            let cpu = before.zip(after).map(|(before, after)| after.since(before));
-            result = Some((text.to_owned(), cpu, memory));
+            after = Some((cpu, exits, counts));
+        } else if let Some(text) = line.strip_prefix("result ") {
+            let ram = u64::from(vm.memory) << 20;
+            let memory: Option<u64> = pids.iter().map(|&pid| memory_beyond_ram(pid, contestant.kind, ram).ok()).sum();
+            result = Some((text.to_owned(), memory));
+        } else if let Some(text) = line.strip_prefix("hist ns=") {
+            steps.extend(pairs(text));
         } else if line == "done" {
             break;
         }
     }
-    let Some((line, cpu, memory)) = result else {
+    let (Some((line, memory)), Some((cpu, exits, counts))) = (result, after) else {
         bail!("the guest under {} ended without a result{}", contestant.name, running.context());
     };
     let status = running.wait()?;
@@ -307,8 +395,16 @@ pub fn observe(
         bail!("{} was ended by a signal ({status}){}", contestant.name, running.context());
     }
     let to_first_instruction = running.to_first_instruction();
-    let vm = VmSample { vcpu: cpu.map(|cpu| cpu.vcpus), to_first_instruction, memory, line };
-    Ok((cpu.map(|cpu| cpu.others), vm))
+    let vm = VmSample { vcpu: cpu.map(|cpu| cpu.vcpus), to_first_instruction, memory, exits, line };
+    Ok(Observed { cpu: cpu.map(|cpu| cpu.others), vm, steps, counts })
+}
+
+/// Reads `END:COUNT,END:COUNT`.
+fn pairs(text: &str) -> impl Iterator<Item = (u64, u64)> + '_ {
+    text.split(',').filter_map(|pair| {
+        let (end, count) = pair.split_once(':')?;
+        Some((end.parse().ok()?, count.parse().ok()?))
+    })
 }
 
 #[cfg(test)]
@@ -347,6 +443,12 @@ mod tests {
         assert!(play("sleep 60").unwrap_err().to_string().contains("silent"));
         let lingering = play("echo ringvm-guest: done; exec >&-; sleep 60").unwrap_err().to_string();
         assert!(lingering.contains("did not end"), "{lingering}");
+    }
+
+    #[test]
+    fn steps_are_read_and_nonsense_is_passed_over() {
+        assert_eq!(pairs("10:2,20:5").collect::<Vec<_>>(), [(10, 2), (20, 5)]);
+        assert_eq!(pairs("x,7:1,9:").collect::<Vec<_>>(), [(7, 1)]);
     }
 
     #[test]

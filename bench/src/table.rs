@@ -3,7 +3,9 @@
 use comfy_table::presets::NOTHING;
 use comfy_table::{Cell, CellAlignment, Table, TableComponent};
 
-use crate::report::{Series, Spread};
+use crate::document::{Document, Series};
+use crate::host::Machine;
+use crate::stats::Spread;
 
 /// A table whose rows come in groups.
 pub(crate) struct Grid {
@@ -73,39 +75,74 @@ pub(crate) fn ratio(rate: Option<Spread>, limit: Option<Spread>) -> String {
 }
 
 /// The median of the CPU time per operation.
-pub(crate) fn cpu<P>(series: &Series<P>) -> String {
-    series.spread(|sample| sample.cpu_per_op()).map_or_else(String::new, |cpu| format!("{:.2}", cpu.median))
+pub(crate) fn cpu(series: &Series) -> String {
+    series.spread(|run| run.cpu_per_op()).map_or_else(String::new, |cpu| format!("{:.2}", cpu.median))
+}
+
+/// Something per operation that may not be known, or be very small.
+pub(crate) fn per_op(count: Option<f64>) -> String {
+    match count {
+        None => "-".to_owned(),
+        Some(0.0) => "0".to_owned(),
+        Some(count) if count < 0.001 => "<0.001".to_owned(),
+        Some(count) if count < 1.0 => format!("{count:.3}"),
+        Some(count) => format!("{count:.2}"),
+    }
+}
+
+/// Notifications, exits and system calls per operation.
+pub(crate) fn counts(series: &Series) -> [String; 3] {
+    let kicks = series.spread(|run| run.per_op(run.kicks)).map(|kicks| kicks.median);
+    // Without a guest there is nobody to send or to exit.
+    let of_a_vm = |count| if series.command.is_empty() { String::new() } else { per_op(count) };
+    [of_a_vm(kicks), of_a_vm(series.exits_per_op()), per_op(series.syscalls_per_op())]
+}
+
+/// What must be said of [`counts`].
+pub(crate) fn about_counts(document: &Document) -> Vec<String> {
+    let mut lines = vec![
+        "kicks: notifications sent by the guest. exits: of the guest, by KVM's count. -: can't be had here.".to_owned(),
+    ];
+    let by = |series: &Series| series.counted.as_ref().map(|counted| counted.by.clone());
+    match document.series.iter().find_map(by) {
+        Some(by) => lines.push(format!(
+            "calls: system calls of the VMM and its daemons in a run of its own, counted by {by}, which slows it."
+        )),
+        None => lines
+            .push("calls: system calls; those of VMMs are counted with --syscalls, in runs of their own.".to_owned()),
+    }
+    lines
+}
+
+/// The second line of a table's title.
+pub(crate) fn machine(machine: &Machine) -> String {
+    format!("{} x {}, Linux {}", machine.cpus, machine.cpu, machine.kernel)
+}
+
+/// Said of a document that is not all that was planned.
+pub(crate) fn incomplete(document: &Document) -> String {
+    document.incomplete.as_ref().map_or_else(String::new, |why| format!("NOT COMPLETE: {why}\n"))
 }
 
 /// `523 k`; small figures in full.
-fn thousands(value: f64) -> String {
+pub(crate) fn thousands(value: f64) -> String {
     if value < 10_000.0 { format!("{value:.0}") } else { format!("{:.0} k", value / 1_000.0) }
 }
 
 /// What starting each VMM took, over all its runs, in the order of their first appearance.
-pub(crate) fn starts<P>(series: &[Series<P>]) -> Vec<String> {
-    let mut names: Vec<&str> = Vec::new();
-    for line in series {
-        if !names.contains(&line.name.as_str()) {
-            names.push(&line.name);
-        }
-    }
-    names.into_iter().filter_map(|name| start(series, name)).collect()
+pub(crate) fn starts(document: &Document) -> Vec<String> {
+    document.names().into_iter().filter_map(|name| start(document, name)).collect()
 }
 
-fn start<P>(series: &[Series<P>], name: &str) -> Option<String> {
-    let runs = || series.iter().filter(|line| line.name == name).flat_map(|line| &line.samples);
-    let vms = || runs().filter_map(|sample| sample.vm.as_ref());
-    let start =
-        Spread::of(vms().filter_map(|vm| vm.to_first_instruction).map(|time| time.as_secs_f64() * 1e3).collect())?;
-    let memory = Spread::of(vms().filter_map(|vm| vm.memory).map(|bytes| bytes as f64 / f64::from(1 << 20)).collect());
+fn start(document: &Document, name: &str) -> Option<String> {
+    let start = document.spread_of(name, |run| run.to_first_instruction_ns.map(|ns| ns as f64 / 1e6))?;
+    let memory = document.spread_of(name, |run| run.memory_beyond_ram.map(|bytes| bytes as f64 / f64::from(1 << 20)));
     let memory = memory.map_or_else(|| "unknown memory".to_owned(), |memory| format!("{:.1} MiB", memory.median));
+    let starts: usize =
+        document.series.iter().filter(|series| series.name == name).map(|series| series.runs.len()).sum();
     Some(format!(
-        "{name}: {:.1} ms ({:.1}-{:.1}) from exec to the guest's first instruction, {memory} besides the guest's RAM (median of {} starts).",
-        start.median,
-        start.least,
-        start.most,
-        runs().count()
+        "{name}: {:.1} ms ({:.1}-{:.1}) from exec to the guest's first instruction, {memory} besides the guest's RAM (median of {starts} starts).",
+        start.median, start.least, start.most,
     ))
 }
 
@@ -138,5 +175,9 @@ mod tests {
         assert_eq!(with_spread(spread(9_000.0)), ["9000", "(4500-18 k)"]);
         assert_eq!(ratio(spread(80.0), spread(100.0)), "0.80");
         assert_eq!(ratio(spread(80.0), None), "");
+        assert_eq!(
+            [None, Some(0.0), Some(1e-6), Some(0.25), Some(3.0)].map(per_op),
+            ["-", "0", "<0.001", "0.250", "3.00"]
+        );
     }
 }

@@ -1,46 +1,21 @@
 //! `ringvm-bench net` as a whole, on a tap in a network namespace: with the plain process alone, and with VMs.
 
-use std::env;
-use std::fs::{self, OpenOptions};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
+mod common;
 
+use std::time::Duration;
+
+use common::{kvm_is_missing, ringvm};
 use ringvm_bench::guest;
 use ringvm_bench::net::generator::Generator;
 use ringvm_bench::net::interface::Interface;
 use ringvm_bench::net::namespace;
-use ringvm_bench::run::{self, Moment, Running, fields};
+use ringvm_bench::run::{self, Look, Moment, Running, fields};
 use ringvm_bench::vmm::{Contestant, Nic, Vm};
 use serde_json::Value;
 
-/// For one bench.
-const LIMIT: Duration = Duration::from_secs(120);
-
 /// Runs it with short measurements, and returns its table and its report.
 fn bench(words: &[&str]) -> (String, Value) {
-    let dir = tempfile::tempdir().unwrap();
-    let (report, output) = (dir.path().join("report.json"), dir.path().join("output"));
-    let mut command = Command::new(env!("CARGO_BIN_EXE_ringvm-bench"));
-    command.args(["net", "--time", "60ms", "--json"]).arg(&report).args(words);
-    let file = fs::File::create(&output).unwrap();
-    let mut child = command.stdin(Stdio::null()).stdout(file.try_clone().unwrap()).stderr(file).spawn().unwrap();
-    let start = Instant::now();
-    let status = loop {
-        if let Some(status) = child.try_wait().unwrap() {
-            break status;
-        }
-        if start.elapsed() > LIMIT {
-            child.kill().unwrap();
-            child.wait().unwrap();
-            panic!("{command:?} has not ended in {LIMIT:?}");
-        }
-        thread::sleep(Duration::from_millis(10));
-    };
-    let said = fs::read_to_string(&output).unwrap();
-    assert!(status.success(), "{command:?}: {said}");
-    (said, serde_json::from_slice(&fs::read(&report).unwrap()).unwrap())
+    common::bench(&[&["net", "--time", "60ms"], words].concat())
 }
 
 /// Asserts that each series has so many runs, each with frames and no more than the tap has carried; returns their names
@@ -142,14 +117,15 @@ fn a_frame_every_ten_milliseconds_wakes_the_guest_each_time() {
         command_line: "job=net-rx irq=1 time=1000ms",
         cpus: 1,
         memory: 256,
-        disk: None,
-        nic: Some(Nic { tap: "drip0", pairs: 1, queue_size: 256 }),
+        disks: &[],
+        nics: &[Nic { tap: "drip0", pairs: 1, queue_size: 256 }],
     };
     let ringvm = Contestant::ringvm(Some(&ringvm())).unwrap();
     for contestant in [ringvm.in_daemon(), ringvm] {
         let mut generator = None;
         let before = interface.counters().unwrap();
-        let (_, sample) = run::observe(&contestant, &vm, dir.path(), Duration::from_secs(1), |moment| {
+        let look = Look::Plain;
+        let observed = run::observe(&contestant, &vm, dir.path(), Duration::from_secs(1), look, |moment| {
             match moment {
                 Moment::Start => generator = Some(Generator::drip(&interface, 60, Duration::from_millis(10))?),
                 Moment::End => generator.take().map_or(Ok(()), Generator::stop)?,
@@ -158,6 +134,7 @@ fn a_frame_every_ten_milliseconds_wakes_the_guest_each_time() {
         })
         .unwrap();
         let carried = interface.counters().unwrap().since(before).to_user;
+        let sample = observed.vm;
         let number = |key| sample.number(key).unwrap();
         assert_slept(&sample.line);
         // A host that is busy sends fewer, but whatever it sends is counted, but for what lies outside of the measured time.
@@ -183,8 +160,8 @@ fn a_frame_that_waits_for_the_one_before_it_is_echoed_by_interrupts() {
         ("depth=64 frames=20000 pairs=2 cpus=2", 2, "loopback=on,queues=2"),
     ] {
         let command_line = format!("job=net-echo irq=1 {words}");
-        let vm = Vm { kernel: &kernel, command_line: &command_line, cpus, memory: 256, disk: None, nic: None };
-        let mut command = ringvm.command(&vm, dir.path()).unwrap();
+        let vm = Vm { kernel: &kernel, command_line: &command_line, cpus, memory: 256, disks: &[], nics: &[] };
+        let mut command = ringvm.launch(&vm, dir.path()).unwrap().vmm;
         command.extend(["--net", net].map(Into::into));
         let mut running = Running::start("ringvm", &command, dir.path(), Duration::ZERO).unwrap();
         let mut result = None;
@@ -201,12 +178,7 @@ fn a_frame_that_waits_for_the_one_before_it_is_echoed_by_interrupts() {
 
 #[test]
 fn what_can_not_be_measured_is_refused_in_one_line() {
-    let refused = |words: &[&str], expected: &str| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_ringvm-bench"));
-        let output = command.arg("net").args(words).output().unwrap();
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert!(!output.status.success() && said.contains(expected), "{words:?}: {said}");
-    };
+    let refused = |words: &[&str], expected| common::refused(&[&["net"], words].concat(), expected);
     refused(&["--size", "59"], "59");
     refused(&["--receive-size", "1515"], "1515");
     refused(&["--irq=never"], "never");
@@ -214,28 +186,4 @@ fn what_can_not_be_measured_is_refused_in_one_line() {
     if !kvm_is_missing() {
         refused(&["--ringvm", "/nowhere/ringvm"], "no ringvm at /nowhere/ringvm");
     }
-}
-
-/// Whether there is no KVM, and that was allowed by name as the tests of the workspace have it.
-fn kvm_is_missing() -> bool {
-    let Err(error) = OpenOptions::new().read(true).write(true).open("/dev/kvm") else { return false };
-    let allowed = env::var("RINGVM_ALLOW_MISSING").unwrap_or_default();
-    assert!(
-        allowed.split(',').any(|name| name.trim() == "kvm"),
-        "this test needs /dev/kvm: {error}; to run the others without it: tests/run --allow-missing kvm"
-    );
-    eprintln!("skipped: needs /dev/kvm, allowed to be missing: {error}");
-    true
-}
-
-/// RINGVM_BIN, or the release build.
-fn ringvm() -> PathBuf {
-    env::var_os("RINGVM_BIN").map_or_else(
-        || {
-            let bench = Path::new(env!("CARGO_BIN_EXE_ringvm-bench"));
-            let target = bench.parent().and_then(Path::parent).expect("target/PROFILE/ringvm-bench");
-            target.join("release").join("ringvm")
-        },
-        PathBuf::from,
-    )
 }

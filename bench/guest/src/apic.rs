@@ -17,6 +17,9 @@ const TIMER_COUNT: usize = 0x380;
 const TIMER_DIVIDE: usize = 0x3e0;
 const PERIODIC: u32 = 1 << 17;
 const DIVIDE_BY_1: u32 = 0b1011;
+const DIVIDE_BY_128: u32 = 0b1010;
+/// Of that clock by 128: some half a second.
+const RARE_TICK: u32 = 4_000_000;
 /// Of the timer's clock, which runs at 1 GHz under KVM and at some such rate elsewhere: about four milliseconds.
 const TICK: u32 = 4_000_000;
 const ENABLED: u32 = 0x100;
@@ -40,6 +43,13 @@ pub fn tick() {
     registers().write(TIMER_DIVIDE, DIVIDE_BY_1);
     registers().write(TIMER_VECTOR, PERIODIC | (FIRST_VECTOR + TIMER) as u32);
     registers().write(TIMER_COUNT, TICK);
+}
+
+/// The same every half a second or so, for a vCPU that is to do as little as it can.
+pub fn tick_rarely() {
+    registers().write(TIMER_DIVIDE, DIVIDE_BY_128);
+    registers().write(TIMER_VECTOR, PERIODIC | (FIRST_VECTOR + TIMER) as u32);
+    registers().write(TIMER_COUNT, RARE_TICK);
 }
 
 /// Ends what [`tick`] began.

@@ -170,6 +170,8 @@ fn report(options: &Options, nic: &Nic, counts: &[Count]) {
         all.sleep.add(count.sleep);
         all.ticks = all.ticks.max(count.ticks);
     }
+    // Whoever counts what the VMM does stops here: the letters of a result cost exits of their own.
+    say!("end");
     let ns = clock::to_ns(all.ticks).max(1);
     let per_second = |number: u64| (u128::from(number) * 1_000_000_000 / u128::from(ns)) as u64;
     say!(

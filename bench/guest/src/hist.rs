@@ -6,6 +6,9 @@ const STEPS: usize = 1 << STEPS_BITS;
 /// Values up to 2^40 are told apart; larger ones count as that.
 const BUCKETS: usize = (40 - STEPS_BITS as usize + 1) * STEPS;
 
+/// Buckets that are told as one.
+const GROUP: usize = STEPS / 16;
+
 /// Counts per bucket. The unit is the caller's.
 #[derive(Clone)]
 pub struct Hist {
@@ -55,6 +58,15 @@ impl Hist {
     pub fn max(&self) -> u64 {
         self.max
     }
+
+    /// What was counted in 16 steps per power of two, as far as there is something: the first value beyond the step, and how
+    /// many values lie in it.
+    pub fn groups(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        self.counts.chunks_exact(GROUP).enumerate().filter_map(|(index, counts)| {
+            let sum: u64 = counts.iter().map(|&count| u64::from(count)).sum();
+            (sum != 0).then(|| (low((index + 1) * GROUP), sum))
+        })
+    }
 }
 
 #[inline(always)]
@@ -74,8 +86,16 @@ fn middle(index: usize) -> u64 {
         return index as u64;
     }
     let shift = (index / STEPS - 1) as u32;
-    let low = ((index % STEPS + STEPS) as u64) << shift;
-    low + (1_u64 << shift) / 2
+    low(index) + (1_u64 << shift) / 2
+}
+
+/// The least value of a bucket.
+fn low(index: usize) -> u64 {
+    if index < STEPS {
+        return index as u64;
+    }
+    let shift = (index / STEPS - 1) as u32;
+    ((index % STEPS + STEPS) as u64) << shift
 }
 
 #[cfg(test)]
@@ -89,6 +109,22 @@ mod tests {
             assert!(middle(index) < middle(index + 1));
         }
         assert_eq!(bucket(u64::MAX), BUCKETS - 1);
+    }
+
+    #[test]
+    fn groups_hold_all_values_below_their_ends() {
+        let mut hist = Hist::default();
+        let values = [0, 3, 4, 63, 64, 1_000, 1_000_000, (1 << 39) + 1];
+        values.iter().for_each(|&value| hist.record(value));
+        let groups: Vec<_> = hist.groups().collect();
+        assert!(groups.is_sorted_by_key(|&(end, _)| end));
+        let mut seen = 0;
+        for &(end, count) in &groups {
+            seen += count;
+            let below = values.iter().filter(|&&value| value < end).count();
+            assert_eq!(seen, below as u64, "{groups:?}");
+        }
+        assert_eq!(seen, values.len() as u64);
     }
 
     #[test]

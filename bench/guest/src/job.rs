@@ -26,6 +26,8 @@ pub enum Kind {
     Entropy,
     /// Frames through a NIC.
     Net(Traffic),
+    /// Nothing, with all devices up.
+    Idle,
     /// Restarts the machine.
     Reboot,
     /// Triple-faults.
@@ -82,7 +84,7 @@ pub struct Options {
     pub kind: Kind,
     /// Whether offsets are random.
     pub random: bool,
-    /// Which block device.
+    /// Which block device; of an idle guest, how many there are.
     pub disk: usize,
     /// Bytes per request; of a NIC, per receive buffer that frames may span.
     pub bs: usize,
@@ -136,6 +138,10 @@ pub struct Options {
     pub stall_ms: u64,
     /// A result per queue too.
     pub per_queue: bool,
+    /// How latencies were distributed, too.
+    pub hist: bool,
+    /// How many NICs an idle guest has.
+    pub nics: usize,
     /// NIC: whether frames of random size may be longer than Ethernet's usual 1514 bytes.
     pub jumbo: bool,
     /// NIC: whether MRG_RXBUF may be negotiated.
@@ -179,6 +185,8 @@ impl Default for Options {
             mask: true,
             stall_ms: 20_000,
             per_queue: false,
+            hist: false,
+            nics: 0,
             jumbo: false,
             mrg: true,
             tso: false,
@@ -214,7 +222,7 @@ impl Options {
         let feature = |bit: u64, without: u64| flag(value).map(|on| if on { without & !bit } else { without | bit });
         let result = match key {
             "job" => self.set_job(value),
-            "disk" => number(value).map(|n| self.disk = n as usize),
+            "disk" | "disks" => number(value).map(|n| self.disk = n as usize),
             "bs" => bytes(value).filter(|&n| n > 0 && n % blk::SECTOR as u64 == 0).map(|n| self.bs = n as usize),
             "depth" => number(value).filter(|n| (1..=32_768).contains(n)).map(|n| self.depth = n as usize),
             "queues" | "pairs" => number(value).filter(|n| (1..=64).contains(n)).map(|n| self.queues = Some(n as u16)),
@@ -260,6 +268,8 @@ impl Options {
             "high" => flag(value).map(|on| self.high = on),
             "mask" => flag(value).map(|on| self.mask = on),
             "stall" => milliseconds(value).map(|n| self.stall_ms = n),
+            "hist" => flag(value).map(|on| self.hist = on),
+            "nics" => number(value).filter(|&n| n <= 32).map(|n| self.nics = n as usize),
             "per_queue" => flag(value).map(|on| self.per_queue = on),
             "jumbo" => flag(value).map(|on| self.jumbo = on),
             "mrg" => flag(value).map(|on| self.mrg = on),
@@ -275,7 +285,8 @@ impl Options {
 
     fn set_job(&mut self, value: &str) -> Option<()> {
         (self.kind, self.random) = match value {
-            "none" | "idle" => (Kind::None, false),
+            "none" => (Kind::None, false),
+            "idle" => (Kind::Idle, false),
             "info" => (Kind::Info, false),
             "read" => (Kind::Load(Load::Read), false),
             "write" => (Kind::Load(Load::Write), false),

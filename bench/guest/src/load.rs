@@ -2,7 +2,9 @@
 //! laid out once; a turn takes all completions, refills all free slots, publishes once and kicks at most once.
 
 use alloc::boxed::Box;
+use alloc::string::String;
 use alloc::vec::Vec;
+use core::fmt::Write;
 
 use crate::blk::{self, Blk, BlkQueue};
 use crate::hist::Hist;
@@ -109,9 +111,15 @@ pub fn run(options: &Options, load: Load) {
         drain(&mut own, &mut waiter);
         *results[cpu].lock() = counted;
     });
-    report(options, shape, cpus, results.iter().flat_map(|lane| core::mem::take(&mut *lane.lock())).collect());
+    // Whoever counts what the VMM does stops here: the letters of a result cost exits of their own.
+    say!("end");
+    let latency =
+        report(options, shape, cpus, results.iter().flat_map(|lane| core::mem::take(&mut *lane.lock())).collect());
     // After the report: there are VMMs whose I/O threads end with the device, and their CPU time is looked at by then.
     blk.transport.reset();
+    if options.hist {
+        distribution(&latency);
+    }
 }
 
 /// Refuses what the device can't do, and decides how chains are laid out.
@@ -406,8 +414,8 @@ impl<'a> Lane<'a> {
 /// What makes a stamped sector differ from a zeroed one.
 const STAMP: u64 = 0x7269_6e67_766d_0000;
 
-/// Prints the result of all lanes together, and of each if that is wanted.
-fn report(options: &Options, shape: Shape, cpus: usize, mut lanes: Vec<(u16, Box<Stats>)>) {
+/// Prints the result of all lanes together, and of each if that is wanted; returns the sum.
+fn report(options: &Options, shape: Shape, cpus: usize, mut lanes: Vec<(u16, Box<Stats>)>) -> Box<Stats> {
     lanes.sort_by_key(|&(index, _)| index);
     let mut all = Stats::new();
     let mut iops = 0;
@@ -433,6 +441,20 @@ fn report(options: &Options, shape: Shape, cpus: usize, mut lanes: Vec<(u16, Box
         shape.segs
     );
     print(&layout, options, &all, iops);
+    all
+}
+
+/// Says how latencies were distributed: `END:COUNT` for each step that has some, all that end before END nanoseconds.
+fn distribution(stats: &Stats) {
+    const PER_LINE: usize = 16;
+    let steps: Vec<_> = stats.latency.groups().collect();
+    for steps in steps.chunks(PER_LINE) {
+        let mut text = String::new();
+        for &(end, count) in steps {
+            let _ = write!(text, "{}{}:{count}", if text.is_empty() { "" } else { "," }, clock::to_ns(end));
+        }
+        say!("hist ns={text}");
+    }
 }
 
 fn print(who: &core::fmt::Arguments<'_>, options: &Options, stats: &Stats, iops: u64) {

@@ -21,6 +21,7 @@ mod flood;
 mod framing;
 mod hist;
 mod hostile;
+mod idle;
 mod info;
 mod interrupts;
 mod job;
@@ -89,6 +90,7 @@ fn run(options: &Options, start: &StartInfo, clock_source: &str) {
         Kind::Net(Traffic::Echo) => exchange::echo(options),
         Kind::Net(Traffic::Peer) => exchange::peer(options),
         Kind::Net(Traffic::Hostile) => net_hostile::run(options),
+        Kind::Idle => idle::run(options),
         Kind::Reboot if options.word == "acpi" => {
             say!("rebooting via=acpi");
             power::reboot_by_acpi()

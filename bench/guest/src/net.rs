@@ -81,8 +81,14 @@ impl Pair {
 impl Nic {
     /// Brings up the first NIC for frames of up to `longest` bytes, and the vCPUs that will drive it.
     pub fn open(options: &Options, longest: usize) -> Self {
-        let Some((kind, function)) = virtio::devices().into_iter().find(|&(kind, _)| kind == virtio::NET) else {
-            power::fail(format_args!("find where=pci expected=virtio-net got=none"))
+        Self::open_nth(0, options, longest)
+    }
+
+    /// The same with the NIC of this index.
+    pub fn open_nth(nth: usize, options: &Options, longest: usize) -> Self {
+        let mut nics = virtio::devices().into_iter().filter(|&(kind, _)| kind == virtio::NET);
+        let Some((kind, function)) = nics.nth(nth) else {
+            power::fail(format_args!("find where=pci expected=virtio-net:{nth} got=fewer-nics"))
         };
         let transport = Transport::new(kind, function);
         let count = options.queues.unwrap_or(1);

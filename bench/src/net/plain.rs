@@ -22,6 +22,7 @@ use super::interface::Interface;
 use crate::limit::{ring, thread_time};
 use crate::packet::{self, DISCARD, FILLER, HEADER};
 use crate::run::Sample;
+use crate::signals;
 
 /// How long the tap may have nothing to read, or take for a burst.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -57,6 +58,8 @@ struct Plain<'a> {
     stride: usize,
     in_flight: u32,
     frames: u64,
+    /// System calls.
+    calls: u64,
 }
 
 /// Runs the job. When it reads, somebody has to send.
@@ -67,11 +70,12 @@ pub fn measure(job: &Job<'_>) -> Result<Sample> {
     let tap = job.interface.open()?;
     let mut plain = Plain::new(*job, &tap)?;
     plain.turns(job.warm)?;
-    let frames = plain.frames;
+    let (frames, calls) = (plain.frames, plain.calls);
     let cpu = thread_time();
     let time = plain.turns(job.time)?;
     let cpu = thread_time().saturating_sub(cpu);
-    Ok(Sample { ops: plain.frames - frames, time, latency: None, cpu: Some(cpu), carried: None, vm: None })
+    let syscalls = Some(plain.calls - calls);
+    Ok(Sample { ops: plain.frames - frames, time, cpu: Some(cpu), syscalls, ..Sample::default() })
 }
 
 impl<'a> Plain<'a> {
@@ -89,7 +93,7 @@ impl<'a> Plain<'a> {
             buffer[..HEADER].copy_from_slice(&start.header);
             buffer[HEADER..][..start.bytes().len()].copy_from_slice(start.bytes());
         }
-        Ok(Self { job, ring, files, buffers, stride, in_flight: 0, frames: 0 })
+        Ok(Self { job, ring, files, buffers, stride, in_flight: 0, frames: 0, calls: 0 })
     }
 
     /// Bursts for a time; returns how long that was.
@@ -100,6 +104,7 @@ impl<'a> Plain<'a> {
             if passed >= time {
                 return Ok(passed);
             }
+            signals::check()?;
             let done = self.burst()?;
             self.frames += u64::from(done);
             if done == 0 {
@@ -133,6 +138,7 @@ impl<'a> Plain<'a> {
             }
             let limit = types::Timespec::from(PATIENCE);
             let arguments = types::SubmitArgs::new().timespec(&limit);
+            self.calls += 1;
             match self.ring.submitter().submit_with_args(self.in_flight as usize, &arguments) {
                 Err(error) if !matches!(error.raw_os_error(), Some(libc::EINTR | libc::ETIME | libc::EBUSY)) => {
                     return Err(error).context("submitting to the plain process's ring");
@@ -156,7 +162,8 @@ impl<'a> Plain<'a> {
     }
 
     /// Waits for something to read.
-    fn wait(&self) -> Result<()> {
+    fn wait(&mut self) -> Result<()> {
+        self.calls += 1;
         let mut fds: Vec<_> = self.files.iter().map(|file| PollFd::new(file, PollFlags::IN)).collect();
         let limit = Timespec { tv_sec: PATIENCE.as_secs() as i64, tv_nsec: 0 };
         match poll(&mut fds, Some(&limit)) {
