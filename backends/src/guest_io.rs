@@ -121,6 +121,7 @@ impl GuestIo {
     }
 
     /// Copies bytes into guest memory from the front without consuming room; returns how many fitted.
+    #[inline]
     pub fn copy_from(&self, buf: &[u8]) -> usize {
         let mut done = 0;
         for piece in self.pieces() {

@@ -7,6 +7,7 @@
 //! chain against 59).
 #![allow(unsafe_code, reason = "ring areas are reached through host pointers that were checked at creation")]
 
+use std::cell::Cell;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
 
 use thiserror::Error;
@@ -126,6 +127,7 @@ struct Descriptor {
 /// The device's side of one virtqueue.
 pub struct Queue {
     mem: GuestMemory,
+    near: Cell<Near>,
     size: u16,
     desc: *const Descriptor,
     /// `flags`, `idx`, `ring[size]`, `used_event`.
@@ -179,6 +181,7 @@ impl Queue {
         let used = area(&mem, "used ring", ring.used, 6 + 8 * size, 4)?;
         Ok(Self {
             mem,
+            near: Cell::new(Near::NOWHERE),
             size: ring.size,
             desc: desc.cast(),
             avail: avail.cast(),
@@ -430,7 +433,7 @@ impl Queue {
         chain.readable.clear();
         chain.writable.clear();
         chain.unmapped = false;
-        let mut walk = Walk { chain, mem: &self.mem, broken_piece: false };
+        let mut walk = Walk { chain, mem: &self.mem, near: &self.near, broken_piece: false };
         let mut index = head;
         for _ in 0..self.size {
             // SAFETY: `index` is below the size (checked below and by `pop`), the table is mapped and aligned.
@@ -482,10 +485,32 @@ impl Queue {
     }
 }
 
+/// The region of guest memory that a buffer was found in last: the next one is most likely in it too.
+#[derive(Clone, Copy)]
+struct Near {
+    start: u64,
+    len: u64,
+    host: *mut u8,
+}
+
+impl Near {
+    const NOWHERE: Self = Self { start: 0, len: 0, host: std::ptr::null_mut() };
+
+    /// Where a guest range is mapped that lies in the region and is not empty.
+    #[inline]
+    fn host(&self, addr: u64, len: u64) -> Option<*mut u8> {
+        let offset = addr.wrapping_sub(self.start);
+        let inside = offset < self.len && len <= self.len - offset && len > 0;
+        // SAFETY: the region is mapped from `host` on for all of its length.
+        inside.then(|| unsafe { self.host.add(offset as usize) })
+    }
+}
+
 /// Collects the descriptors of one chain.
 struct Walk<'a> {
     chain: &'a mut Chain,
     mem: &'a GuestMemory,
+    near: &'a Cell<Near>,
     broken_piece: bool,
 }
 
@@ -501,7 +526,11 @@ impl Walk<'_> {
         if self.broken_piece && writable {
             io.clear();
         }
-        if translate(self.mem, desc.addr, u64::from(desc.len), io).is_none() {
+        let (addr, len) = (desc.addr, u64::from(desc.len));
+        if let Some(host) = self.near.get().host(addr, len) {
+            // SAFETY: the region is mapped from there on for so many bytes, for as long as the queue lives.
+            unsafe { io.push(host, len as usize) };
+        } else if translate(self.mem, self.near, addr, len, io).is_none() {
             io.clear();
             self.broken_piece = true;
             self.chain.unmapped = true;
@@ -540,12 +569,14 @@ fn host_range(mem: &GuestMemory, addr: u64, len: u64) -> Option<*mut u8> {
 }
 
 /// Appends a guest range, which may span regions, to an I/O vector. `None` if any of it is not memory.
-fn translate(mem: &GuestMemory, mut addr: u64, mut len: u64, io: &mut GuestIo) -> Option<()> {
+fn translate(mem: &GuestMemory, near: &Cell<Near>, mut addr: u64, mut len: u64, io: &mut GuestIo) -> Option<()> {
     while len > 0 {
         let region = mem.find_region(GuestAddress(addr))?;
         let offset = addr - region.start_addr().raw_value();
         let count = len.min(region.len() - offset);
         let host = region.get_host_address(MemoryRegionAddress(offset)).ok()?;
+        let start = region.get_host_address(MemoryRegionAddress(0)).ok()?;
+        near.set(Near { start: region.start_addr().raw_value(), len: region.len(), host: start });
         // SAFETY: the region is mapped from `host` on for at least `count` bytes, for as long as the queue lives.
         unsafe { io.push(host, count as usize) };
         len -= count;

@@ -14,7 +14,7 @@ use crate::io::Io;
 use crate::queue::{Chain, RingError};
 use crate::reactor::Task;
 use crate::ring::{MAX_PIECES, Ring, Token};
-use crate::service::{BATCH, Service};
+use crate::service::Service;
 
 /// Where frames come from. Lives on one thread.
 pub trait Source {
@@ -61,8 +61,12 @@ pub enum Verdict {
 /// Index into [`Source::OPS`] under which delivered frames are counted.
 const DELIVERED: usize = 0;
 
+/// Reads of a burst: as many as lately brought something, and some more.
+const LEAST_BURST: usize = 8;
+const MOST_BURST: usize = 64;
+
 /// The slot of the poll, beyond those of reads.
-const POLL: u32 = BATCH as u32;
+const POLL: u32 = MOST_BURST as u32;
 
 /// Reads that wait at once, where they have to: each is woken for every frame.
 const PATIENT: usize = 8;
@@ -74,11 +78,19 @@ const PLAIN_BUFFER: u64 = 1530;
 /// in between.
 const MAX_STRIKES: u8 = 3;
 
-/// One read in flight: the chains that offer their room to it.
+/// One read in flight: the chains that offer their room to it. Most need one, which stays where it was popped to.
 #[derive(Default)]
 struct Read {
-    chains: Vec<Chain>,
-    room: GuestIo,
+    first: Chain,
+    more: Vec<Chain>,
+    /// The room of all of them, if there is more than one.
+    joined: GuestIo,
+}
+
+impl Read {
+    fn room(&self) -> &GuestIo {
+        if self.more.is_empty() { &self.first.writable } else { &self.joined }
+    }
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -104,6 +116,10 @@ pub struct Receiver<S: Source> {
     state: State,
     reads: Vec<Read>,
     in_flight: usize,
+    /// Reads of the next burst.
+    burst: usize,
+    /// Frames that the burst in flight has brought.
+    brought: usize,
     /// A read of the burst found nothing.
     empty: bool,
     /// A read of the burst was refused, and how many bursts in a row were.
@@ -121,13 +137,15 @@ pub struct Receiver<S: Source> {
 impl<S: Source> Receiver<S> {
     /// A receiver for the queue of `service`.
     pub(crate) fn new(service: Service, source: S) -> Self {
-        let reads = (0..BATCH).map(|_| Read::default()).collect();
+        let reads = (0..MOST_BURST).map(|_| Read::default()).collect();
         Self {
             service,
             source,
             state: State::Ready,
             reads,
             in_flight: 0,
+            burst: LEAST_BURST,
+            brought: 0,
             empty: false,
             refused: None,
             strikes: 0,
@@ -138,30 +156,30 @@ impl<S: Source> Receiver<S> {
         }
     }
 
-    fn next_chain(&mut self) -> Option<Chain> {
+    /// Finds the next chain without a frame; `into` keeps its allocations. Returns whether there was one.
+    fn next_chain(&mut self, into: &mut Chain) -> bool {
         if let Some(chain) = self.held.pop_front() {
-            return Some(chain);
+            self.spare.push(std::mem::replace(into, chain));
+            return true;
         }
-        let mut chain = self.spare.pop().unwrap_or_default();
         // A driver that refills meanwhile what is given back at once waits for the next turn.
         for _ in 0..self.service.queue.size() {
-            if !self.service.pop(&mut chain) {
+            if !self.service.pop(into) {
                 break;
             }
-            if chain.unmapped || chain.writable.is_empty() {
-                self.service.break_off(&RingError::Content { head: chain.head, what: "no buffer to receive into" });
+            if into.unmapped || into.writable.is_empty() {
+                self.service.break_off(&RingError::Content { head: into.head, what: "no buffer to receive into" });
                 break;
             }
-            if self.source.merges() || chain.writable.len() >= self.source.least_room() {
-                return Some(chain);
+            if self.source.merges() || into.writable.len() >= self.source.least_room() {
+                return true;
             }
             // Held, it would be the first to be read into for ever, and each frame that came alone would be lost in it.
             // Drivers take an empty buffer for a frame too short (5.1.6.3.1 asks for far more room than this).
-            self.service.queue.complete(chain.head, 0);
+            self.service.queue.complete(into.head, 0);
             self.service.stats.bad_chains += 1;
         }
-        self.spare.push(chain);
-        None
+        false
     }
 
     /// Whether the ring is so short that its driver may wait for frames before it offers more than `room`. Only a frame that
@@ -172,47 +190,69 @@ impl<S: Source> Receiver<S> {
     }
 
     /// Collects room for one frame. Returns whether there was enough.
-    fn gather(&mut self, index: usize) -> bool {
-        let want = if self.source.merges() { self.source.frame_len() } else { 1 };
-        self.reads[index].room.clear();
-        while self.reads[index].room.len() < want {
-            let Some(chain) = self.next_chain() else {
-                if index == 0 && self.has_all_there_is(self.reads[0].room.len()) {
-                    return true;
-                }
-                // What was collected is kept for when the driver has offered more.
-                for chain in self.reads[index].chains.drain(..).rev() {
-                    self.held.push_front(chain);
-                }
-                return false;
-            };
-            let read = &mut self.reads[index];
-            if read.room.pieces().len() + chain.writable.pieces().len() > MAX_PIECES {
-                let head = chain.head;
-                self.service.break_off(&RingError::Content { head, what: "receive buffers in too many pieces" });
-                self.held.push_front(chain);
-                return false;
-            }
-            read.room.append(&chain.writable);
-            read.chains.push(chain);
+    fn gather(&mut self, read: &mut Read, index: usize) -> bool {
+        if !self.next_chain(&mut read.first) {
+            return false;
         }
-        true
+        let want = if self.source.merges() { self.source.frame_len() } else { 1 };
+        if read.first.writable.len() >= want && read.first.writable.pieces().len() <= MAX_PIECES {
+            return true;
+        }
+        self.gather_more(read, index, want)
     }
 
-    fn deliver(&mut self, index: usize, len: u64) {
-        let read = &mut self.reads[index];
+    /// Adds chains to the first until there is room for a frame.
+    fn gather_more(&mut self, read: &mut Read, index: usize, want: u64) -> bool {
+        read.joined.clear();
+        read.joined.append(&read.first.writable);
+        let mut fits = read.joined.pieces().len() <= MAX_PIECES;
+        while fits && read.joined.len() < want {
+            let mut chain = self.spare.pop().unwrap_or_default();
+            if !self.next_chain(&mut chain) {
+                self.spare.push(chain);
+                if index == 0 && self.has_all_there_is(read.joined.len()) {
+                    return true;
+                }
+                break;
+            }
+            fits = read.joined.pieces().len() + chain.writable.pieces().len() <= MAX_PIECES;
+            read.joined.append(&chain.writable);
+            read.more.push(chain);
+        }
+        if !fits {
+            let head = read.more.last().map_or(read.first.head, |chain| chain.head);
+            self.service.break_off(&RingError::Content { head, what: "receive buffers in too many pieces" });
+        } else if read.joined.len() >= want {
+            return true;
+        }
+        // What was collected is kept for when the driver has offered more.
+        let kept = self.take(read).collect::<Vec<_>>();
+        kept.into_iter().rev().for_each(|chain| self.held.push_front(chain));
+        false
+    }
+
+    /// Takes the chains out of a read, in the driver's order.
+    fn take<'a>(&mut self, read: &'a mut Read) -> impl Iterator<Item = Chain> + use<'a, S> {
+        let empty = self.spare.pop().unwrap_or_default();
+        std::iter::once(std::mem::replace(&mut read.first, empty)).chain(read.more.drain(..))
+    }
+
+    fn deliver(&mut self, read: &mut Read, len: u64) {
         let mut left = len;
         let mut count = 0u16;
-        for chain in &read.chains {
+        for chain in std::iter::once(&read.first).chain(&read.more) {
             if left > 0 {
                 left -= left.min(chain.writable.len());
                 count += 1;
             }
         }
-        match self.source.received(&read.room, len, count) {
+        match self.source.received(read.room(), len, count) {
             Verdict::Deliver(bytes) => {
                 let mut left = len;
-                for chain in read.chains.drain(..) {
+                let part = left.min(read.first.writable.len());
+                self.service.queue.complete(read.first.head, part as u32);
+                left -= part;
+                for chain in read.more.drain(..) {
                     if left > 0 {
                         let part = left.min(chain.writable.len());
                         self.service.queue.complete(chain.head, part as u32);
@@ -226,7 +266,8 @@ impl<S: Source> Receiver<S> {
             }
             Verdict::Drop(why) => {
                 self.service.stats.count(why, 0, false);
-                self.returned.append(&mut read.chains);
+                let chains = self.take(read);
+                self.returned.extend(chains);
             }
         }
     }
@@ -248,6 +289,8 @@ impl<S: Source> Receiver<S> {
             return;
         }
         self.state = State::Ready;
+        let brought = std::mem::take(&mut self.brought);
+        self.burst = (brought * 2).clamp(LEAST_BURST, MOST_BURST);
         if std::mem::take(&mut self.empty) {
             self.state = State::Polling;
             self.in_flight = 1;
@@ -290,19 +333,22 @@ impl<S: Source> Task for Receiver<S> {
             // What a read gathers beyond its frame goes back in front of the next read's only once both have ended.
             _ if self.service.queue.in_order => 1,
             true => PATIENT,
-            false => BATCH,
+            false => self.burst,
         };
         let mut count = 0;
-        while count < burst && self.gather(count) {
+        // Not to be looked up again for each.
+        let mut reads = std::mem::take(&mut self.reads);
+        while count < burst && self.gather(&mut reads[count], count) {
             let mut io = Io::new(ring, Token { task: self.service.task(), slot: count as u32 });
             #[allow(unsafe_code)]
             // SAFETY: the room stays as it is until the read has completed, and its chains until they are given back.
             unsafe {
-                let (fd, room) = (self.source.fd(), &self.reads[count].room);
+                let (fd, room) = (self.source.fd(), reads[count].room());
                 if self.patient { io.read(fd, room, u64::MAX) } else { io.read_now(fd, room) }
             }
             count += 1;
         }
+        self.reads = reads;
         self.in_flight = count;
         self.state = if count > 0 { State::Reading } else { State::Starved };
         count > 0
@@ -317,7 +363,12 @@ impl<S: Source> Task for Receiver<S> {
             return;
         }
         match result {
-            1.. => self.deliver(slot as usize, result as u64),
+            1.. => {
+                self.brought += 1;
+                let mut reads = std::mem::take(&mut self.reads);
+                self.deliver(&mut reads[slot as usize], result as u64);
+                self.reads = reads;
+            }
             _ => {
                 match -result {
                     libc::EAGAIN => self.empty = true,
@@ -336,8 +387,10 @@ impl<S: Source> Task for Receiver<S> {
                     0 => self.service.stats.count(DELIVERED, 0, false),
                     errno => self.refused = Some(errno),
                 }
-                let read = &mut self.reads[slot as usize];
-                self.returned.append(&mut read.chains);
+                let mut reads = std::mem::take(&mut self.reads);
+                let chains = self.take(&mut reads[slot as usize]);
+                self.returned.extend(chains);
+                self.reads = reads;
             }
         }
         if self.in_flight == 0 {

@@ -182,10 +182,13 @@ impl Ring {
     pub unsafe fn read_now(&mut self, token: Token, fd: BorrowedFd<'_>, pieces: &[libc::iovec]) {
         // O_NONBLOCK alone would not do: io_uring waits on behalf of such files.
         let (fd, flags) = self.name(fd);
-        let entry = opcode::Readv::new(fd, pieces.as_ptr(), pieces.len().min(MAX_PIECES) as u32)
-            .offset(u64::MAX)
-            .rw_flags(libc::RWF_NOWAIT)
-            .build();
+        let entry = if let [piece] = pieces {
+            let read = opcode::Read::new(fd, piece.iov_base.cast(), one_piece(piece));
+            read.offset(u64::MAX).rw_flags(libc::RWF_NOWAIT).build()
+        } else {
+            let read = opcode::Readv::new(fd, pieces.as_ptr(), pieces.len().min(MAX_PIECES) as u32);
+            read.offset(u64::MAX).rw_flags(libc::RWF_NOWAIT).build()
+        };
         self.push(token, entry.flags(flags));
     }
 

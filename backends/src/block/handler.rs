@@ -159,6 +159,7 @@ impl<S: Storage> Handler for BlockHandler<S> {
         self.storage.files(with);
     }
 
+    #[inline]
     fn start(&mut self, chain: &mut Chain, request: &mut Self::Request, io: &mut Io<'_>) -> Step {
         if !chain.writable.split_back(1, &mut request.status) {
             return Step::Fault("no room for a status");
