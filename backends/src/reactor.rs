@@ -235,15 +235,12 @@ struct Core {
 
 impl Core {
     fn new(cpu: Option<usize>, poll: Duration) -> io::Result<Self> {
+        // Before this thread is bound: the guest may have other CPUs.
+        let window = Window::new(poll);
         if let Some(cpu) = cpu {
             bind(cpu)?;
         }
-        Ok(Self {
-            ring: Ring::new().map_err(explain_no_ring)?,
-            seats: Vec::new(),
-            completions: Vec::new(),
-            window: Window::new(poll),
-        })
+        Ok(Self { ring: Ring::new().map_err(explain_no_ring)?, seats: Vec::new(), completions: Vec::new(), window })
     }
 
     async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Command>) {
@@ -576,6 +573,15 @@ mod tests {
         let mut window = Window::new(Duration::ZERO);
         window.woken(Duration::ZERO);
         assert_eq!(window.current, Duration::ZERO);
+    }
+
+    #[test]
+    fn a_thread_that_is_bound_to_a_cpu_polls_as_others_do() {
+        let cpus = rustix::thread::sched_getaffinity(None).unwrap();
+        let cpu = (0..rustix::thread::CpuSet::MAX_CPU).find(|&cpu| cpus.is_set(cpu)).unwrap();
+        // Bound on a thread of its own, which ends.
+        let bound = std::thread::spawn(move || Core::new(Some(cpu), MAX).unwrap().window.max).join().unwrap();
+        assert_eq!(bound, Core::new(None, MAX).unwrap().window.max);
     }
 
     #[test]
