@@ -5,6 +5,7 @@
 //! that lost frames is no result.
 
 pub mod busy;
+mod cpus;
 pub mod generator;
 pub mod interface;
 pub mod namespace;
@@ -14,8 +15,9 @@ pub(crate) mod table;
 use std::fmt;
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
+use self::cpus::Apart;
 use self::generator::Generator;
 use self::interface::Interface;
 use crate::cli::{Direction, NetOptions};
@@ -169,7 +171,13 @@ fn at_flow(
         disks: &[],
         nics: &nics,
     };
-    let mut measure = At { options, flow, interface, plan, vm };
+    // A vCPU that polls needs a CPU to itself, and would be worse off with one less to choose from.
+    let apart = if flow.direction == Direction::In && flow.irq {
+        Apart::new().context("keeping off the CPU of the source of frames")?
+    } else {
+        None
+    };
+    let mut measure = At { options, flow, interface, plan, vm, apart };
     plan.interleave(document, (Point::Net(flow), &flow.to_string()), contenders, &vm, &mut measure)
 }
 
@@ -180,16 +188,15 @@ struct At<'a> {
     interface: &'a Interface,
     plan: &'a Plan,
     vm: Vm<'a>,
+    apart: Option<Apart>,
 }
 
 impl Measure<Host> for At<'_> {
     fn run(&mut self, contender: &Contender<Host>) -> Result<Sample> {
         let before = self.interface.counters()?;
         let mut sample = match contender {
-            Contender::Host(Host::Plain) => plain(self.options, self.flow, self.interface)?,
-            Contender::Host(Host::PlainBeside) => {
-                busy::beside(self.options.cpus, || plain(self.options, self.flow, self.interface))?
-            }
+            Contender::Host(Host::Plain) => self.plain()?,
+            Contender::Host(Host::PlainBeside) => busy::beside(self.options.cpus, || self.plain())?,
             Contender::Vmm(contestant) => {
                 let observed = self.guest(contestant, Look::Plain)?;
                 let (ops, time) = (observed.vm.number("frames")?, Duration::from_nanos(observed.vm.number("time_ns")?));
@@ -213,7 +220,7 @@ impl Measure<Host> for At<'_> {
         let (loaded, empty) = (line(self.options.time), line(SHORTEST));
         let vms = (&Vm { command_line: &loaded, ..self.vm }, &Vm { command_line: &empty, ..self.vm });
         let generator = match self.flow.direction {
-            Direction::In => Some(Generator::start(self.interface, self.flow.size)?),
+            Direction::In => Some(self.source()?),
             Direction::Out => None,
         };
         let counted = strace::count(strace, contestant, vms, self.plan.dir.path(), self.options.time, "frames");
@@ -223,13 +230,34 @@ impl Measure<Host> for At<'_> {
 }
 
 impl At<'_> {
+    fn source(&self) -> Result<Generator> {
+        Generator::start(self.interface, self.flow.size, self.apart.as_ref().map(Apart::source))
+    }
+
+    fn plain(&self) -> Result<Sample> {
+        let transmits = self.flow.direction == Direction::Out;
+        let generator = if transmits { None } else { Some(self.source()?) };
+        let sample = plain::measure(&plain::Job {
+            interface: self.interface,
+            transmits,
+            size: self.flow.size,
+            segments: self.flow.tso,
+            // One thread carries what all pairs of the guest carry.
+            burst: self.options.depth * u32::from(self.options.pairs),
+            warm: WARM,
+            time: self.options.time,
+        })?;
+        generator.map_or(Ok(()), Generator::stop)?;
+        Ok(sample)
+    }
+
     fn guest(&self, contestant: &Contestant, look: Look) -> Result<Observed> {
         let mut generator = None;
         let (dir, time) = (self.plan.dir.path(), self.options.time);
         let observed = run::observe(contestant, &self.vm, dir, time, look, |moment| {
             match moment {
                 Moment::Start if self.flow.direction == Direction::In => {
-                    generator = Some(Generator::start(self.interface, self.flow.size)?);
+                    generator = Some(self.source()?);
                 }
                 Moment::Start => {}
                 Moment::End => generator.take().map_or(Ok(()), Generator::stop)?,
@@ -264,23 +292,6 @@ fn taken(counted: u64, taken: u64) -> Result<u64> {
         bail!("{counted} frames came, but the tap's count says that only {taken} were taken from it");
     }
     Ok(taken)
-}
-
-fn plain(options: &NetOptions, flow: Flow, interface: &Interface) -> Result<Sample> {
-    let transmits = flow.direction == Direction::Out;
-    let generator = if transmits { None } else { Some(Generator::start(interface, flow.size)?) };
-    let sample = plain::measure(&plain::Job {
-        interface,
-        transmits,
-        size: flow.size,
-        segments: flow.tso,
-        // One thread carries what all pairs of the guest carry.
-        burst: options.depth * u32::from(options.pairs),
-        warm: WARM,
-        time: options.time,
-    })?;
-    generator.map_or(Ok(()), Generator::stop)?;
-    Ok(sample)
 }
 
 #[cfg(test)]

@@ -20,8 +20,8 @@ const DIVIDE_BY_1: u32 = 0b1011;
 const DIVIDE_BY_128: u32 = 0b1010;
 /// Of that clock by 128: some half a second.
 const RARE_TICK: u32 = 4_000_000;
-/// Of the timer's clock, which runs at 1 GHz under KVM and at some such rate elsewhere: about four milliseconds.
-const TICK: u32 = 4_000_000;
+/// Of the timer's clock, which runs at 1 GHz under KVM and at some such rate elsewhere: about sixteen milliseconds.
+const TICK: u32 = 16_000_000;
 const ENABLED: u32 = 0x100;
 const PENDING: u32 = 1 << 12;
 const INIT: u32 = 0x4500;

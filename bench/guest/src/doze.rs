@@ -15,11 +15,11 @@ use crate::queue::Queue;
 use crate::{apic, clock, interrupts};
 
 /// How long is looked for more before an interrupt is asked for.
-const LOOK_US: u64 = 5;
+const LOOK_US: u64 = 2;
 /// What interrupts are moderated to be apart.
 const INTERVAL_US: u64 = 1_000;
-/// Most of a queue that one interrupt is to bring, in quarters: the rest is for the device until it is given more.
-const QUARTERS: u32 = 3;
+/// Most of a queue that one interrupt is to bring, in eighths: the rest is for the device until it is given more.
+const EIGHTHS: u32 = 7;
 
 /// One vCPU's sleep.
 pub struct Doze {
@@ -130,7 +130,7 @@ impl Doze {
         let mut ready = false;
         for queue in queues {
             if queue.in_flight() != 0 {
-                let most = (u32::from(queue.in_flight()) * QUARTERS / 4) as u16;
+                let most = (u32::from(queue.in_flight()) * EIGHTHS / 8) as u16;
                 ready |= queue.arm_after(self.wanted.min(most).max(1));
             }
         }

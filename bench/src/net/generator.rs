@@ -17,13 +17,15 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 
+use rustix::thread::{CpuSet, sched_setaffinity};
+
 use super::interface::Interface;
 use crate::packet::{self, DISCARD, FILLER};
 
 /// Frames per system call.
 const BATCH: usize = 64;
 /// A tap queues 500 frames: at this, a taker of two million per second does not run dry.
-const PAUSE: Duration = Duration::from_micros(100);
+const PAUSE: Duration = Duration::from_micros(50);
 /// Frames come in that many flows where they are to be spread over queues, else in one.
 const FLOWS: usize = 64;
 const MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 2];
@@ -36,12 +38,17 @@ pub struct Generator {
 }
 
 impl Generator {
-    /// Starts to send frames of `size` bytes, more than anybody takes.
+    /// Starts to send frames of `size` bytes, more than anybody takes; on those CPUs, if they are said.
     ///
     /// # Errors
     /// A packet socket can't be had.
-    pub fn start(interface: &Interface, size: usize) -> Result<Self> {
-        Self::new(interface, size, flood)
+    pub fn start(interface: &Interface, size: usize, cpus: Option<CpuSet>) -> Result<Self> {
+        Self::new(interface, size, move |socket, frames, stop| {
+            if let Some(cpus) = cpus {
+                sched_setaffinity(None, &cpus)?;
+            }
+            flood(socket, frames, stop)
+        })
     }
 
     /// Starts to send single frames of `size` bytes, that far apart.
@@ -164,6 +171,8 @@ fn flood(socket: &OwnedFd, frames: &[Vec<u8>], stop: &AtomicBool) -> io::Result<
             msg_len: 0,
         })
         .collect();
+    // A pause is to end when it is over, not some 50 us later.
+    rustix::thread::set_current_timer_slack(std::num::NonZero::new(1)).map_err(io::Error::from)?;
     while !stop.load(Ordering::Relaxed) {
         // SAFETY: each message has one piece, which is a frame; all of them outlive the call, which reads the frames and
         // writes the messages' lengths.
