@@ -66,7 +66,10 @@ impl Counter {
     pub fn open(pids: &[u32]) -> io::Result<Self> {
         let all = pids.iter().flat_map(|&pid| std::iter::once(pid).chain(process::children(pid)));
         let threads: Vec<u32> = all.flat_map(threads).collect();
-        let on_all = |id| threads.iter().map(|&thread| open(id, thread)).collect::<io::Result<Vec<_>>>();
+        // One that has ended since makes no calls any more.
+        let ended = |opened: &io::Result<_>| opened.as_ref().is_err_and(|e| e.raw_os_error() == Some(libc::ESRCH));
+        let on = |id| threads.iter().map(move |&thread| open(id, thread));
+        let on_all = |id| on(id).filter(|opened| !ended(opened)).collect::<io::Result<Vec<_>>>();
         let exits = tracepoint(EXITS).and_then(on_all).unwrap_or_default();
         Ok(Self { syscalls: on_all(tracepoint(SYSTEM_CALLS)?)?, exits })
     }
