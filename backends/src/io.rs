@@ -1,11 +1,12 @@
 //! The data ring as one request sees it.
 #![allow(unsafe_code, reason = "passes the data ring's contract on to handlers")]
 
-use std::os::fd::BorrowedFd;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::Duration;
 
 use crate::guest_io::GuestIo;
-use crate::ring::{Ring, Token};
+use crate::ring::{MAX_PIECES, Ring, Token};
 
 /// Pushes the operations of one request, at most one at a time.
 pub struct Io<'a> {
@@ -44,6 +45,18 @@ impl<'a> Io<'a> {
     pub unsafe fn write(&mut self, fd: BorrowedFd<'_>, data: &GuestIo, offset: u64, durable: bool) {
         // SAFETY: as in `read`.
         unsafe { self.ring.write(self.token, fd, data.pieces(), offset, durable) }
+    }
+
+    /// Writes the pieces of `data` at `offset` here and now, not by the ring; as many of them as one system call takes.
+    ///
+    /// # Errors
+    /// As of pwritev(2).
+    pub fn write_now(&mut self, fd: BorrowedFd<'_>, data: &GuestIo, offset: u64) -> io::Result<u64> {
+        let pieces = data.pieces();
+        let count = pieces.len().min(MAX_PIECES) as libc::c_int;
+        // SAFETY: the pieces are mapped for as long as the queue lives, whose handler is calling.
+        let written = unsafe { libc::pwritev(fd.as_raw_fd(), pieces.as_ptr(), count, offset as libc::off_t) };
+        u64::try_from(written).map_err(|_| io::Error::last_os_error())
     }
 
     /// Reads into a buffer of the host's.

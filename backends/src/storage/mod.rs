@@ -6,6 +6,7 @@
 
 pub mod null;
 pub mod raw;
+mod spot;
 
 use std::io;
 use std::os::fd::BorrowedFd;

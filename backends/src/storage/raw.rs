@@ -9,8 +9,9 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use super::spot::{self, Spot};
 use super::{Geometry, Progress, Storage};
 use crate::guest_io::GuestIo;
 use crate::io::Io;
@@ -43,6 +44,8 @@ pub struct Raw {
     align: Option<DirectAlign>,
     /// `Some` where a guest may write less than the file takes at once.
     gate: Option<Arc<Gate>>,
+    /// Of this queue.
+    spot: Spot,
 }
 
 impl Raw {
@@ -51,7 +54,7 @@ impl Raw {
     pub fn new(file: Arc<File>, geometry: Geometry, align: Option<DirectAlign>) -> Self {
         // Requests come in sectors of 512 bytes; only a larger unit can be written in part.
         let gate = align.filter(|align| align.offset > 512 && !geometry.readonly).map(|_| Arc::default());
-        Self { file, geometry, align, gate }
+        Self { file, geometry, align, gate, spot: Spot::new() }
     }
 
     fn begin(&mut self, op: &mut RawOp, kind: Kind, offset: u64, len: u64, durable: bool) -> io::Result<()> {
@@ -118,7 +121,7 @@ impl Raw {
         unsafe { io.read_buf(self.file.as_fd(), op.bounce.bytes_mut(), start) };
     }
 
-    fn push_write(&mut self, op: &mut RawOp, data: &GuestIo, io: &mut Io<'_>) -> Progress {
+    fn push_write(&mut self, op: &mut RawOp, data: &mut GuestIo, io: &mut Io<'_>) -> Progress {
         let aligned = matches!(op.kind, Kind::Write) && self.is_aligned(op, data);
         let range = if aligned { (op.offset, op.offset + op.left) } else { self.blocks(op) };
         if !self.claim(op, range, io) {
@@ -126,6 +129,9 @@ impl Raw {
         }
         if aligned {
             op.stage = Stage::Direct;
+            if let Some(progress) = self.write_on_the_spot(op, data, io) {
+                return progress;
+            }
             // SAFETY: `data` belongs to the request that is resumed with it.
             unsafe { io.write(self.file.as_fd(), data, op.offset, op.durable) };
             return Progress::Pending;
@@ -139,6 +145,26 @@ impl Raw {
             self.push_bounce_read(op, io);
         }
         Progress::Pending
+    }
+
+    /// Does a short write to the page cache without the ring. `None` if it has to go there, all or what is left of it.
+    fn write_on_the_spot(&mut self, op: &mut RawOp, data: &mut GuestIo, io: &mut Io<'_>) -> Option<Progress> {
+        if self.align.is_some() || op.durable || op.left > spot::LONGEST || !self.spot.is_next() {
+            return None;
+        }
+        let start = Instant::now();
+        let result = io.write_now(self.file.as_fd(), data, op.offset);
+        self.spot.took(start.elapsed());
+        match result {
+            Ok(0) => Some(self.end(op, Err(short()))),
+            Ok(count) if count >= op.left => Some(self.end(op, Ok(()))),
+            Ok(count) => {
+                self.advance(op, data, count);
+                None
+            }
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) => None,
+            Err(error) => Some(self.end(op, Err(error))),
+        }
     }
 
     fn push_bounce_write(&mut self, op: &mut RawOp, data: &GuestIo, io: &mut Io<'_>) {
