@@ -99,6 +99,9 @@ impl Handler for TransmitHandler {
                 if std::mem::take(&mut self.lost) {
                     self.found.raise();
                 }
+                if self.port.is_astray(self.pair) {
+                    self.port.find_peer(self.pair);
+                }
                 done(Op::Sent, request.pieces.len() - HEADER_LEN as u64)
             }
             _ => match -result {

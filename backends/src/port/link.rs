@@ -10,6 +10,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -39,6 +40,8 @@ struct Side {
     mine: PathBuf,
     peer: PathBuf,
     searched: Mutex<Option<Instant>>,
+    /// What is sent goes to the peer's first pair, for want of the one of this number.
+    astray: AtomicBool,
     /// While this pair is not served: a socket of nobody's, from which alone it would take frames.
     closed: Mutex<Option<OwnedFd>>,
 }
@@ -98,6 +101,7 @@ impl Side {
                         mine: mine.clone(),
                         peer: peer.clone(),
                         searched: Mutex::new(None),
+                        astray: AtomicBool::new(false),
                         closed: Mutex::new(None),
                     });
                 }
@@ -159,11 +163,16 @@ impl Port for Link {
         }
         *searched = Some(Instant::now());
         // A peer may serve fewer pairs, but always the first. Both fail as long as there is nobody.
-        for peer in [&side.peer, &self.sides[0].peer] {
+        for (peer, astray) in [(&side.peer, false), (&self.sides[0].peer, pair > 0)] {
             if SocketAddrUnix::new(peer).and_then(|address| connect(&side.ends.tx, &address)).is_ok() {
+                side.astray.store(astray, Ordering::Relaxed);
                 return;
             }
         }
+    }
+
+    fn is_astray(&self, pair: usize) -> bool {
+        self.sides[pair].astray.load(Ordering::Relaxed)
     }
 
     fn set_pairs(&self, count: usize) -> io::Result<()> {

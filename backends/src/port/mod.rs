@@ -115,4 +115,10 @@ pub trait Port: Send + Sync {
 
     /// A write on a pair found nobody at the other end: looks for one. Does not wait.
     fn find_peer(&self, _pair: usize) {}
+
+    /// Whether what a pair sends goes somewhere else than it would if the other end served as many: [`Self::find_peer`] may
+    /// find that it does by now.
+    fn is_astray(&self, _pair: usize) -> bool {
+        false
+    }
 }

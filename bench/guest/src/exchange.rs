@@ -277,7 +277,7 @@ impl<'a> Lane<'a> {
     fn take(&mut self, said: &Said, len: usize, now: u64) {
         if said.stream != self.other {
             // What is for a pair that this side does not serve yet may come to the first, while the other calls already.
-            if said.purpose == Purpose::Hello {
+            if said.purpose != Purpose::Data {
                 return;
             }
             self.spoilt(format_args!("stream:{:#x}", said.stream));
