@@ -91,7 +91,7 @@ pub(crate) fn explanations(document: &Document) -> Vec<String> {
         );
     }
     if any(|flow, _| flow.direction == Direction::In) {
-        lines.push("in: what came of a flood from the host's side, which runs on the same CPUs.");
+        lines.push("in: what came of a flood from the host's side, which has a CPU to itself where the guest sleeps.");
     }
     if any(|flow, _| flow.irq) {
         lines.push(
