@@ -596,6 +596,31 @@ fn pitfall_40_a_peer_that_serves_fewer_pairs_gets_all_frames_on_those() {
     assert_eq!(got.len(), 900);
 }
 
+#[test]
+fn a_peer_that_serves_more_pairs_later_gets_frames_on_those() {
+    let options = NetOptions { loopback: false, link: Some(link_path("later")), queues: 2, ..loopback() };
+    let mut first = Rig::new(&options, u64::MAX);
+    assert_eq!(first.control(&[4, 0, 2, 0]), 0);
+    let mut second = Rig::new(&options, u64::MAX);
+    assert_eq!(second.control(&[4, 0, 1, 0]), 0);
+    second.offer(0, &[2048; 200]);
+    second.offer(1, &[2048; 200]);
+    let mut send_until_it_comes_to = |second: &Rig, queue: usize| {
+        let start = Instant::now();
+        let before = second.queues[queue].driver.used_index();
+        while second.queues[queue].driver.used_index() == before {
+            assert!(start.elapsed() < PATIENCE, "nothing comes to queue {queue}");
+            first.queue_frame(1, &[0; HEADER], &frame(900, 1), usize::MAX);
+            first.publish(3);
+            first.used(3);
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    };
+    send_until_it_comes_to(&second, 0);
+    assert_eq!(second.control(&[4, 0, 2, 0]), 0);
+    send_until_it_comes_to(&second, 2);
+}
+
 /// Without a table of buffers in flight, all that is known of a queue whose server was killed is how many were used.
 #[test]
 fn pitfall_48_frames_use_buffers_in_order_where_nothing_else_tells_which_were_used() {
