@@ -136,9 +136,11 @@ pub fn child_after(pid: u32, last: u32, limit: Duration) -> Result<u32> {
         if let Some(child) = children(pid).into_iter().find(|&child| child != last) {
             return Ok(child);
         }
-        if Instant::now() > deadline {
+        let alive = parent(pid).is_some();
+        if !alive || Instant::now() > deadline {
             let what = format!("the start of a process by {pid} after {last}");
-            return Err(Error::TimedOut { what, limit, tail: String::new() });
+            let tail = if alive { String::new() } else { format!("{pid} has ended") };
+            return Err(Error::TimedOut { what, limit, tail });
         }
         thread::sleep(Duration::from_micros(200));
     }
@@ -179,16 +181,18 @@ pub fn program<A: AsRef<OsStr>>(path: impl AsRef<OsStr>, arguments: impl IntoIte
 
 /// The processes that this one has started and that run.
 pub fn children(pid: u32) -> Vec<u32> {
-    let parent = |child: u32| -> Option<u32> {
-        // The name in parentheses may hold anything; behind it come the state and the parent.
-        let stat = fs::read_to_string(format!("/proc/{child}/stat")).ok()?;
-        let mut words = stat.rsplit_once(')')?.1.split_whitespace();
-        let state = words.next()?;
-        words.next()?.parse().ok().filter(|_| state != "Z")
-    };
     let processes = fs::read_dir("/proc").into_iter().flatten();
     let numbers = processes.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
     numbers.filter(|&child| parent(child) == Some(pid)).collect()
+}
+
+/// The parent of a process that runs.
+fn parent(pid: u32) -> Option<u32> {
+    // The name in parentheses may hold anything; behind it come the state and the parent.
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let mut words = stat.rsplit_once(')')?.1.split_whitespace();
+    let state = words.next()?;
+    words.next()?.parse().ok().filter(|_| state != "Z")
 }
 
 /// A shell script of setting up, then the `ringvm` under test with these arguments, alone in a network, with processes and

@@ -80,8 +80,10 @@ fn testpmd_moves_packets_with_one_pair_and_two_and_loses_none() {
         let (rx, tx) = (count("RX-total:"), count("TX-total:"));
         assert_eq!((count("RX-dropped:"), count("TX-dropped:")), (0, 0), "{shown}");
         assert!(rx <= tx && tx - rx <= BURST * u64::from(pairs), "{rx} received of {tx}: {shown}");
-        assert_eq!(operations(&said, "net0: sent"), tx, "{said}");
-        assert!((rx..=tx).contains(&operations(&said, "net0: received")), "{rx} to {tx} received: {said}");
+        // It ends with a burst or two still in its rings.
+        let sent = operations(&said, "net0: sent");
+        assert!(sent <= tx && tx - sent <= BURST * u64::from(pairs), "{sent} of {tx} sent: {said}");
+        assert!((rx..=sent).contains(&operations(&said, "net0: received")), "{rx} to {sent} received: {said}");
         for queue in 0..pairs * 2 {
             let moved = operations(&said, &format!("net0: queue {queue}"));
             assert!(moved >= 10_000, "queue {queue} moved {moved} packets: {said}");
