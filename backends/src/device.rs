@@ -73,13 +73,23 @@ pub struct RingConfig {
     pub used: u64,
 }
 
-/// The position of a queue, all that is needed to go on with it elsewhere once nothing is in flight.
+/// The position of a queue, all that is needed to go on with it elsewhere if nothing is left in flight.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct QueueState {
     /// Index of the next entry of the available ring to look at.
     pub next_avail: u16,
     /// Index of the next entry of the used ring to fill.
     pub next_used: u16,
+}
+
+/// A queue that was stopped with some of its requests unanswered.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Suspended {
+    /// Where it stands.
+    pub state: QueueState,
+    /// Heads of the chains before `next_avail` that were taken and not given back. Nothing of them is under way any more; what
+    /// they ask for was done in part, in whole or not at all.
+    pub left: Vec<u16>,
 }
 
 /// Everything a queue needs to run.
@@ -96,6 +106,8 @@ pub struct QueueParts {
     pub fault: Interrupt,
     /// Where to start.
     pub from: QueueState,
+    /// What a predecessor has left behind ([`Suspended::left`]), to be served first.
+    pub left: Vec<u16>,
     /// Where requests in flight are noted, if the queue shall survive a crash of whoever serves it. What is noted there
     /// already is served again first, and `from` is then what follows from the table.
     pub inflight: Option<InflightTable>,
@@ -104,6 +116,25 @@ pub struct QueueParts {
     /// Buffers are used in the order in which they came, whatever it costs: without a table of those in flight, whoever goes on
     /// for this queue after a crash knows no more than how many were used.
     pub in_order: bool,
+}
+
+impl QueueParts {
+    /// A queue from its beginning on, which nobody is told about.
+    #[must_use]
+    pub fn new(ring: RingConfig, mem: GuestMemory, kick: EventFd) -> Self {
+        Self {
+            ring,
+            mem,
+            kick,
+            call: Interrupt::None,
+            fault: Interrupt::None,
+            from: QueueState::default(),
+            left: Vec::new(),
+            inflight: None,
+            log: None,
+            in_order: false,
+        }
+    }
 }
 
 /// Where the queues of a device are served.
@@ -216,8 +247,12 @@ pub trait Device: Send {
     /// Returns only when nothing of the queue is in flight and every completion is published. Idempotent.
     fn stop_queue(&mut self, index: u16) -> Option<QueueState>;
 
-    /// Has every queue take no more requests, to be stopped next: what is in flight in one ends while another is waited for.
-    fn quiesce(&mut self) {}
+    /// Stops queues without waiting for more than has to be waited for: a request that can be cancelled is, and left to whoever
+    /// goes on with the queue. Returns where each stands, or `None` for those that were not running.
+    fn suspend(&mut self, queues: &[u16]) -> Vec<Option<Suspended>> {
+        let stopped = queues.iter().map(|&index| self.stop_queue(index));
+        stopped.map(|state| state.map(|state| Suspended { state, left: Vec::new() })).collect()
+    }
 
     /// Returns the device to its state before `ack_features`. All queues are stopped first.
     fn reset(&mut self);

@@ -237,6 +237,29 @@ impl InflightTable {
         Ok(heads.into_iter().map(|(_, head)| head).collect())
     }
 
+    /// Takes what was left over out of the table, oldest first, for somebody who keeps none. `used` was published last.
+    ///
+    /// # Errors
+    /// A table of another layout, or one for smaller queues.
+    pub fn take_out(&mut self, size: u16, used: u16) -> Result<Vec<u16>, &'static str> {
+        let heads = self.take_over(size, used)?;
+        heads.iter().for_each(|&head| self.returned(head));
+        Ok(heads)
+    }
+
+    /// Puts what somebody has left who keeps no table into this one, for whoever serves the queue next.
+    ///
+    /// # Errors
+    /// A table of another layout, or one for smaller queues, or heads that can't be the queue's.
+    pub fn put_in(&mut self, size: u16, used: u16, left: &[u16]) -> Result<(), &'static str> {
+        self.take_over(size, used)?;
+        if left.iter().any(|&head| head >= size) {
+            return Err("no such descriptor can be in flight");
+        }
+        left.iter().for_each(|&head| self.popped(head));
+        Ok(())
+    }
+
     /// A head was popped.
     pub(crate) fn popped(&mut self, head: u16) {
         self.number(head).store(self.next_number, Ordering::Relaxed);

@@ -286,6 +286,18 @@ fn pitfall_45_nonsense_in_a_table_is_bounded() {
     assert!(table.take_over(SIZE, 0).is_err());
 }
 
+#[test]
+fn what_is_left_goes_into_a_table_and_comes_out_once_in_its_order() {
+    let model = Model::new();
+    let left = [5, 2, 7];
+    model.area.table(1).unwrap().put_in(SIZE, 40, &left).unwrap();
+    assert_eq!(model.area.table(1).unwrap().take_over(SIZE, 40).unwrap(), left);
+    assert_eq!(model.area.table(1).unwrap().take_out(SIZE, 40).unwrap(), left);
+    assert_eq!(model.area.table(1).unwrap().take_out(SIZE, 40).unwrap(), [0u16; 0]);
+    assert!(model.area.table(1).unwrap().put_in(SIZE, 40, &[1, SIZE]).is_err());
+    assert_eq!(model.area.table(1).unwrap().take_out(SIZE, 40).unwrap(), [0u16; 0], "none of them is in it");
+}
+
 /// Starts the queue that a predecessor has left with everything in flight, and stops it at once.
 fn start_and_stop(device: &mut dyn Device) -> (Model, QueueState) {
     let mut model = Model::new();
@@ -297,15 +309,8 @@ fn start_and_stop(device: &mut dyn Device) -> (Model, QueueState) {
     drop(queue);
     device.ack_features(RING_FEATURES).unwrap();
     let parts = QueueParts {
-        ring: model.driver.ring(),
-        mem: model.mem.clone(),
-        kick: vmm_sys_util::eventfd::EventFd::new(0).unwrap(),
-        call: Interrupt::None,
-        fault: Interrupt::None,
-        from: QueueState::default(),
         inflight: model.area.table(1),
-        log: None,
-        in_order: false,
+        ..QueueParts::new(model.driver.ring(), model.mem.clone(), vmm_sys_util::eventfd::EventFd::new(0).unwrap())
     };
     device.start_queue(0, parts).unwrap();
     let state = device.stop_queue(0).unwrap();

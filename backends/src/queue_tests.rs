@@ -461,3 +461,36 @@ fn fuzz_queue_with_hostile_memory() {
         },
     );
 }
+
+#[test]
+fn what_was_left_is_served_first_and_can_be_left_again() {
+    let mut rig = rig();
+    let buffer = [Buffer { addr: 0x100, len: 16, writable: true }];
+    let heads: Vec<u16> = (0..4).map(|_| rig.driver.add(&buffer).unwrap()).collect();
+    rig.driver.publish();
+    (0..3).for_each(|_| assert!(rig.pop().unwrap().is_some()));
+    rig.queue.complete(heads[1], 0);
+    rig.queue.notify();
+    let (state, left) = (rig.queue.state(), rig.queue.left());
+    assert_eq!((state.next_avail, state.next_used), (3, 1));
+    assert_eq!(left, [heads[0], heads[2]]);
+
+    let mut next = Queue::new(rig.mem.clone(), &rig.driver.ring(), RING_FEATURES, state, Interrupt::None).unwrap();
+    next.take_left(&left).unwrap();
+    assert_eq!(next.left(), left);
+    assert!(next.has_avail());
+    let mut chain = Chain::default();
+    let mut served = Vec::new();
+    while next.pop(&mut chain).unwrap() {
+        served.push(chain.head);
+    }
+    assert_eq!(served, [heads[0], heads[2], heads[3]]);
+    assert_eq!(next.left().len(), 3, "all of them are in flight");
+    served.into_iter().for_each(|head| next.complete(head, 0));
+    assert_eq!(next.left(), [0u16; 0]);
+
+    for (wrong, error) in [([0, 8], RingError::Index(8)), ([3, 3], RingError::Twice(3))] {
+        let mut next = Queue::new(rig.mem.clone(), &rig.driver.ring(), RING_FEATURES, state, Interrupt::None).unwrap();
+        assert_eq!(next.take_left(&wrong), Err(error));
+    }
+}

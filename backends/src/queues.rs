@@ -1,8 +1,8 @@
 //! The running queues of one device: where each is served, and what it has counted over all its lives.
 
-use crate::device::{DeviceError, QueueParts, QueueState};
+use crate::device::{DeviceError, QueueParts, QueueState, Suspended};
 use crate::queue::Queue;
-use crate::reactor::{Reactor, ReactorPool, Task};
+use crate::reactor::{End, Leaving, Reactor, ReactorPool, Task};
 use crate::receiver::{Receiver, Source};
 use crate::service::Service;
 use crate::stats::{DeviceStats, QueueStats};
@@ -66,13 +66,14 @@ impl Queues {
         if place.is_some() {
             return Err(refuse("runs already"));
         }
-        let QueueParts { ring, mem, kick, call, fault, from, inflight, log, in_order } = parts;
+        let QueueParts { ring, mem, kick, call, fault, from, left, inflight, log, in_order } = parts;
         let broken = |source| DeviceError::Ring { device: self.name.clone(), index, source };
         let mut queue = Queue::new(mem, &ring, features, from, call).map_err(broken)?;
         queue.in_order = in_order;
         if let Some(table) = inflight {
             queue.take_over(table).map_err(broken)?;
         }
+        queue.take_left(&left).map_err(broken)?;
         if let Some(log) = log {
             queue.log_writes(log);
         }
@@ -87,28 +88,41 @@ impl Queues {
 
     /// Stops a queue: drains it and publishes what it completed.
     pub(crate) fn stop(&mut self, index: u16) -> Option<QueueState> {
-        let place = self.places.get_mut(usize::from(index))?.take()?;
-        let (state, stats) = self.reactor(&place).detach(place.task)?;
-        match &mut self.ended[usize::from(index)] {
-            Some(ended) => ended.merge(&stats),
-            none => *none = Some(stats),
-        }
-        Some(state)
+        Some(self.end(&[index], End::Drained).pop()??.state)
     }
 
-    /// Has every queue take nothing more, so that stopping one after the other takes no longer than stopping one.
-    pub(crate) fn quiesce(&self) {
-        for place in self.places.iter().flatten() {
-            self.reactor(place).quiesce(place.task);
-        }
+    /// Stops queues without waiting for what can be cancelled.
+    pub(crate) fn suspend(&mut self, indices: &[u16]) -> Vec<Option<Suspended>> {
+        self.end(indices, End::Suspended)
     }
 
     /// Stops every queue.
     pub(crate) fn stop_all(&mut self) {
-        self.quiesce();
-        for index in 0..self.places.len() as u16 {
-            self.stop(index);
+        self.end(&(0..self.places.len() as u16).collect::<Vec<_>>(), End::Drained);
+    }
+
+    /// Stops queues. All are told before one is waited for: what is in flight in each ends meanwhile.
+    fn end(&mut self, indices: &[u16], end: End) -> Vec<Option<Suspended>> {
+        let leaving: Vec<Option<Leaving>> = indices
+            .iter()
+            .map(|&index| {
+                let place = self.places.get_mut(usize::from(index))?.take()?;
+                Some(self.reactor(&place).detach(place.task, end))
+            })
+            .collect();
+        let mut ends = Vec::with_capacity(leaving.len());
+        for (&index, leaving) in indices.iter().zip(leaving) {
+            let end = leaving.and_then(|leaving| {
+                let left = self.pool.get(leaving.reactor)?.wait(leaving)?;
+                match &mut self.ended[usize::from(index)] {
+                    Some(ended) => ended.merge(&left.stats),
+                    none => *none = Some(left.stats),
+                }
+                Some(left.queue)
+            });
+            ends.push(end);
         }
+        ends
     }
 
     /// What the queues have counted.

@@ -25,7 +25,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::device::QueueState;
+use crate::device::Suspended;
 use crate::ring::{Ring, Token};
 use crate::service::Service;
 use crate::stats::QueueStats;
@@ -45,7 +45,7 @@ pub trait Task {
     fn arm(&mut self) -> bool;
     /// Calls `with` for every file that operations name, as long as they do.
     fn files(&self, with: &mut dyn FnMut(BorrowedFd<'_>));
-    /// Nothing new is taken from now on: ends what would wait for others.
+    /// Nothing new is taken from now on: ends what would wait for others, or all that can be ended if the queue is suspended.
     fn stop(&mut self, ring: &mut Ring);
     /// Whether nothing is in flight.
     fn is_idle(&self) -> bool;
@@ -110,12 +110,35 @@ type Build = Box<dyn FnOnce(u32) -> Box<dyn Task> + Send>;
 
 enum Command {
     Attach { kick: EventFd, build: Build, reply: reply::Sender<io::Result<u32>> },
-    Quiesce { task: u32 },
-    Detach { task: u32, reply: Detached },
+    Detach { task: u32, end: End, reply: reply::Sender<Left> },
     Stats { task: u32, reply: reply::Sender<QueueStats> },
 }
 
-type Detached = reply::Sender<(QueueState, QueueStats)>;
+/// How a task comes to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// With everything answered that was taken.
+    Drained,
+    /// With nothing under way, but what could be cancelled unanswered.
+    Suspended,
+}
+
+/// What a task leaves behind.
+#[derive(Debug)]
+pub struct Left {
+    /// Where its queue stands.
+    pub queue: Suspended,
+    /// What it has counted.
+    pub stats: QueueStats,
+}
+
+/// A task that was told to leave.
+#[derive(Debug)]
+pub struct Leaving {
+    /// The number of its thread.
+    pub reactor: usize,
+    answer: reply::Receiver<Left>,
+}
 
 impl Reactor {
     fn start(index: usize, options: &ReactorOptions) -> io::Result<Self> {
@@ -159,19 +182,18 @@ impl Reactor {
         Ok(task)
     }
 
-    /// Has a task take nothing more, so that [`Self::detach`] finds less in flight.
-    pub fn quiesce(&self, task: u32) {
-        self.send(Command::Quiesce { task });
+    /// Tells a task to leave, without waiting for it.
+    pub fn detach(&self, task: u32, end: End) -> Leaving {
+        let (reply, answer) = reply::channel();
+        self.send(Command::Detach { task, end, reply });
+        Leaving { reactor: self.index, answer }
     }
 
-    /// Stops a task; returns when nothing of it is in flight and all it has completed is published. `None` if there is no
-    /// such task.
-    pub fn detach(&self, task: u32) -> Option<(QueueState, QueueStats)> {
-        let (reply, answer) = reply::channel();
-        self.send(Command::Detach { task, reply });
-        let end = answer.recv().ok()?;
+    /// Waits until nothing of a task is in flight and all it has completed is published. `None` if there was no such task.
+    pub fn wait(&self, leaving: Leaving) -> Option<Left> {
+        let left = leaving.answer.recv().ok()?;
         self.load.fetch_sub(1, Ordering::Relaxed);
-        Some(end)
+        Some(left)
     }
 
     /// What a task has counted so far.
@@ -219,7 +241,7 @@ impl AsRawFd for RingFd {
 struct Seat {
     task: Box<dyn Task>,
     kick: AsyncFd<Kick>,
-    leaving: Option<Detached>,
+    leaving: Option<reply::Sender<Left>>,
 }
 
 /// How long to wait before submissions that the kernel did not take are tried again.
@@ -394,10 +416,12 @@ impl Core {
                 });
                 drop(reply.send(seat));
             }
-            Command::Quiesce { task } => drop(self.quiesce(task)),
-            Command::Detach { task, reply } => {
+            Command::Detach { task, end, reply } => {
                 // Without such a task the reply's sender is dropped, which is the answer.
-                if let Some(seat) = self.quiesce(task) {
+                let seat = self.seats.get_mut(task as usize).and_then(Option::as_mut);
+                if let Some(seat) = seat.filter(|seat| seat.leaving.is_none()) {
+                    seat.task.service().stop(end);
+                    seat.task.stop(&mut self.ring);
                     seat.leaving = Some(reply);
                 }
             }
@@ -407,14 +431,6 @@ impl Core {
                 }
             }
         }
-    }
-
-    /// Has a task that is not leaving yet take nothing more.
-    fn quiesce(&mut self, task: u32) -> Option<&mut Seat> {
-        let seat = self.seats.get_mut(task as usize)?.as_mut().filter(|seat| seat.leaving.is_none())?;
-        seat.task.service().stop();
-        seat.task.stop(&mut self.ring);
-        Some(seat)
     }
 
     /// Lets tasks go that were asked to and have nothing in flight. What they completed was published by `turn`.
@@ -430,7 +446,7 @@ impl Core {
                 let service = seat.task.service();
                 service.publish();
                 if let Some(reply) = seat.leaving.take() {
-                    drop(reply.send((service.position(), service.stats.clone())));
+                    drop(reply.send(Left { queue: service.end(), stats: service.stats.clone() }));
                 }
             }
         }

@@ -15,7 +15,6 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::*;
 use crate::device::{GuestMemory, QueueParts, QueueState};
 use crate::driver::{Buffer, Driver};
-use crate::interrupt::Interrupt;
 use crate::queues::Queues;
 use crate::reactor::{ReactorOptions, ReactorPool};
 
@@ -95,17 +94,7 @@ impl Rig {
             looked: Arc::clone(&looked),
             failed: Arc::clone(&failed),
         };
-        let parts = QueueParts {
-            ring: driver.ring(),
-            mem: Arc::clone(&mem),
-            kick: kick.try_clone().unwrap(),
-            call: Interrupt::None,
-            fault: Interrupt::None,
-            from: QueueState::default(),
-            inflight: None,
-            log: None,
-            in_order: false,
-        };
+        let parts = QueueParts::new(driver.ring(), Arc::clone(&mem), kick.try_clone().unwrap());
         let mut queues = Queues::new("test", 1, pool);
         queues.start_receiver(0, parts, 0, move || source).unwrap();
         Self { queues, driver, kick, mem, offered: 0, enabled, looked, failed }

@@ -12,9 +12,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::block::{BlockDevice, BlockOptions};
-use crate::device::{Device, GuestMemory, QueueParts, QueueState, RingConfig};
+use crate::device::{Device, GuestMemory, QueueParts, RingConfig};
 use crate::driver::{Buffer, Driver};
-use crate::interrupt::Interrupt;
 use crate::reactor::Stepped;
 use crate::storage::Geometry;
 use crate::storage::null::Null;
@@ -174,17 +173,7 @@ impl NullDisk {
             let mut device = BlockDevice::over("disk0", Null(geometry), &options, pool);
             let features = device.info().features;
             let replay = Replay::new(request, features);
-            let parts = QueueParts {
-                ring: replay.ring(),
-                mem: replay.memory(),
-                kick,
-                call: Interrupt::None,
-                fault: Interrupt::None,
-                from: QueueState::default(),
-                inflight: None,
-                log: None,
-                in_order: false,
-            };
+            let parts = QueueParts::new(replay.ring(), replay.memory(), kick);
             let started = device.ack_features(features).and_then(|()| device.start_queue(0, parts));
             drop(send.send(started.map(|()| replay)));
             device

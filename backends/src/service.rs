@@ -1,9 +1,10 @@
 //! What every queue that a reactor serves has, whatever its chains wait for: the ring's bookkeeping, statistics, and what
 //! happens when the driver breaks it or it is asked to stop.
 
-use crate::device::QueueState;
+use crate::device::Suspended;
 use crate::interrupt::Interrupt;
 use crate::queue::{Chain, Queue, RingError};
+use crate::reactor::End;
 use crate::stats::QueueStats;
 
 /// Most chains taken in one turn, unless a device knows better. A batch shares its system call, its publication and its interrupt; a bounded one lets the
@@ -16,8 +17,10 @@ enum State {
     Running,
     /// The driver broke the queue: nothing new is taken, what is in flight ends.
     Broken,
-    /// Asked to stop: likewise.
+    /// Asked to leave: likewise.
     Stopping,
+    /// Asked to leave at once: what can be ended is not waited for.
+    Suspending,
 }
 
 /// One queue in service.
@@ -52,13 +55,18 @@ impl Service {
         self.state == State::Running
     }
 
+    /// Whether what is in flight is left to somebody else.
+    pub(crate) fn is_suspending(&self) -> bool {
+        self.state == State::Suspending
+    }
+
     /// Whether chains may be taken: new ones, or while it stops what a predecessor has left. Nobody else knows of those: a
     /// position says how far the driver's ring was looked at, and all before it counts as answered.
     pub(crate) fn may_take(&self) -> bool {
         match self.state {
             State::Running => true,
             State::Stopping => self.queue.has_replay(),
-            State::Broken => false,
+            State::Broken | State::Suspending => false,
         }
     }
 
@@ -114,13 +122,17 @@ impl Service {
     }
 
     /// Takes nothing new from now on.
-    pub(crate) fn stop(&mut self) {
-        self.state = State::Stopping;
+    pub(crate) fn stop(&mut self, end: End) {
+        self.state = match end {
+            End::Drained => State::Stopping,
+            End::Suspended => State::Suspending,
+        };
     }
 
-    /// Where the queue stands.
-    pub(crate) fn position(&self) -> QueueState {
-        self.queue.state()
+    /// Where the queue stands, with nothing under way.
+    pub(crate) fn end(&self) -> Suspended {
+        let left = if self.is_suspending() { self.queue.left() } else { Vec::new() };
+        Suspended { state: self.queue.state(), left }
     }
 }
 

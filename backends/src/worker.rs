@@ -32,6 +32,9 @@ pub trait Handler {
     /// Goes on after the operation pushed last has ended with `result` (as of io_uring: a count or a negated errno).
     fn resume(&mut self, chain: &mut Chain, request: &mut Self::Request, result: i32, io: &mut Io<'_>) -> Step;
 
+    /// Forgets a request whose operation was cancelled. Somebody else starts it anew.
+    fn abandon(&mut self, _request: &mut Self::Request) {}
+
     /// Calls `with` for every file that its operations name again and again.
     fn files(&self, _with: &mut dyn FnMut(BorrowedFd<'_>)) {}
 
@@ -97,8 +100,9 @@ impl<H: Handler> Worker<H> {
     }
 
     /// Requests end by themselves, but for those of a bounded window: they may wait for another side, which may never come.
+    /// Nobody waits for those of a queue that is suspended, if it can be helped.
     fn end_waiting(&self, index: u32, ring: &mut Ring) {
-        if self.handler.window() != usize::MAX {
+        if self.handler.window() != usize::MAX || self.service.is_suspending() {
             ring.cancel(Token { task: self.service.task(), slot: index });
         }
     }
@@ -150,6 +154,11 @@ impl<H: Handler> Task for Worker<H> {
 
     fn completed(&mut self, index: u32, result: i32, now: Instant, ring: &mut Ring) {
         let slot = &mut self.slots[index as usize];
+        if self.service.is_suspending() && matches!(-result, libc::ECANCELED | libc::EINTR) {
+            self.handler.abandon(&mut slot.request);
+            self.free.push(index);
+            return;
+        }
         let mut io = Io::new(ring, Token { task: self.service.task(), slot: index });
         let step = self.handler.resume(&mut slot.chain, &mut slot.request, result, &mut io);
         if matches!(step, Step::Pending) && !self.service.is_running() {

@@ -96,17 +96,12 @@ impl Rig {
         let queue = &self.queues[index];
         let faults = Arc::clone(&self.faults);
         let parts = QueueParts {
-            ring: queue.driver.ring(),
-            mem: self.mem.clone(),
-            kick: queue.kick.try_clone().unwrap(),
             call: Interrupt::Event(Arc::clone(&queue.call)),
             fault: Interrupt::Call(Arc::new(move || {
                 faults.fetch_add(1, Ordering::SeqCst);
             })),
             from,
-            inflight: None,
-            log: None,
-            in_order: false,
+            ..QueueParts::new(queue.driver.ring(), self.mem.clone(), queue.kick.try_clone().unwrap())
         };
         self.device.start_queue(index as u16, parts).unwrap();
     }

@@ -69,15 +69,9 @@ fn serve(
     let ring = driver.ring();
     let dirty = Arc::new(DirtyLog::from_file(log.try_clone().unwrap(), 0, MEMORY / LOG_PAGE / 8).unwrap());
     let parts = QueueParts {
-        ring,
-        mem: Arc::clone(mem),
-        kick: EventFd::new(EFD_NONBLOCK).unwrap(),
-        call: Interrupt::None,
-        fault: Interrupt::None,
         from,
-        inflight: None,
         log: Some(QueueLog { log: dirty, used: Some(ring.used), marked: Interrupt::None }),
-        in_order: false,
+        ..QueueParts::new(ring, Arc::clone(mem), EventFd::new(EFD_NONBLOCK).unwrap())
     };
     device.start_queue(0, parts).unwrap();
     let begun = Instant::now();

@@ -80,17 +80,12 @@ impl Rig {
         let queue = &self.queues[index];
         let faults = Arc::clone(&self.faults);
         let parts = QueueParts {
-            ring: queue.driver.ring(),
-            mem: self.mem.clone(),
-            kick: queue.kick.try_clone().unwrap(),
-            call: Interrupt::None,
             fault: Interrupt::Call(Arc::new(move || {
                 faults.fetch_add(1, Ordering::SeqCst);
             })),
             from,
-            inflight: None,
-            log: None,
             in_order: self.in_order,
+            ..QueueParts::new(queue.driver.ring(), self.mem.clone(), queue.kick.try_clone().unwrap())
         };
         self.device.start_queue(index as u16, parts).unwrap();
     }
@@ -420,17 +415,8 @@ fn the_control_queue_stands_where_the_driver_looks_for_it() {
     assert_eq!(rig.control_index(), 2);
     assert_eq!(rig.control(&[0, 0, 1]), 0);
     rig.offer(0, &[2000; 1]);
-    let parts = |rig: &Rig| QueueParts {
-        ring: rig.queues[0].driver.ring(),
-        mem: rig.mem.clone(),
-        kick: EventFd::new(EFD_NONBLOCK).unwrap(),
-        call: Interrupt::None,
-        fault: Interrupt::None,
-        from: QueueState::default(),
-        inflight: None,
-        log: None,
-        in_order: false,
-    };
+    let parts =
+        |rig: &Rig| QueueParts::new(rig.queues[0].driver.ring(), rig.mem.clone(), EventFd::new(EFD_NONBLOCK).unwrap());
     let more = parts(&rig);
     rig.device.start_queue(3, more).unwrap_err();
     let more = parts(&rig);

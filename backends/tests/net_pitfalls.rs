@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use ringvm_backends::device::{Device, GuestMemory, QueueParts, QueueState};
+use ringvm_backends::device::{Device, GuestMemory, QueueParts};
 use ringvm_backends::driver::{Buffer, Driver};
 use ringvm_backends::interrupt::Interrupt;
 use ringvm_backends::net::{NetDevice, NetOptions};
@@ -102,17 +102,10 @@ impl Rig {
         let driver = Driver::new(Arc::clone(&self.mem), base, self.device.info().queue_sizes[index], self.features);
         let (kick, raised) = (EventFd::new(EFD_NONBLOCK).unwrap(), Arc::clone(&self.faults));
         let parts = QueueParts {
-            ring: driver.ring(),
-            mem: Arc::clone(&self.mem),
-            kick: kick.try_clone().unwrap(),
-            call: Interrupt::None,
             fault: Interrupt::Call(Arc::new(move || {
                 raised.fetch_add(1, Ordering::SeqCst);
             })),
-            from: QueueState::default(),
-            inflight: None,
-            log: None,
-            in_order: false,
+            ..QueueParts::new(driver.ring(), Arc::clone(&self.mem), kick.try_clone().unwrap())
         };
         self.device.start_queue(index as u16, parts).unwrap();
         self.queues.push((driver, kick));

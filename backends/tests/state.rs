@@ -5,9 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ringvm_backends::block::{BlockDevice, BlockOptions, StorageKind};
-use ringvm_backends::device::{Device, DeviceError, GuestMemory, QueueParts, QueueState};
+use ringvm_backends::device::{Device, DeviceError, GuestMemory, QueueParts};
 use ringvm_backends::driver::{Buffer, Driver};
-use ringvm_backends::interrupt::Interrupt;
 use ringvm_backends::net::{NetDevice, NetOptions};
 use ringvm_backends::reactor::{ReactorOptions, ReactorPool};
 use ringvm_backends::state::MAX_STATE;
@@ -43,17 +42,7 @@ fn config<const N: usize>(device: &dyn Device, offset: u32) -> [u8; N] {
 fn command(nic: &mut NetDevice, commands: &[Vec<u8>]) -> Vec<u8> {
     let mem: GuestMemory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap());
     let mut driver = Driver::new(Arc::clone(&mem), 0, 64, 0);
-    let parts = QueueParts {
-        ring: driver.ring(),
-        mem: Arc::clone(&mem),
-        kick: EventFd::new(EFD_NONBLOCK).unwrap(),
-        call: Interrupt::None,
-        fault: Interrupt::None,
-        from: QueueState::default(),
-        inflight: None,
-        log: None,
-        in_order: false,
-    };
+    let parts = QueueParts::new(driver.ring(), Arc::clone(&mem), EventFd::new(EFD_NONBLOCK).unwrap());
     let at = |index: usize| 0x1_0000 + index as u64 * 0x1_0000;
     for (index, command) in commands.iter().enumerate() {
         mem.write_slice(command, GuestAddress(at(index))).unwrap();

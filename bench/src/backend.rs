@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use ringvm_backends::block::{BlockDevice, BlockOptions as DiskOptions, StorageKind};
-use ringvm_backends::device::{Device, GuestMemory, QueueParts, QueueState};
+use ringvm_backends::device::{Device, GuestMemory, QueueParts};
 use ringvm_backends::driver::{Buffer, Driver};
 use ringvm_backends::interrupt::Interrupt;
 use ringvm_backends::reactor::{ReactorOptions, ReactorPool};
@@ -256,15 +256,12 @@ impl<'a> Lane<'a> {
     fn start(&self, device: &mut BlockDevice, index: u16) -> Result<()> {
         let call = if self.options.irq { Interrupt::Event(Arc::clone(&self.call)) } else { Interrupt::None };
         let parts = QueueParts {
-            ring: self.driver.ring(),
-            mem: Arc::clone(&self.mem),
-            kick: self.kick.try_clone().context("copying an eventfd")?,
             call,
-            fault: Interrupt::None,
-            from: QueueState::default(),
-            inflight: None,
-            log: None,
-            in_order: false,
+            ..QueueParts::new(
+                self.driver.ring(),
+                Arc::clone(&self.mem),
+                self.kick.try_clone().context("copying an eventfd")?,
+            )
         };
         Ok(device.start_queue(index, parts)?)
     }

@@ -49,13 +49,13 @@ fn a_disk_moves_fifty_times_there_and_back_under_verified_load() {
         return;
     }
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    // A move waits for what is in flight. The last load has much there that takes a file system long: a discard or a
-    // write-zeroes is a sixth of its requests.
+    // A move waits for what can't be cancelled. The first load has much in flight that takes a file system long: a discard or
+    // a write-zeroes is a sixth of its requests.
     let plain = "discard=0 write_zeroes=0";
     for (words, options) in [
+        ("ops=150000".to_owned(), "queues=2"),
         (format!("ops=400000 {plain}"), "queues=2"),
         (format!("ops=200000 max=32768 irq=1 {plain}"), "queues=2,direct=on"),
-        ("ops=150000".to_owned(), "queues=2"),
     ] {
         let image = image(64);
         say(&format!("job=verify queues=2 depth=32 {words}, {options}:"));

@@ -38,9 +38,18 @@ const STATE_NO_FD: u64 = 1 << 8;
 /// Longest piece of configuration space that is read at once.
 const MAX_CONFIG: u32 = 4096;
 
+/// VHOST_USER_PROTOCOL_F_GET_VRING_BASE_INFLIGHT: GET_VRING_BASE leaves what can be cancelled in the table of requests in flight.
+const SUSPENDS: Protocol = Protocol::from_bits_retain(1 << 20);
+/// VHOST_USER_PROTOCOL_F_GET_VRING_BASE_SKIP_DRAIN: it is [`SKIP_DRAIN`] that does, and GET_VRING_BASE does not.
+const SUSPENDS_IF_ASKED: Protocol = Protocol::from_bits_retain(1 << 23);
+/// VHOST_USER_GET_VRING_BASE_SKIP_DRAIN, for which the crate has no name yet.
+pub(crate) const SKIP_DRAIN: u32 = 45;
+
 /// What is offered: all that is served.
 fn protocol_features() -> Protocol {
-    Protocol::MQ
+    SUSPENDS
+        | SUSPENDS_IF_ASKED
+        | Protocol::MQ
         | Protocol::LOG_SHMFD
         | Protocol::REPLY_ACK
         | Protocol::BACKEND_REQ
@@ -181,8 +190,11 @@ impl<'a> Backend<'a> {
             FrontendReq::GET_PROTOCOL_FEATURES => return Ok(Answer::number(protocol_features().bits())),
             FrontendReq::SET_PROTOCOL_FEATURES => {
                 let bits = number(&message)?;
-                let features = Protocol::from_bits(bits).filter(|features| protocol_features().contains(*features));
-                self.protocol = features.ok_or_else(|| malformed(format!("{bits:#x} was not offered")))?;
+                let features = Protocol::from_bits_retain(bits);
+                if !protocol_features().contains(features) {
+                    return Err(malformed(format!("{bits:#x} was not offered")));
+                }
+                self.protocol = features;
             }
             FrontendReq::GET_QUEUE_NUM => return Ok(Answer::number(nic::queue_num(self.device.info()))),
             FrontendReq::SET_MEM_TABLE => self.set_mem_table(&message, files.collect())?,
@@ -212,10 +224,12 @@ impl<'a> Backend<'a> {
                 ring.base = base;
             }
             FrontendReq::GET_VRING_BASE => {
-                let state: VhostUserVringState = payload(&message)?;
-                self.ring(state.index)?;
-                let (index, base) = (state.index, self.end_ring(state.index as usize));
-                return Ok(Answer::value(&VhostUserVringState::new(index, base.into())));
+                if self.protocol.contains(SUSPENDS) && !self.protocol.contains(SUSPENDS_IF_ASKED) {
+                    let state: VhostUserVringState = payload(&message)?;
+                    self.ring(state.index)?;
+                    self.suspend_rings(vec![state.index as usize]);
+                }
+                return self.get_vring_base(&message);
             }
             FrontendReq::SET_VRING_KICK => {
                 let (index, file) = self.vring_file(&message, files.next())?;
@@ -307,6 +321,45 @@ impl<'a> Backend<'a> {
             _ => return Err(malformed("it goes with a feature that was not offered")),
         }
         Ok(Answer::Done)
+    }
+
+    /// Stops the rings that these messages want ended at once, together.
+    pub(crate) fn suspend(&mut self, messages: &[Message]) {
+        if !self.protocol.contains(SUSPENDS_IF_ASKED) {
+            return;
+        }
+        let asked = messages.iter().filter(|message| message.request == SKIP_DRAIN);
+        let rings = asked.filter_map(|message| Some(message.parse::<VhostUserVringState>()?.index as usize));
+        self.suspend_rings(rings.filter(|&index| index < self.rings.len()).collect());
+    }
+
+    /// Ends a ring that was suspended ([`SKIP_DRAIN`]).
+    pub(crate) fn skip_drain(&mut self, message: &Message) -> Result<Answer, Refused> {
+        if !self.protocol.contains(SUSPENDS_IF_ASKED) {
+            return Err(malformed("it goes with a protocol feature that was not accepted"));
+        }
+        self.get_vring_base(message)
+    }
+
+    /// Stops rings with what can be cancelled left in their tables. Those without one are drained when they end: nobody would
+    /// hear of what is left.
+    fn suspend_rings(&mut self, mut rings: Vec<usize>) {
+        rings.sort_unstable();
+        rings.dedup();
+        rings.retain(|&index| self.rings[index].runs());
+        rings.retain(|&index| self.inflight.as_ref().is_some_and(|area| area.table(index as u16).is_some()));
+        let indices: Vec<u16> = rings.iter().map(|&index| index as u16).collect();
+        let ends = self.device.suspend(&indices);
+        for (index, end) in rings.into_iter().zip(ends) {
+            self.rings[index].suspended(end);
+        }
+    }
+
+    fn get_vring_base(&mut self, message: &Message) -> Result<Answer, Refused> {
+        let state: VhostUserVringState = payload(message)?;
+        self.ring(state.index)?;
+        let base = self.end_ring(state.index as usize);
+        Ok(Answer::value(&VhostUserVringState::new(state.index, base.into())))
     }
 
     fn set_features(&mut self, features: u64) -> Result<(), Refused> {

@@ -90,6 +90,11 @@ impl Connection {
         Self { stream }
     }
 
+    /// Whether there is something to receive.
+    pub(crate) fn has_more(&self) -> Result<bool, WireError> {
+        self.ready(PollFlags::IN, Instant::now())
+    }
+
     /// Receives the message that has begun to come; `None` if it is the end of the connection that has come.
     pub(crate) fn receive(&mut self) -> Result<Option<Message>, WireError> {
         let deadline = Instant::now() + PATIENCE;

@@ -11,7 +11,7 @@ use thiserror::Error;
 use tracing::warn;
 use vhost::vhost_user::message::FrontendReq;
 
-use crate::backend::{Answer, Backend, Refused, has_reply};
+use crate::backend::{Answer, Backend, Refused, SKIP_DRAIN, has_reply};
 use crate::mailbox::{Mailbox, Woken};
 use crate::message::{Connection, Message, WireError};
 
@@ -66,7 +66,7 @@ impl<'a> Session<'a> {
                     mailbox.serve(self.backend.device());
                 }
                 Woken::Ready => match connection.receive()? {
-                    Some(message) => match self.handle(&mut connection, message) {
+                    Some(message) => match self.handle_with_next(&mut connection, message) {
                         Err(SessionError::Wire(WireError::Gone)) => return Ok(End::Disconnected),
                         handled => handled?,
                     },
@@ -77,11 +77,24 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// Handles a message and, if it is about a ring that shall not be waited for, those that have come behind it: what other
+    /// rings have under way would keep it waiting.
+    fn handle_with_next(&mut self, connection: &mut Connection, first: Message) -> Result<(), SessionError> {
+        let mut messages = vec![first];
+        while messages.last().is_some_and(|last| last.request == SKIP_DRAIN) && connection.has_more()? {
+            let Some(next) = connection.receive()? else { break };
+            messages.push(next);
+        }
+        self.backend.suspend(&messages);
+        messages.into_iter().try_for_each(|message| self.handle(connection, message))
+    }
+
     fn handle(&mut self, connection: &mut Connection, message: Message) -> Result<(), SessionError> {
         let (request, need_reply) = (message.request, message.need_reply);
         let known = FrontendReq::try_from(request).ok();
         let answer = match known {
             Some(kind) => self.backend.apply(kind, message),
+            None if request == SKIP_DRAIN => self.backend.skip_drain(&message),
             None => Err(Refused::Malformed("nobody knows this message".into())),
         };
         let (refused, code) = match answer {
@@ -102,7 +115,8 @@ impl<'a> Session<'a> {
         if self.refusals > MAX_REFUSALS {
             return Err(SessionError::Hopeless);
         }
-        let nack = need_reply && self.backend.acks() && !known.is_some_and(has_reply);
+        let answered = known.map_or(request == SKIP_DRAIN, has_reply);
+        let nack = need_reply && self.backend.acks() && !answered;
         let code = code.or(nack.then_some(1));
         if code.is_none() && !matches!(refused, Refused::Features(_)) {
             return Err(SessionError::Refused { message: name, reason: refused });

@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use ringvm_backends::device::{Device, DeviceError, QueueParts, QueueState, RingConfig};
+use ringvm_backends::device::{Device, DeviceError, QueueParts, QueueState, RingConfig, Suspended};
 use ringvm_backends::dirty::QueueLog;
 use ringvm_backends::inflight::InflightArea;
 use ringvm_backends::interrupt::Interrupt;
@@ -98,9 +98,6 @@ impl Vring {
         let line = |fd: &Option<OwnedFd>| fd.as_ref().map_or(Ok(Interrupt::None), descriptor::interrupt).map_err(taken);
         let (call, err, broken) = (line(&self.call)?, line(&self.err)?, Arc::clone(broken));
         let parts = QueueParts {
-            ring,
-            mem,
-            kick: descriptor::event_fd(kick).map_err(taken)?,
             call: call.clone(),
             fault: Interrupt::Call(Arc::new(move || {
                 broken.store(true, Ordering::Release);
@@ -110,6 +107,7 @@ impl Vring {
             inflight: inflight.and_then(|area| area.table(index)),
             log,
             in_order: inflight.is_none(),
+            ..QueueParts::new(ring, mem, descriptor::event_fd(kick).map_err(taken)?)
         };
         device.start_queue(index, parts)?;
         self.running = true;
@@ -123,6 +121,14 @@ impl Vring {
             && let Some(state) = device.stop_queue(index)
         {
             self.base = state.next_avail;
+        }
+    }
+
+    /// The queue was stopped; what it has left is in its table.
+    pub(crate) fn suspended(&mut self, end: Option<Suspended>) {
+        self.running = false;
+        if let Some(end) = end {
+            self.base = end.state.next_avail;
         }
     }
 }

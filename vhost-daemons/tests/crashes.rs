@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use common::client::{Client, FEATURES, Memory, Ring, SIZE, longs, words};
+use common::client::{Client, FEATURES, Memory, Ring, SIZE, SKIP_DRAIN, longs, words};
 use common::{Daemon, Random, image, scratch, wait};
 use rustix::fs::MemfdFlags;
 use vhost::vhost_user::message::FrontendReq;
@@ -90,6 +90,29 @@ fn connect(socket: &Path, memory: &Memory, table: &mut Option<(Vec<u8>, OwnedFd)
     client
 }
 
+/// Waits for all that is in flight.
+fn finish(writers: &mut [Writer]) {
+    for writer in writers {
+        wait("what is in flight", || {
+            writer.reap();
+            writer.ring.driver.in_flight() == 0
+        });
+    }
+}
+
+/// Checks that each block holds what was written to it last.
+fn assert_written(writers: &[Writer], path: &Path) {
+    let bytes = std::fs::read(path).unwrap();
+    for writer in writers {
+        assert!(writer.done > u64::from(ROUNDS), "{} requests", writer.done);
+        for slot in 0..SLOTS {
+            let at = writer.sector(slot) as usize * 512;
+            let (value, index) = (writer.values[slot as usize], writer.ring.index);
+            assert!(bytes[at..at + 4096].iter().all(|byte| *byte == value), "slot {slot} of ring {index}");
+        }
+    }
+}
+
 #[test]
 fn pitfall_55_a_daemon_killed_at_any_moment_loses_and_doubles_nothing() {
     let dir = scratch();
@@ -119,29 +142,71 @@ fn pitfall_55_a_daemon_killed_at_any_moment_loses_and_doubles_nothing() {
     assert!(caught > ROUNDS / 2, "{caught} of {ROUNDS} with requests in flight");
     let daemon = Daemon::blk(&socket, &disk);
     let client = connect(&socket, &memory, &mut table, &writers);
-    for writer in &mut writers {
-        wait("what is in flight", || {
-            writer.reap();
-            writer.ring.driver.in_flight() == 0
-        });
-    }
+    finish(&mut writers);
     drop(client);
     daemon.terminate();
-    let bytes = std::fs::read(path).unwrap();
-    for writer in &writers {
-        assert!(writer.done > u64::from(ROUNDS), "{} requests", writer.done);
-        for slot in 0..SLOTS {
-            let at = writer.sector(slot) as usize * 512;
-            let value = writer.values[slot as usize];
-            assert!(
-                bytes[at..at + 4096].iter().all(|byte| *byte == value),
-                "slot {slot} of ring {}",
-                writer.ring.index
-            );
-        }
-    }
+    assert_written(&writers, &path);
     println!(
         "{} requests, {caught} of {ROUNDS} kills with some in flight",
         writers.iter().map(|w| w.done).sum::<u64>()
     );
+}
+
+/// Both rings are asked to end at once, in one piece; what is left in the table is served when they start again.
+#[test]
+fn rings_that_end_without_being_drained_lose_and_double_nothing() {
+    let dir = scratch();
+    let socket = dir.path().join("b.sock");
+    let path = image(dir.path(), 1 << 20);
+    let daemon = Daemon::blk(&socket, &format!("path={},queues=2", path.display()));
+    let memory = Memory::new(MemfdFlags::ALLOW_SEALING);
+    let mut writers = [Writer::new(&memory, 0), Writer::new(&memory, 1)];
+    let mut random = Random(0xdecade);
+    let mut client = connect(&socket, &memory, &mut None, &writers);
+    for round in 0..ROUNDS {
+        let end = Instant::now() + Duration::from_micros(random.below(4000));
+        while Instant::now() < end {
+            for writer in &mut writers {
+                writer.submit(&mut random);
+                writer.reap();
+            }
+        }
+        // Now and then with another message behind, which is not one of them.
+        let extra = round % 3 == 0;
+        let mut bytes = Vec::new();
+        for index in [0, 1] {
+            bytes.extend([Client::header(SKIP_DRAIN, 1, 8), words(&[index, 0])].concat());
+        }
+        if extra {
+            bytes.extend(Client::header(FrontendReq::GET_QUEUE_NUM.into(), 1, 0));
+        }
+        assert!(client.raw(&bytes, &[]));
+        for writer in &writers {
+            let (code, body, _) = client.receive().expect("the position of a ring");
+            let base = u16::from_ne_bytes([body[4], body[5]]);
+            assert_eq!((code, &body[..4]), (SKIP_DRAIN, &words(&[writer.ring.index])[..]));
+            let taken = base.wrapping_sub(writer.ring.driver.used_index());
+            assert!(usize::from(taken) <= writer.ring.driver.in_flight(), "{taken} are left");
+        }
+        if extra {
+            assert_eq!(client.receive().expect("an answer").0, u32::from(FrontendReq::GET_QUEUE_NUM));
+        }
+        for writer in &writers {
+            let ring = &writer.ring;
+            let used = ring.driver.used_index();
+            std::thread::sleep(Duration::from_micros(200));
+            assert_eq!(ring.driver.used_index(), used, "a ring that has ended is not served");
+            client.tell(FrontendReq::SET_VRING_KICK, &longs(&[ring.index.into()]), &[ring.kick.as_fd()]);
+        }
+    }
+    finish(&mut writers);
+    // Without the protocol feature nobody knows the message.
+    let mut plain = Client::connect(&socket);
+    drop(client);
+    plain.send(FrontendReq::SET_OWNER, &[], &[]);
+    plain.send_code(SKIP_DRAIN, 0, &words(&[0, 0]), &[]);
+    assert!(plain.is_dropped());
+    daemon.wait_for("message 45", 1);
+    daemon.terminate();
+    assert_written(&writers, &path);
 }

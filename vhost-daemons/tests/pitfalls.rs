@@ -742,7 +742,7 @@ fn malformed_headers_and_unknown_messages_end_the_connection() {
         client.raw(&header, &[]);
         target.drops(client, "has a header that can't be");
     }
-    for code in [0, 45, 1000, u32::MAX] {
+    for code in [0, 46, 1000, u32::MAX] {
         let client = target.connect();
         client.send_code(code, NEED_REPLY, &[0; 100], &[]);
         target.drops(client, &format!("message {code}: nobody knows this message"));

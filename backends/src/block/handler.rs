@@ -168,6 +168,10 @@ impl<S: Storage> Handler for BlockHandler<S> {
         self.step(chain, request, progress)
     }
 
+    fn abandon(&mut self, request: &mut Self::Request) {
+        self.storage.abandon(&mut request.op);
+    }
+
     fn resume(&mut self, chain: &mut Chain, request: &mut Self::Request, result: i32, io: &mut Io<'_>) -> Step {
         let data = if request.kind == Kind::Read { &mut chain.writable } else { &mut chain.readable };
         let mut progress = self.storage.resume(&mut request.op, data, result, io);

@@ -18,7 +18,7 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
-use crate::device::{Device, DeviceError, DeviceInfo, QueueParts, QueueState};
+use crate::device::{Device, DeviceError, DeviceInfo, QueueParts, QueueState, Suspended};
 use crate::queue::RING_FEATURES;
 use crate::queues::Queues;
 use crate::reactor::ReactorPool;
@@ -226,8 +226,8 @@ impl Device for BlockDevice {
         self.queues.stop(index)
     }
 
-    fn quiesce(&mut self) {
-        self.queues.quiesce();
+    fn suspend(&mut self, queues: &[u16]) -> Vec<Option<Suspended>> {
+        self.queues.suspend(queues)
     }
 
     fn reset(&mut self) {

@@ -42,7 +42,7 @@ pub enum Progress {
 /// The storage of a disk as one queue sees it. Lives on one thread.
 ///
 /// Ranges are checked against the capacity by whoever calls and once more here: a storage never reaches beyond its end.
-/// An operation that was started is resumed until it is done before its `Op` and `data` are used for another.
+/// An operation that was started is resumed until it is done, or abandoned, before its `Op` and `data` are used for another.
 pub trait Storage {
     /// The state of an operation in flight.
     type Op: Default;
@@ -77,6 +77,9 @@ pub trait Storage {
     /// Goes on with an operation whose ring operation has ended with `result`. `data` is that of its start, and not looked
     /// at for operations without.
     fn resume(&mut self, op: &mut Self::Op, data: &mut GuestIo, result: i32, io: &mut Io<'_>) -> Progress;
+
+    /// Forgets an operation whose ring operation was cancelled.
+    fn abandon(&mut self, _op: &mut Self::Op) {}
 
     /// Calls `with` for every file that its operations name again and again.
     fn files(&self, _with: &mut dyn FnMut(BorrowedFd<'_>)) {}

@@ -228,8 +228,7 @@ impl Raw {
     }
 
     fn end(&mut self, op: &mut RawOp, result: io::Result<()>) -> Progress {
-        self.release(op);
-        op.bounce = Bounce::default();
+        self.abandon(op);
         Progress::Done(result)
     }
 
@@ -292,6 +291,11 @@ impl Raw {
 
 impl Storage for Raw {
     type Op = RawOp;
+
+    fn abandon(&mut self, op: &mut RawOp) {
+        self.release(op);
+        op.bounce = Bounce::default();
+    }
 
     fn files(&self, with: &mut dyn FnMut(BorrowedFd<'_>)) {
         with(self.file.as_fd());

@@ -35,9 +35,11 @@ pub(crate) const SIZE: u16 = 64;
 const RING_SPACE: u64 = 0x1_0000;
 const DATA: u64 = GUEST + 0x10_0000;
 /// Protocol features: MQ, LOG_SHMFD, REPLY_ACK, BACKEND_REQ, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, CONFIGURE_MEM_SLOTS, STATUS,
-/// DEVICE_STATE.
+/// DEVICE_STATE, GET_VRING_BASE_INFLIGHT, GET_VRING_BASE_SKIP_DRAIN.
 pub(crate) const PROTOCOL: u64 =
-    1 | 1 << 1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 15 | 1 << 16 | 1 << 19;
+    1 | 1 << 1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 15 | 1 << 16 | 1 << 19 | 1 << 20 | 1 << 23;
+/// GET_VRING_BASE_SKIP_DRAIN.
+pub(crate) const SKIP_DRAIN: u32 = 45;
 
 pub(crate) fn words(words: &[u32]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_ne_bytes()).collect()

@@ -1,7 +1,7 @@
 //! A disk that changes its place while the guest uses it: served on I/O threads of this process, or in a daemon.
 //!
-//! Both places are a [`Device`] over the same open image. A move stops each queue where it is, with nothing in flight, and
-//! starts it at the same position in the other place; doorbells and interrupts stay what they are.
+//! Both places are a [`Device`] over the same open image. A move stops each queue where it is and starts it at the same position in
+//! the other place, which first serves what was in flight and could be cancelled; doorbells and interrupts stay what they are.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -13,9 +13,8 @@ use std::time::{Duration, Instant};
 
 use ringvm_backends::block::{BlockDevice, BlockOptions, StorageKind};
 use ringvm_backends::device::{
-    Device, DeviceError, DeviceInfo, GuestMemory, Place, QueueParts, QueueState, RingConfig,
+    Device, DeviceError, DeviceInfo, GuestMemory, Place, QueueParts, QueueState, RingConfig, Suspended,
 };
-use ringvm_backends::inflight::InflightTable;
 use ringvm_backends::interrupt::Interrupt;
 use ringvm_backends::reactor::{ReactorOptions, ReactorPool};
 use ringvm_backends::stats::DeviceStats;
@@ -69,14 +68,6 @@ impl Server {
             Self::Daemon(device) => device,
         }
     }
-
-    /// What the last stop of a queue has left behind.
-    fn left(&mut self, index: u16) -> Option<InflightTable> {
-        match self {
-            Self::Process(_) => None,
-            Self::Daemon(device) => device.left_in_flight(index),
-        }
-    }
 }
 
 struct Placed {
@@ -109,17 +100,13 @@ struct Kept {
 }
 
 impl Kept {
-    fn parts(&self, from: QueueState, inflight: Option<InflightTable>) -> std::io::Result<QueueParts> {
+    fn parts(&self, end: Suspended) -> std::io::Result<QueueParts> {
         Ok(QueueParts {
-            ring: self.ring,
-            mem: Arc::clone(&self.mem),
-            kick: self.kick.try_clone()?,
             call: self.call.clone(),
             fault: self.fault.clone(),
-            from,
-            inflight,
-            log: None,
-            in_order: false,
+            from: end.state,
+            left: end.left,
+            ..QueueParts::new(self.ring, Arc::clone(&self.mem), self.kick.try_clone()?)
         })
     }
 }
@@ -258,34 +245,28 @@ impl Placed {
             return Err(PlaceError::Away { device: self.name.clone() });
         }
         let start = Instant::now();
-        self.server.device().quiesce();
-        let mut stopped = Vec::new();
-        for &index in self.running.keys() {
-            let from = self.server.device().stop_queue(index).unwrap_or_default();
-            stopped.push((index, from, self.server.left(index)));
-        }
-        let mut started = Vec::new();
+        let indices: Vec<u16> = self.running.keys().copied().collect();
+        let ends = self.server.device().suspend(&indices);
+        let ends: Vec<Suspended> = ends.into_iter().map(Option::unwrap_or_default).collect();
         let mut failure = None;
-        for (index, from, left) in stopped {
-            let parts = self.running[&index].parts(from, left);
+        for (index, end) in indices.iter().zip(&ends) {
+            let parts = self.running[index].parts(end.clone());
             let result = parts
                 .map_err(|source| DeviceError::Host {
                     device: self.name.clone(),
                     what: "duplicating a doorbell",
                     source,
                 })
-                .and_then(|parts| next.device().start_queue(index, parts));
-            started.push((index, from));
+                .and_then(|parts| next.device().start_queue(*index, parts));
             if let Err(error) = result {
                 failure.get_or_insert(error);
             }
         }
         if let Some(error) = failure {
             // Back to where it was; nothing was lost.
-            for (index, from) in started {
-                let from = next.device().stop_queue(index).unwrap_or(from);
-                let back = self.running[&index].parts(from, next.left(index));
-                if let Ok(parts) = back {
+            let back = next.device().suspend(&indices);
+            for ((index, there), here) in indices.into_iter().zip(back).zip(ends) {
+                if let Ok(parts) = self.running[&index].parts(there.unwrap_or(here)) {
                     self.server.device().start_queue(index, parts)?;
                 }
             }
@@ -361,8 +342,10 @@ impl Device for PlacedDisk {
         placed.server.device().stop_queue(index)
     }
 
-    fn quiesce(&mut self) {
-        self.lock().server.device().quiesce();
+    fn suspend(&mut self, queues: &[u16]) -> Vec<Option<Suspended>> {
+        let mut placed = self.lock();
+        placed.running.retain(|index, _| !queues.contains(index));
+        placed.server.device().suspend(queues)
     }
 
     fn reset(&mut self) {
@@ -410,17 +393,11 @@ mod tests {
         let (mut disk, mover) = PlacedDisk::open("disk0", &options, &ReactorOptions::default(), None, false).unwrap();
         disk.ack_features(disk.info().features).unwrap();
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
-        let parts = QueueParts {
-            ring: RingConfig { size: 16, desc: 0, avail: 0x1000, used: 0x2000 },
-            mem: Arc::new(memory),
-            kick: EventFd::new(0).unwrap(),
-            call: Interrupt::None,
-            fault: Interrupt::None,
-            from: QueueState::default(),
-            inflight: None,
-            log: None,
-            in_order: false,
-        };
+        let parts = QueueParts::new(
+            RingConfig { size: 16, desc: 0, avail: 0x1000, used: 0x2000 },
+            Arc::new(memory),
+            EventFd::new(0).unwrap(),
+        );
         disk.start_queue(0, parts).unwrap();
         assert!(matches!(mover.toggle(), Err(PlaceError::Private { .. })));
         assert_eq!(disk.stop_queue(0), Some(QueueState::default()), "it is served all the same");

@@ -2,7 +2,7 @@
 //! more than that.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -36,6 +36,16 @@ const WANTED: Protocol = Protocol::MQ
     .union(Protocol::BACKEND_REQ)
     .union(Protocol::RESET_DEVICE)
     .union(Protocol::INFLIGHT_SHMFD);
+/// What the crate has no names for, wanted both or not at all: a ring may leave requests in the table when it stops, and does
+/// so if it is asked to.
+const SUSPENDING: Protocol = Protocol::from_bits_retain(1 << 20 | 1 << 23);
+/// GET_PROTOCOL_FEATURES.
+const GET_PROTOCOL_FEATURES: u32 = 15;
+/// GET_VRING_BASE_SKIP_DRAIN.
+const GET_VRING_BASE_SKIP_DRAIN: u32 = 45;
+/// Version 1 of the protocol, and the bit of a reply.
+const VERSION: u32 = 1;
+const REPLY: u32 = 1 << 2;
 const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 /// More queues than this have no index in the messages that carry descriptors.
 const MAX_QUEUES: u64 = 256;
@@ -71,8 +81,27 @@ pub(super) struct Inflight {
 }
 
 impl Inflight {
-    /// The table of one queue, for somebody in this process.
-    pub(super) fn table(&self, index: u16) -> Option<InflightTable> {
+    /// Takes what is left of a queue out of its table.
+    pub(super) fn take_out(&self, index: u16, size: u16, used: u16) -> Vec<u16> {
+        // A table that can't be read was never written to by a daemon that serves anything.
+        self.table(index).and_then(|mut table| table.take_out(size, used).ok()).unwrap_or_default()
+    }
+
+    /// Puts what is left of a queue into its table.
+    pub(super) fn put_in(
+        inflight: Option<&Self>,
+        index: u16,
+        size: u16,
+        used: u16,
+        left: &[u16],
+    ) -> Result<(), LinkError> {
+        let what = "handing over requests in flight";
+        let table = inflight.and_then(|inflight| inflight.table(index));
+        let mut table = table.ok_or_else(|| LinkError::new(what, "it keeps no table of them"))?;
+        table.put_in(size, used, left).map_err(|reason| LinkError::new(what, reason))
+    }
+
+    fn table(&self, index: u16) -> Option<InflightTable> {
         let VhostUserInflight { mmap_size, mmap_offset, num_queues, queue_size } = self.about;
         let file = self.file.try_clone().ok()?;
         InflightArea::from_file(file.into(), mmap_offset, mmap_size, num_queues, queue_size).ok()?.table(index)
@@ -134,6 +163,15 @@ impl Link {
         let mut queues = None;
         if features & PROTOCOL_FEATURES != 0 {
             protocol = frontend.get_protocol_features().context("GET_PROTOCOL_FEATURES")? & WANTED;
+            // Once more, for what the crate leaves out of the answer.
+            let what = "GET_PROTOCOL_FEATURES";
+            (&socket).write_all(&message(GET_PROTOCOL_FEATURES, &[])).context(what)?;
+            let [low, high] = hear(&socket, GET_PROTOCOL_FEATURES).context(what)?;
+            if Protocol::from_bits_retain(u64::from(high) << 32 | u64::from(low))
+                .contains(SUSPENDING | Protocol::INFLIGHT_SHMFD)
+            {
+                protocol |= SUSPENDING;
+            }
             frontend.set_protocol_features(protocol).context("SET_PROTOCOL_FEATURES")?;
         }
         if protocol.contains(Protocol::REPLY_ACK) {
@@ -194,6 +232,11 @@ impl Link {
             events.handle_request().context("hearing an event")?;
         }
         Ok(self.config_changed.swap(false, Ordering::AcqRel))
+    }
+
+    /// Whether the daemon notes requests in flight in a table.
+    pub(super) fn keeps_table(&self) -> bool {
+        self.protocol.contains(Protocol::INFLIGHT_SHMFD)
     }
 
     /// Whether the configuration space is the daemon's.
@@ -288,11 +331,76 @@ impl Link {
         u16::try_from(base).map_err(|_| LinkError::new("GET_VRING_BASE", format!("{base} is no ring index")))
     }
 
+    /// Has rings ended at once, with what is in flight left in the table, and hears where each stands. Where the daemon knows of
+    /// no such thing it is as [`Self::stop`].
+    pub(super) fn suspend(&mut self, indices: &[u16]) -> Result<Vec<u16>, LinkError> {
+        if !self.protocol.contains(SUSPENDING) {
+            return indices.iter().map(|&index| self.stop(index)).collect();
+        }
+        let what = "GET_VRING_BASE_SKIP_DRAIN";
+        self.patience.limit(Some(DRAIN_PATIENCE));
+        // The ring, and room for a position. All are asked before one is waited for.
+        let request =
+            |&index: &u16| message(GET_VRING_BASE_SKIP_DRAIN, [index.into(), 0].map(u32::to_ne_bytes).as_flattened());
+        (&self.socket).write_all(&indices.iter().flat_map(request).collect::<Vec<_>>()).context(what)?;
+        let position = |&index: &u16| {
+            let [ring, base] = hear(&self.socket, GET_VRING_BASE_SKIP_DRAIN).context(what)?;
+            let base = u16::try_from(base).ok().filter(|_| ring == u32::from(index));
+            base.ok_or_else(|| LinkError::new(what, format!("the answer for ring {index} is {base:?} of ring {ring}")))
+        };
+        let positions = indices.iter().map(position).collect();
+        self.patience.limit(Some(PATIENCE));
+        positions
+    }
+
     /// Back to the state before the features were accepted, where the daemon knows of such a thing.
     pub(super) fn reset(&mut self) -> Result<(), LinkError> {
         if self.protocol.contains(Protocol::RESET_DEVICE) {
             self.frontend.reset_device().context("RESET_DEVICE")?;
         }
         Ok(())
+    }
+}
+
+/// A message that the crate has no name for. Nothing else is under way on the socket: whatever the crate sends has its answer
+/// before it returns.
+fn message(request: u32, body: &[u8]) -> Vec<u8> {
+    let header = [request, VERSION, body.len() as u32];
+    header.map(u32::to_ne_bytes).as_flattened().iter().chain(body).copied().collect()
+}
+
+/// Receives the answer to such a message: two fields of 32 bits.
+fn hear(mut socket: &UnixStream, request: u32) -> io::Result<[u32; 2]> {
+    let mut header = [[0; 4]; 3];
+    socket.read_exact(header.as_flattened_mut())?;
+    let [what, flags, size] = header.map(u32::from_ne_bytes);
+    if what != request || flags & REPLY == 0 || size != 8 {
+        let what = format!("the answer is message {what} with flags {flags:#x} and {size} bytes");
+        return Err(io::Error::new(io::ErrorKind::InvalidData, what));
+    }
+    let mut fields = [[0; 4]; 2];
+    socket.read_exact(fields.as_flattened_mut())?;
+    Ok(fields.map(u32::from_ne_bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pitfall_54_an_answer_to_something_else_is_none() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut say = |words: &[u32]| {
+            let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+            theirs.write_all(&bytes).unwrap();
+        };
+        say(&[45, 5, 8, 1, 77]);
+        assert_eq!(hear(&ours, 45).unwrap(), [1, 77]);
+        for header in [[11, 5, 8], [45, 1, 8], [45, 5, 12]] {
+            say(&header);
+            assert_eq!(hear(&ours, 45).unwrap_err().kind(), io::ErrorKind::InvalidData, "{header:?}");
+        }
+        drop(theirs);
+        assert_eq!(hear(&ours, 45).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
     }
 }

@@ -15,8 +15,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use ringvm_backends::device::{Device, DeviceError, DeviceInfo, GuestMemory, QueueParts, QueueState, RingConfig};
-use ringvm_backends::inflight::InflightTable;
+use ringvm_backends::device::{
+    Device, DeviceError, DeviceInfo, GuestMemory, QueueParts, QueueState, RingConfig, Suspended,
+};
 use ringvm_backends::interrupt::Interrupt;
 use ringvm_backends::queue::{RING_FEATURES, used_index};
 use ringvm_backends::stats::DeviceStats;
@@ -93,8 +94,6 @@ struct State {
     /// Shown to the daemon of this connection.
     shown: bool,
     rings: Vec<Option<Ring>>,
-    /// Rings that were stopped while nobody could be asked where they stood.
-    unanswered: Vec<bool>,
     inflight: Option<Inflight>,
     config: Vec<u8>,
     /// What the driver has written to it, by offset.
@@ -117,6 +116,8 @@ struct Ring {
     err: EventFd,
     fault: Interrupt,
     from: QueueState,
+    /// What the table of requests in flight does not hold yet.
+    left: Vec<u16>,
 }
 
 fn event() -> io::Result<EventFd> {
@@ -185,7 +186,6 @@ impl VhostUserDevice {
             memory: None,
             shown: false,
             rings: (0..count).map(|_| None).collect(),
-            unanswered: vec![false; usize::from(count)],
             inflight: None,
             config,
             written: BTreeMap::new(),
@@ -207,14 +207,6 @@ impl VhostUserDevice {
     #[must_use]
     pub fn is_connected(&self) -> bool {
         self.shared.lock().link.is_some()
-    }
-
-    /// The requests that a queue had in flight when it was stopped without a daemon: whoever serves it next, here or there,
-    /// serves them first.
-    pub(crate) fn left_in_flight(&mut self, index: u16) -> Option<InflightTable> {
-        let state = self.shared.lock();
-        let left = state.unanswered.get(usize::from(index)).is_some_and(|&unanswered| unanswered);
-        state.inflight.as_ref().filter(|_| left)?.table(index)
     }
 }
 
@@ -490,13 +482,18 @@ impl Shared {
 /// Starts a ring over there, with what has to be said before the first of them.
 fn start(state: &mut State, link: &mut Link, index: u16) -> Result<(), LinkError> {
     let State { memory, rings, inflight, shown, queue_size, .. } = state;
-    let (Some(memory), Some(ring)) = (memory, &rings[usize::from(index)]) else { return Ok(()) };
+    let count = rings.len() as u16;
+    let (Some(memory), Some(ring)) = (memory, &mut rings[usize::from(index)]) else { return Ok(()) };
     if !*shown {
-        link.set_inflight(inflight, rings.len() as u16, *queue_size)?;
+        link.set_inflight(inflight, count, *queue_size)?;
         link.set_memory(memory)?;
         *shown = true;
     }
-    let Ring { ring, kick, call, err, from, .. } = ring;
+    let Ring { ring, kick, call, err, from, left, .. } = ring;
+    if !left.is_empty() {
+        Inflight::put_in(inflight.as_ref(), index, ring.size, from.next_used, left)?;
+        left.clear();
+    }
     link.start(index, memory, &Vring { ring, from: *from, kick, call, err })
 }
 
@@ -543,13 +540,17 @@ impl Device for VhostUserDevice {
     fn start_queue(&mut self, index: u16, parts: QueueParts) -> Result<(), DeviceError> {
         let name = || self.info.name.clone();
         let host = |what, source| DeviceError::Host { device: name(), what, source };
-        let QueueParts { ring, mem, kick, call, fault, from, inflight: _, log: _, in_order: _ } = parts;
+        let QueueParts { ring, mem, kick, call, fault, from, left, inflight: _, log: _, in_order: _ } = parts;
         let mut state = self.shared.lock();
         let place = state.rings.get(usize::from(index));
         match place {
             None => return Err(DeviceError::Queue { device: name(), index, reason: "does not exist" }),
             Some(Some(_)) => return Err(DeviceError::Queue { device: name(), index, reason: "runs already" }),
             Some(None) => {}
+        }
+        if !left.is_empty() && state.link.as_ref().is_some_and(|link| !link.keeps_table()) {
+            let reason = "has requests in flight, of which its daemon can't be told";
+            return Err(DeviceError::Queue { device: name(), index, reason });
         }
         // What the driver got wrong is its own fault, not the daemon's.
         let known = used_index(&mem, &ring).is_some() && ring.size.is_power_of_two() && ring.size <= state.queue_size;
@@ -566,7 +567,7 @@ impl Device for VhostUserDevice {
             state.shown = false;
             state.memory = Some(mem);
         }
-        state.rings[usize::from(index)] = Some(Ring { ring, kick, call, relay, err, fault, from });
+        state.rings[usize::from(index)] = Some(Ring { ring, kick, call, relay, err, fault, from, left });
         self.shared.try_with(&mut state, |state, link| start(state, link, index));
         // The keeper watches one more ring.
         self.shared.wake();
@@ -578,10 +579,29 @@ impl Device for VhostUserDevice {
         state.rings.get(usize::from(index))?.as_ref()?;
         let base = self.shared.try_with(&mut state, |_, link| link.stop(index));
         let ring = state.rings[usize::from(index)].take()?;
-        state.unanswered[usize::from(index)] = base.is_none();
         let used = state.memory.as_ref().and_then(|memory| used_index(memory, &ring.ring)).unwrap_or_default();
         // Without a daemon nothing is in flight but what the table says, and that is served first when the ring starts again.
         Some(QueueState { next_avail: base.unwrap_or(used), next_used: used })
+    }
+
+    fn suspend(&mut self, queues: &[u16]) -> Vec<Option<Suspended>> {
+        let mut state = self.shared.lock();
+        let runs = |index: &u16| state.rings.get(usize::from(*index)).is_some_and(Option::is_some);
+        let running: Vec<u16> = queues.iter().copied().filter(runs).collect();
+        let bases = self.shared.try_with(&mut state, |_, link| link.suspend(&running));
+        let mut bases = bases.unwrap_or_default().into_iter();
+        let mut end = |&index: &u16| {
+            let Ring { ring, left: unsaid, .. } = state.rings.get_mut(usize::from(index))?.take()?;
+            let used = state.memory.as_ref().and_then(|memory| used_index(memory, &ring)).unwrap_or_default();
+            let table = state.inflight.as_ref();
+            let mut left = table.map_or(Vec::new(), |table| table.take_out(index, ring.size, used));
+            left.extend(unsaid);
+            // Whatever was looked at was given back or is left, also where nobody could be asked.
+            let base = bases.next().filter(|_| left.is_empty());
+            let next_avail = base.unwrap_or_else(|| used.wrapping_add(left.len() as u16));
+            Some(Suspended { state: QueueState { next_avail, next_used: used }, left })
+        };
+        queues.iter().map(&mut end).collect()
     }
 
     fn reset(&mut self) {

@@ -317,17 +317,12 @@ impl Transport {
         let queue = &mut self.queues[index];
         let signals = Arc::clone(&self.signals);
         let parts = queue.kick.try_clone().map(|kick| QueueParts {
-            ring: queue.ring,
-            mem: Arc::clone(&self.memory),
-            kick,
             call,
             fault: Interrupt::Call(Arc::new(move || {
                 signals.need_reset(&format!("the driver broke the ring of queue {index}"));
             })),
             from: queue.from,
-            inflight: None,
-            log: None,
-            in_order: false,
+            ..QueueParts::new(queue.ring, Arc::clone(&self.memory), kick)
         });
         let started = match parts {
             Ok(parts) => self.device.start_queue(index as u16, parts).map_err(|error| error.to_string()),
