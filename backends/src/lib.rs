@@ -10,6 +10,7 @@ pub mod device;
 pub mod dirty;
 pub mod driver;
 pub mod guest_io;
+pub mod histogram;
 pub mod inflight;
 pub mod interrupt;
 pub mod io;

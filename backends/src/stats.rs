@@ -1,9 +1,6 @@
 //! What a device counts: plain numbers kept by the one thread that serves a queue, copied out on request.
 
-use hdrhistogram::Histogram;
-
-/// Longest latency that is told apart, in nanoseconds; slower requests count as this.
-const MAX_LATENCY_NS: u64 = 60_000_000_000;
+use crate::histogram::Histogram;
 
 /// Requests of one kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -24,7 +21,7 @@ pub struct QueueStats {
     /// One entry per kind of request that the device knows.
     pub ops: Vec<OpStats>,
     /// From seeing a request to its completion, in nanoseconds.
-    pub latency: Histogram<u64>,
+    pub latency: Histogram,
     /// The latency recorded last, and how often in a row: requests of one batch share theirs.
     run: (u64, u64),
     /// Doorbells that woke the I/O thread.
@@ -47,8 +44,7 @@ impl QueueStats {
     pub fn new(ops: &[&'static str]) -> Self {
         Self {
             ops: ops.iter().map(|name| OpStats { name, ..OpStats::default() }).collect(),
-            // Two significant digits: under one percent of error for some tens of kilobytes a queue.
-            latency: Histogram::new_with_bounds(1, MAX_LATENCY_NS, 2).expect("constant bounds are valid"),
+            latency: Histogram::default(),
             run: (0, 0),
             kicks: 0,
             interrupts: 0,
@@ -73,7 +69,7 @@ impl QueueStats {
     pub fn settle(&mut self) {
         let (latency, count) = std::mem::take(&mut self.run);
         if count > 0 {
-            self.latency.saturating_record_n(latency.max(1), count);
+            self.latency.record(latency, count);
         }
     }
 
@@ -100,7 +96,7 @@ impl QueueStats {
             mine.bytes += theirs.bytes;
             mine.errors += theirs.errors;
         }
-        self.latency.add(&other.latency).expect("every histogram here has the same bounds");
+        self.latency.merge(&other.latency);
         self.kicks += other.kicks;
         self.interrupts += other.interrupts;
         self.interrupts_suppressed += other.interrupts_suppressed;

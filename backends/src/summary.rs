@@ -35,7 +35,7 @@ pub fn summary(devices: &[DeviceStats]) -> String {
 fn line(stats: &QueueStats) -> String {
     let (operations, errors) =
         stats.ops.iter().fold((0, 0), |(count, errors), op| (count + op.count, errors + op.errors));
-    let latency = |quantile: f64| duration(stats.latency.value_at_quantile(quantile));
+    let latency = |part: f64| duration(stats.latency.quantile(part));
     let times = if stats.latency.is_empty() {
         "no latencies".to_owned()
     } else {
