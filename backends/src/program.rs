@@ -1,25 +1,34 @@
 //! What the programs around the devices do alike, whichever of them has the guest: their log, and the signals they hear.
 
+use std::env;
 use std::io::{self, IsTerminal};
 use std::thread::{self, JoinHandle};
 
 use signal_hook::iterator::{Handle, Signals};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{fmt, registry};
 
 const STACK: usize = 64 << 10;
 
 /// Starts the log on standard error: warnings, and more for each `-v`. RUST_LOG overrides it.
 pub fn start_tracing(verbose: u8) {
+    let targets = targets(env::var("RUST_LOG").ok().as_deref(), verbose);
+    let lines = fmt::layer().with_writer(io::stderr).with_ansi(io::stderr().is_terminal()).with_target(false);
+    registry().with(targets).with(lines).init();
+}
+
+/// Levels by module only: the filter that also looks at fields brings an engine for regular expressions.
+fn targets(wanted: Option<&str>, verbose: u8) -> Targets {
     let level = match verbose {
-        0 => "warn",
-        1 => "info",
-        2 => "debug",
-        _ => "trace",
+        0 => LevelFilter::WARN,
+        1 => LevelFilter::INFO,
+        2 => LevelFilter::DEBUG,
+        _ => LevelFilter::TRACE,
     };
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
-    let colours = io::stderr().is_terminal();
-    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
-    subscriber.with_ansi(colours).with_target(false).init();
+    let wanted = wanted.filter(|directives| !directives.is_empty()).and_then(|directives| directives.parse().ok());
+    wanted.unwrap_or_else(|| Targets::new().with_default(level))
 }
 
 /// Listens to signals of the process on a thread of its own, until it is dropped.
@@ -49,5 +58,31 @@ impl Drop for SignalThread {
         if let Some(thread) = self.thread.take() {
             drop(thread.join());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tracing::Level;
+
+    use super::*;
+
+    #[test]
+    fn the_log_is_as_loud_as_asked() {
+        for (verbose, loudest) in [(0, Level::WARN), (1, Level::INFO), (2, Level::DEBUG), (9, Level::TRACE)] {
+            for wanted in [None, Some(""), Some("ringvm=loud")] {
+                let targets = targets(wanted, verbose);
+                assert!(targets.would_enable("any", &loudest), "{wanted:?} {verbose}");
+                let louder = [Level::INFO, Level::DEBUG, Level::TRACE].into_iter().find(|level| *level > loudest);
+                assert!(louder.is_none_or(|level| !targets.would_enable("any", &level)), "{wanted:?} {verbose}");
+            }
+        }
+    }
+
+    #[test]
+    fn rust_log_overrides_it_module_by_module() {
+        let targets = targets(Some("error,ringvm::boot=debug"), 3);
+        assert!(targets.would_enable("ringvm::boot::acpi", &Level::DEBUG));
+        assert!(targets.would_enable("ringvm", &Level::ERROR) && !targets.would_enable("ringvm", &Level::WARN));
     }
 }
