@@ -50,6 +50,9 @@ pub(super) fn version(path: &Path) -> Option<String> {
     while let Ok(None) = child.try_wait() {
         if Instant::now() > deadline {
             let _ = child.kill();
+            let _ = child.wait();
+            // What it has started may hold its output open.
+            return None;
         }
         thread::sleep(Duration::from_millis(2));
     }
