@@ -139,7 +139,16 @@ fn at(
     }];
     let buffers = point.bs * u64::from(point.depth) * u64::from(options.queues);
     let memory = (MEMORY + buffers.div_ceil(1 << 20)).max(LEAST_MEMORY) as u32;
-    let vm = Vm { kernel: &plan.kernel, command_line: &line, cpus: options.cpus, memory, disks: &disk, nics: &[] };
+    let vm = Vm {
+        kernel: &plan.kernel,
+        elf: None,
+        initramfs: None,
+        command_line: &line,
+        cpus: options.cpus,
+        memory,
+        disks: &disk,
+        nics: &[],
+    };
     let label = format!("{} of {}, depth {}", point.rw.words(), table::bytes(point.bs), point.depth);
     let mut measure = At { options, point, scratch, plan, vm };
     plan.interleave(document, (Point::Block(point), &label), contenders, &vm, &mut measure)

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
 
-use crate::vmm::Against;
+use crate::vmm::{Against, Kind};
 
 /// Measures ringvm with the embedded guest, beside what a plain io_uring ring reaches on the host with the same file.
 #[derive(Debug, Parser)]
@@ -29,6 +29,9 @@ pub enum Command {
     /// A guest that does nothing: the CPU time that its VM takes
     #[command(after_help = IDLE_EXAMPLES)]
     Idle(Box<IdleOptions>),
+    /// A Linux guest with a stock kernel: job files of fio on its disk, iperf3 over its NIC, and both on the host beside it
+    #[command(after_help = LINUX_EXAMPLES)]
+    Linux(Box<LinuxOptions>),
     /// Compare two results that --json has written
     #[command(after_help = COMPARE_EXAMPLES)]
     Compare(CompareOptions),
@@ -59,6 +62,19 @@ user namespaces; --nics 0 does without.
 Examples:
   ringvm-bench idle --time 30s --against found
   ringvm-bench idle --disks 8 --nics 0";
+
+const LINUX_EXAMPLES: &str = "Without --fio and --iperf3: random reads and writes of 4 KiB, sequential ones of 128 KiB, and one stream each way.
+
+A job file is fio's own; its disk is /dev/vda, which needs not be named. On the host fio runs the same file on the same disk,
+past the page cache if --direct is given; iperf3 runs over the loopback interface with the MTU of the guest's NIC. The tap lies in
+a network namespace of this program's own, which takes root or a kernel that lets everybody have user namespaces.
+fio, iperf3 and a static busybox of this host go into the guest: apt-get install fio iperf3 busybox-static.
+
+Examples:
+  ringvm-bench linux --kernel /boot/vmlinuz-6.12.1 --html report.html
+  ringvm-bench linux --fio bench/jobs/disk.fio --fio my.fio --direct --size 4G --against found
+  ringvm-bench linux --iperf3 '-t 5 -P 2' --iperf3 '-t 5 -P 2 -R' --pairs 2 --cpus 2
+  ringvm-bench linux --iperf3 bench/jobs/iperf3.txt --vmm ringvm,qemu";
 
 const COMPARE_EXAMPLES: &str = "Exit code 1 if --fail-below is given and some ratio is less.
 
@@ -236,6 +252,81 @@ pub struct IdleOptions {
     pub output: Output,
 }
 
+/// How `linux` measures.
+#[derive(Args, Clone, Debug)]
+pub struct LinuxOptions {
+    /// A job file of fio; several are run one after the other
+    #[arg(long, value_name = "FILE")]
+    pub fio: Vec<PathBuf>,
+    /// Options of iperf3's client in one word, as '-t 5 -P 2', or a file with a line of them for each measurement
+    #[arg(long, value_name = "OPTIONS|FILE", allow_hyphen_values = true)]
+    pub iperf3: Vec<String>,
+    /// The guest's kernel, a bzImage or an ELF image; if not given, that of this host, or the one of the tests' lab
+    #[arg(long, value_name = "PATH")]
+    pub kernel: Option<PathBuf>,
+    /// Its modules: the folder that modules.dep is in. If not given, they are looked for in /lib/modules
+    #[arg(long, value_name = "DIR", requires = "kernel")]
+    pub modules: Option<PathBuf>,
+    /// vCPUs
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub cpus: u16,
+    /// The guest's RAM; its initramfs, with fio some 90 MB, is in there
+    #[arg(long, default_value = "512M", value_parser = memory)]
+    pub memory: u64,
+    /// Queues of the disk
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub queues: u16,
+    /// Queue pairs of the NIC
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=16))]
+    pub pairs: u16,
+    /// Runs of each contestant, each with a boot of its own; the table shows medians
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub runs: u32,
+    /// Bytes of the disk, if it is made here
+    #[arg(long, default_value = "1G", value_parser = bytes)]
+    pub size: u64,
+    /// The disk: a file (made if it does not exist) or a block device; a temporary file if not given
+    #[arg(long, value_name = "PATH")]
+    pub file: Option<PathBuf>,
+    /// Let jobs that write do so to a disk that existed before
+    #[arg(long, requires = "file")]
+    pub overwrite: bool,
+    /// Past the host's page cache (O_DIRECT). Whether the guest's is used is for the jobs to say: it is not if they don't
+    #[arg(long)]
+    pub direct: bool,
+    /// How long the guest may take to come up
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = duration)]
+    pub boot_limit: Duration,
+    /// How long one job of fio, or one line of iperf3, may take
+    #[arg(long, value_name = "TIME", default_value = "300s", value_parser = duration)]
+    pub limit: Duration,
+    /// Only these of the contestants: `host`, `daemon` for ringvm with its devices in daemons, or a KIND as with --against;
+    /// one that --against does not name is looked for on the PATH
+    #[arg(long, value_name = "WHO", value_delimiter = ',', value_parser = Who::parse)]
+    pub vmm: Vec<Who>,
+    /// Who
+    #[command(flatten)]
+    pub others: Others,
+    /// Where to
+    #[command(flatten)]
+    pub output: Output,
+}
+
+/// A contestant by its kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Who {
+    /// The host itself.
+    Host,
+    /// A VMM.
+    Vmm(Kind),
+}
+
+impl Who {
+    fn parse(text: &str) -> Result<Self, String> {
+        if text == "host" { Ok(Self::Host) } else { Kind::parse(text).map(Self::Vmm) }
+    }
+}
+
 /// What `compare` compares.
 #[derive(Args, Clone, Debug)]
 pub struct CompareOptions {
@@ -371,6 +462,13 @@ fn bytes(text: &str) -> Result<u64, String> {
     };
     let number: u64 = digits.parse().map_err(|_| "expected bytes, e.g. 4096, 4k, 64M or 1G".to_owned())?;
     number.checked_mul(1 << shift).filter(|&n| n > 0).ok_or_else(|| "expected 1 to 2^64-1 bytes".to_owned())
+}
+
+fn memory(text: &str) -> Result<u64, String> {
+    match bytes(text)? {
+        size if size % (1 << 20) == 0 && (128 << 20..=1 << 40).contains(&size) => Ok(size),
+        _ => Err("expected whole mebibytes, 128M or more, e.g. 512M".to_owned()),
+    }
 }
 
 fn block_size(text: &str) -> Result<u64, String> {

@@ -7,6 +7,7 @@ use anyhow::{Result, bail};
 use serde_json::Value;
 
 use crate::document::{Document, Point, Run, Series};
+use crate::linux::table::gigabits;
 use crate::stats::Spread;
 use crate::table::{Grid, thousands};
 
@@ -35,15 +36,15 @@ pub fn files(a: &Path, b: &Path) -> Result<Comparison> {
 
 fn documents(a: &Document, b: &Document, name_a: &str, name_b: &str) -> Result<Comparison> {
     let twin =
-        |series: &'_ Series| b.series.iter().find(|other| (other.point, &other.name) == (series.point, &series.name));
+        |series: &'_ Series| b.series.iter().find(|other| (&other.point, &other.name) == (&series.point, &series.name));
     let pairs: Vec<_> = a.series.iter().filter_map(|series| Some(Pair { a: series, b: twin(series)? })).collect();
     let mut least: Option<(f64, String)> = None;
     let mut grid = Grid::new(&["", "", "A", "", "B", "", "ratio", "least-most", "", "p99", "CPU/op"]);
     for Pair { a, b } in &pairs {
-        let (figure, less_is_better) = figure(a.point);
+        let (figure, less_is_better) = figure(&a.point);
         let (Some(of_a), Some(of_b)) = (a.spread(figure), b.spread(figure)) else { continue };
         let ratio = ratio(of_a, of_b, less_is_better);
-        let label = label(a.point);
+        let label = label(&a.point);
         if ratio.median.is_finite() && least.as_ref().is_none_or(|(known, _)| ratio.median < *known) {
             least = Some((ratio.median, format!("{} at {label}", a.name)));
         }
@@ -56,7 +57,11 @@ fn documents(a: &Document, b: &Document, name_a: &str, name_b: &str) -> Result<C
             true => "WORSE",
         };
         let show = |spread: Spread| {
-            let number = |value| if less_is_better { format!("{value:.3} %") } else { thousands(value) };
+            let number = |value| match (less_is_better, a.point.is_of_streams()) {
+                (true, _) => format!("{value:.3} %"),
+                (false, true) => format!("{} Gbit/s", gigabits(value)),
+                (false, false) => thousands(value),
+            };
             [number(spread.median), format!("({}-{})", number(spread.least), number(spread.most))]
         };
         let ([median_a, spread_a], [median_b, spread_b]) = (show(of_a), show(of_b));
@@ -100,9 +105,10 @@ fn documents(a: &Document, b: &Document, name_a: &str, name_b: &str) -> Result<C
 }
 
 /// What is compared, and whether less of it is better.
-fn figure(point: Point) -> (fn(&Run) -> Option<f64>, bool) {
+fn figure(point: &Point) -> (fn(&Run) -> Option<f64>, bool) {
     match point {
         Point::Idle(_) => (Run::cpu_percent, true),
+        point if point.is_of_streams() => (Run::bits_per_second, false),
         _ => (|run| Some(run.rate()), false),
     }
 }
@@ -113,13 +119,14 @@ fn ratio(a: Spread, b: Spread, less_is_better: bool) -> Spread {
     Spread { median: over.median / under.median, least: over.least / under.most, most: over.most / under.least }
 }
 
-fn label(point: Point) -> String {
+fn label(point: &Point) -> String {
     match point {
         Point::Block(point) => {
             format!("{} {}, depth {}", point.rw.job(), crate::block::table::bytes(point.bs), point.depth)
         }
         Point::Net(point) => point.to_string(),
         Point::Idle(point) => format!("idle, {} disks, {} NICs", point.disks, point.nics),
+        Point::Linux(point) => point.to_string(),
     }
 }
 

@@ -2,6 +2,8 @@
 //! written as JSON. Tables, HTML reports and comparisons are made from it and from nothing else, so that an old one serves as
 //! well as one that was measured just now.
 
+mod linux;
+
 use std::fs;
 use std::path::Path;
 
@@ -9,6 +11,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+pub use self::linux::{LinuxJob, LinuxPoint, LinuxProgram, Stream};
 use crate::cli::{Direction, Pattern, Storage};
 use crate::host::Machine;
 use crate::run::Sample;
@@ -65,6 +68,8 @@ pub enum Job {
     Net(NetJob),
     /// A guest that does nothing.
     Idle(IdleJob),
+    /// A Linux guest.
+    Linux(LinuxJob),
 }
 
 /// What `block` has done at all points.
@@ -119,7 +124,7 @@ pub struct IdleJob {
 }
 
 /// Where a series was measured.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
 pub enum Point {
     /// Of a disk.
@@ -128,6 +133,8 @@ pub enum Point {
     Net(NetPoint),
     /// Of a guest that does nothing.
     Idle(IdlePoint),
+    /// Of a Linux guest.
+    Linux(LinuxPoint),
 }
 
 /// Requests of one kind and size, so many in flight.
@@ -187,6 +194,9 @@ pub struct Series {
     /// Median of the frames per second.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub median_fps: Option<f64>,
+    /// Median of the bits per second of streams.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub median_bits_per_second: Option<f64>,
     /// The runs.
     pub runs: Vec<Run>,
     /// How long operations of all runs took: those that took less than the first number of nanoseconds, and not less than
@@ -202,7 +212,7 @@ pub struct Series {
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 pub struct Run {
-    /// Operations, or frames.
+    /// Operations, frames, or mebibytes of streams.
     pub ops: u64,
     /// In this time.
     pub time_ns: u64,
@@ -212,6 +222,12 @@ pub struct Run {
     /// Frames per second.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fps: Option<f64>,
+    /// Bytes that were moved, where operations do not say.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<u64>,
+    /// The streams that moved them.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub streams: Vec<Stream>,
     /// Median of what operations took.
     pub p50_ns: Option<u64>,
     /// 99th percentile.
@@ -299,7 +315,10 @@ impl Document {
         let fits = |point: &Point| {
             matches!(
                 (&document.job, point),
-                (Job::Block(_), Point::Block(_)) | (Job::Net(_), Point::Net(_)) | (Job::Idle(_), Point::Idle(_))
+                (Job::Block(_), Point::Block(_))
+                    | (Job::Net(_), Point::Net(_))
+                    | (Job::Idle(_), Point::Idle(_))
+                    | (Job::Linux(_), Point::Linux(_))
             )
         };
         if !document.series.iter().all(|series| fits(&series.point)) {
@@ -319,8 +338,8 @@ impl Document {
     }
 
     /// The series that others at this point are measured by.
-    pub fn reference(&self, point: Point) -> Option<&Series> {
-        self.series.iter().find(|series| series.point == point && series.reference)
+    pub fn reference(&self, point: &Point) -> Option<&Series> {
+        self.series.iter().find(|series| series.point == *point && series.reference)
     }
 
     /// The names of all contestants, in the order of their first appearance.
@@ -352,6 +371,7 @@ impl Series {
             point,
             median_iops: None,
             median_fps: None,
+            median_bits_per_second: None,
             runs: Vec::new(),
             latency_ns: Vec::new(),
             counted: None,
@@ -362,15 +382,21 @@ impl Series {
     pub fn add(&mut self, sample: &Sample) {
         let rate = Some(sample.rate());
         let mut run = Run::of(sample);
+        let streams = self.point.is_of_streams();
         match self.point {
             Point::Block(_) => run.iops = rate,
+            Point::Linux(_) if !streams => run.iops = rate,
             Point::Net(_) => run.fps = rate,
-            Point::Idle(_) => {}
+            Point::Linux(_) | Point::Idle(_) => {}
         }
         self.runs.push(run);
         let median = self.rate().map(|rate| rate.median);
         match self.point {
             Point::Block(_) => self.median_iops = median,
+            Point::Linux(_) if !streams => self.median_iops = median,
+            Point::Linux(_) => {
+                self.median_bits_per_second = self.spread(Run::bits_per_second).map(|rate| rate.median);
+            }
             Point::Net(_) => self.median_fps = median,
             Point::Idle(_) => {}
         }
@@ -406,6 +432,13 @@ impl Series {
     }
 }
 
+impl Point {
+    /// Whether bits per second are what was measured.
+    pub fn is_of_streams(&self) -> bool {
+        matches!(self, Self::Linux(LinuxPoint { program: LinuxProgram::Iperf3, .. }))
+    }
+}
+
 impl Run {
     fn of(sample: &Sample) -> Self {
         let nanoseconds = |time: std::time::Duration| time.as_nanos() as u64;
@@ -416,6 +449,8 @@ impl Run {
             time_ns: nanoseconds(sample.time),
             iops: None,
             fps: None,
+            bytes: sample.bytes,
+            streams: sample.streams.clone(),
             p50_ns: sample.latency.as_ref().map(|latency| nanoseconds(latency.p50)),
             p99_ns: sample.latency.as_ref().map(|latency| nanoseconds(latency.p99)),
             carried: sample.carried,
@@ -434,6 +469,17 @@ impl Run {
     /// Operations per second.
     pub fn rate(&self) -> f64 {
         self.ops as f64 / (self.time_ns.max(1) as f64 / 1e9)
+    }
+
+    /// Bits per second, where the bytes are known.
+    pub fn bits_per_second(&self) -> Option<f64> {
+        Some(self.bytes? as f64 * 8.0 / (self.time_ns.max(1) as f64 / 1e9))
+    }
+
+    /// Segments that were sent again, of all streams whose senders tell.
+    pub fn retransmits(&self) -> Option<u64> {
+        let told = self.streams.iter().filter_map(|stream| stream.retransmits);
+        told.reduce(u64::saturating_add)
     }
 
     /// Some count in terms of operations; `None` if there is none, or there were no operations.
@@ -539,7 +585,7 @@ pub(crate) mod tests {
         let again = Document::read(&path).unwrap();
         assert_eq!(serde_json::to_value(&again).unwrap(), value);
         assert_eq!(again.names(), ["plain ring", "ringvm", "ringvm, daemon"]);
-        assert_eq!(again.reference(again.series[2].point).unwrap().name, "plain ring");
+        assert_eq!(again.reference(&again.series[2].point).unwrap().name, "plain ring");
     }
 
     #[test]

@@ -107,6 +107,14 @@ pub fn kvm_trouble() -> Option<String> {
     Some(format!("opening /dev/kvm: {error}: {remedy}"))
 }
 
+/// Why a guest's stock kernel may not come up on this host's KVM; `None` if there is no reason to think so.
+pub fn kvm_oddity() -> Option<&'static str> {
+    Path::new("/sys/module/kvm_pvm").exists().then_some(
+        "this host's KVM is kvm_pvm, which does without the CPU's virtualization and emulates what a stock kernel does: measure \
+         on a host with VT-x or AMD-V, or see with --vmm qemu-tcg whether the loads run at all",
+    )
+}
+
 /// The file system that a path is on.
 #[derive(Clone, Debug, Serialize)]
 pub struct FileSystem {

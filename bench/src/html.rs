@@ -6,6 +6,7 @@ mod chart;
 mod distribution;
 mod facts;
 mod idle;
+mod linux;
 mod net;
 mod scale;
 mod style;
@@ -34,6 +35,7 @@ pub fn render(document: &Document) -> String {
         Job::Block(job) => ("Disks", block::render(document, job)),
         Job::Net(job) => ("NICs", net::render(document, job)),
         Job::Idle(job) => ("An idle guest", idle::render(document, job)),
+        Job::Linux(job) => ("A Linux guest", linux::render(document, job)),
     };
     let mut page = String::new();
     // Writing to a string does not fail.
@@ -103,6 +105,14 @@ mod tests {
         let page = render(&document);
         assert_nested(&page);
         assert!(page.contains("class=\"bar"), "{page}");
+    }
+
+    #[test]
+    fn a_linux_guest_has_a_page_with_its_jobs() {
+        let page = render(&crate::linux::table::tests::linux_document());
+        assert_nested(&page);
+        assert!(page.contains("<h2>fio</h2>") && page.contains("<h2>iperf3</h2>") && page.contains("a&lt;b"), "{page}");
+        assert!(page.contains("/d/&lt;x&gt;.img") && page.contains("[a&lt;b]"), "{page}");
     }
 
     #[test]

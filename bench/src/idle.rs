@@ -50,6 +50,8 @@ pub fn run(options: &IdleOptions) -> Result<()> {
     let command_line = format!("job=idle disks={} nics={} time={time}ms", options.disks, options.nics);
     let vm = Vm {
         kernel: &plan.kernel,
+        elf: None,
+        initramfs: None,
         command_line: &command_line,
         cpus: options.cpus,
         memory: MEMORY,

@@ -3,7 +3,7 @@
 //! A measurement is a boot of the guest under a VMM ([`vmm`], [`run`]), its results read from the serial port, what the
 //! process cost read from /proc ([`process`]) and from the kernel's counters ([`exits`], [`counter`], [`strace`]); runs of all
 //! contenders are interleaved ([`plan`]) and end in one [`document`], from which tables, JSON and HTML are made ([`report`]).
-//! [`mod@block`] measures disks, [`net`] NICs, [`idle`] a guest that does nothing;
+//! [`mod@block`] measures disks, [`net`] NICs, [`idle`] a guest that does nothing, [`linux`] a Linux guest with fio and iperf3;
 //! [`compare`] sets two documents side by side.
 
 pub mod backend;
@@ -23,6 +23,7 @@ pub mod html;
 pub mod idle;
 mod kernel_fs;
 pub mod limit;
+pub mod linux;
 pub mod net;
 #[path = "../guest/src/packet.rs"]
 pub mod packet;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use ringvm_bench::cli::{Cli, Command};
 use ringvm_bench::document::Document;
-use ringvm_bench::{block, compare, html, idle, net, report, signals};
+use ringvm_bench::{block, compare, html, idle, linux, net, report, signals};
 
 fn main() -> ExitCode {
     let command = Cli::parse().command.unwrap_or_default();
@@ -36,6 +36,14 @@ fn measure(command: &Command) -> anyhow::Result<()> {
             }
             signals::install();
             idle::run(options)
+        }
+        Command::Linux(options) => {
+            let loads = linux::loads(options)?;
+            if loads.has_network() {
+                net::namespace::enter()?;
+            }
+            signals::install();
+            linux::run(options, loads)
         }
         Command::Compare(options) => {
             let compared = compare::files(&options.a, &options.b)?;

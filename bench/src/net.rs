@@ -164,6 +164,8 @@ fn at_flow(
     let nics = [Nic { tap: TAP, pairs: options.pairs, queue_size: flow.queue_size }];
     let vm = Vm {
         kernel: &plan.kernel,
+        elf: None,
+        initramfs: None,
         command_line: &command_line,
         cpus: options.cpus,
         // Room for the longest frames in all buffers of both directions.

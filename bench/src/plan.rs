@@ -234,6 +234,19 @@ impl Plan {
         }
     }
 
+    /// The command lines of a contender and of its daemon, for the document.
+    ///
+    /// # Errors
+    /// A VM that it can't run.
+    pub fn commands<H>(&self, contender: &Contender<H>, vm: &Vm<'_>) -> Result<(Vec<String>, Vec<String>)> {
+        let Contender::Vmm(contestant) = contender else { return Ok(Default::default()) };
+        let text = |words: Vec<std::ffi::OsString>| -> Vec<String> {
+            words.into_iter().map(|word| word.to_string_lossy().into_owned()).collect()
+        };
+        let launch = contestant.launch(vm, self.dir.path())?;
+        Ok((text(launch.vmm), launch.daemon.map(|daemon| text(daemon.words)).unwrap_or_default()))
+    }
+
     /// All runs at one point, which `label` names for people. What is measured goes into the document as it comes.
     ///
     /// # Errors
@@ -248,17 +261,8 @@ impl Plan {
     ) -> Result<()> {
         let first = document.series.len();
         for contender in contenders {
-            let text = |words: Vec<std::ffi::OsString>| -> Vec<String> {
-                words.into_iter().map(|word| word.to_string_lossy().into_owned()).collect()
-            };
-            let (command, daemon) = match contender {
-                Contender::Vmm(contestant) => {
-                    let launch = contestant.launch(vm, self.dir.path())?;
-                    (text(launch.vmm), launch.daemon.map(|daemon| text(daemon.words)).unwrap_or_default())
-                }
-                Contender::Host(_) => (Vec::new(), Vec::new()),
-            };
-            document.series.push(Series::new(&contender.name(), point, command, daemon));
+            let (command, daemon) = self.commands(contender, vm)?;
+            document.series.push(Series::new(&contender.name(), point.clone(), command, daemon));
         }
         // The first is what the others are measured by, where it runs without a VM.
         document.series[first].reference = matches!(contenders[0], Contender::Host(_));

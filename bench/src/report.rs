@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 
 use crate::cli::Output;
 use crate::document::{Document, Job};
-use crate::{block, html, idle, net};
+use crate::{block, html, idle, linux, net};
 
 /// Writes the files and prints the table. The files first: a reader of the table may be gone by now.
 ///
@@ -36,5 +36,6 @@ pub fn table(document: &Document) -> String {
         Job::Block(job) => block::table::render(document, job),
         Job::Net(job) => net::table::render(document, job),
         Job::Idle(job) => idle::table::render(document, job),
+        Job::Linux(job) => linux::table::render(document, job),
     }
 }

@@ -19,7 +19,7 @@ use rustix::process::{Signal, set_parent_process_death_signal};
 
 use crate::companion::Companion;
 use crate::counter::{Counter, Counts};
-use crate::document::Counted;
+use crate::document::{Counted, Stream};
 use crate::exits::Exits;
 use crate::hist::Hist;
 use crate::process::{CpuTime, memory_beyond_ram};
@@ -28,6 +28,10 @@ use crate::vmm::{Contestant, Launch, Vm};
 
 /// What every line of the guest starts with.
 pub const PREFIX: &str = "ringvm-guest: ";
+/// What a line of a program's output in the guest starts with, behind that: it is no news.
+pub const OUTPUT: char = '|';
+/// What Linux says of its own end.
+const PANIC: &str = "Kernel panic - not syncing";
 /// How long starting and ending may take, apart from the measurement.
 const PATIENCE: Duration = Duration::from_secs(40);
 /// How often is looked whether the user has lost patience.
@@ -36,7 +40,7 @@ const LOOK: Duration = Duration::from_millis(100);
 /// What one run measured.
 #[derive(Clone, Debug, Default)]
 pub struct Sample {
-    /// Operations, or frames.
+    /// Operations, frames, or mebibytes of streams.
     pub ops: u64,
     /// In this time.
     pub time: Duration,
@@ -46,6 +50,10 @@ pub struct Sample {
     pub cpu: Option<Duration>,
     /// System calls, of who measures without a VM.
     pub syscalls: Option<u64>,
+    /// Bytes that were moved, where operations do not say.
+    pub bytes: Option<u64>,
+    /// The streams that moved them.
+    pub streams: Vec<Stream>,
     /// Frames that the tap has carried by its own count, from before the measurement to after it.
     pub carried: Option<u64>,
     /// What was looked at besides, of a VMM.
@@ -119,6 +127,10 @@ pub struct Running {
     name: String,
     /// Serves the VM's disk; ends after it.
     companion: Option<Companion>,
+    /// What the guest is to do, and how long it may take, where more is known than that it was silent.
+    awaited: Option<(String, Duration)>,
+    /// How many of the last lines are quoted in error messages.
+    quoted: usize,
 }
 
 enum Event {
@@ -152,7 +164,16 @@ impl Running {
             errors,
             name: name.to_owned(),
             companion: None,
+            awaited: None,
+            quoted: 4,
         })
+    }
+
+    /// Says what the guest is to do from here on, and how long it may take; and that errors quote that many lines.
+    pub fn await_for(&mut self, what: &str, limit: Duration, quoted: usize) {
+        self.deadline = Instant::now() + limit;
+        self.awaited = Some((what.to_owned(), limit));
+        self.quoted = quoted;
     }
 
     /// Starts a contestant with a VM, and before it the daemon that serves its disk, if it has one.
@@ -192,8 +213,15 @@ impl Running {
             match self.lines.recv_timeout(left.min(LOOK)) {
                 Ok((at, Event::FirstByte)) => self.first = Some(at),
                 Ok((_, Event::Line(line))) => {
-                    self.heard.push(line.clone());
-                    let Some(text) = line.strip_prefix(PREFIX) else { continue };
+                    if !line.strip_prefix(PREFIX).is_some_and(|text| text.starts_with(OUTPUT)) {
+                        self.heard.push(line.clone());
+                    }
+                    let Some(text) = line.strip_prefix(PREFIX) else {
+                        if line.contains(PANIC) {
+                            bail!("the guest's kernel under {} has panicked{}", self.name, self.context());
+                        }
+                        continue;
+                    };
                     if text.starts_with("FAILED") {
                         bail!("the guest under {} says: {text}{}", self.name, self.context());
                     }
@@ -202,6 +230,13 @@ impl Running {
                 Err(RecvTimeoutError::Disconnected) => return Ok(None),
                 Err(RecvTimeoutError::Timeout) if Instant::now() < self.deadline => {}
                 Err(RecvTimeoutError::Timeout) => {
+                    if let Some((what, limit)) = &self.awaited {
+                        bail!(
+                            "the guest under {} did not {what} within {limit:?}, and was ended{}",
+                            self.name,
+                            self.context()
+                        );
+                    }
                     bail!("{} was silent for too long and was ended{}", self.name, self.context())
                 }
             }
@@ -229,10 +264,14 @@ impl Running {
     pub fn context(&self) -> String {
         let mut text = String::new();
         let errors = fs::read_to_string(&self.errors).unwrap_or_default();
-        let last =
-            |lines: Vec<&str>| lines.iter().rev().take(4).rev().map(|line| format!("\n    {line}")).collect::<String>();
+        let last = |lines: Vec<&str>| {
+            lines.iter().rev().take(self.quoted).rev().map(|line| format!("\n    {line}")).collect::<String>()
+        };
         if !errors.trim().is_empty() {
             text += &format!("\n  its stderr ends with:{}", last(errors.lines().collect()));
+        }
+        if self.heard.is_empty() && self.awaited.is_some() {
+            text += "\n  its guest has printed nothing";
         }
         if !self.heard.is_empty() {
             text +=
@@ -443,6 +482,19 @@ mod tests {
         assert!(play("sleep 60").unwrap_err().to_string().contains("silent"));
         let lingering = play("echo ringvm-guest: done; exec >&-; sleep 60").unwrap_err().to_string();
         assert!(lingering.contains("did not end"), "{lingering}");
+    }
+
+    #[test]
+    fn a_linux_guest_that_panics_or_does_not_come_up_is_quoted() {
+        let error = play("echo '[    1.0] Kernel panic - not syncing: no init'; sleep 60").unwrap_err().to_string();
+        assert!(error.contains("has panicked") && error.contains("not syncing: no init"), "{error}");
+        let dir = tempfile::tempdir().unwrap();
+        let words = ["sh", "-c", "seq 20; sleep 60"].map(OsString::from);
+        let mut running = Running::start("it", &words, dir.path(), Duration::ZERO).unwrap();
+        running.await_for("come up", Duration::from_millis(500), 12);
+        let error = running.next_line().unwrap_err().to_string();
+        assert!(error.starts_with("the guest under it did not come up within 500ms"), "{error}");
+        assert!(error.contains("\n    9\n") && !error.contains("\n    8\n") && error.ends_with("\n    20"), "{error}");
     }
 
     #[test]

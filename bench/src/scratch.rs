@@ -31,6 +31,23 @@ pub struct Scratch {
     _temporary: Option<NamedTempFile>,
 }
 
+/// What disk is wanted.
+#[derive(Clone, Debug)]
+pub struct Wanted<'a> {
+    /// The file or block device; a temporary file if not given.
+    pub file: Option<&'a Path>,
+    /// How many bytes of it are to be used; fewer if it exists and is smaller.
+    pub size: u64,
+    /// How many it has to have.
+    pub least: u64,
+    /// Whether it is used past the page cache.
+    pub direct: bool,
+    /// What changes it, if something does.
+    pub writer: Option<String>,
+    /// Whether that may happen to a disk that existed before.
+    pub overwrite: bool,
+}
+
 impl Scratch {
     /// Opens the disk that the options name, or makes one.
     ///
@@ -44,16 +61,32 @@ impl Scratch {
         if options.storage == Storage::Null {
             return Ok(Self { path: None, size: options.size, file_system: None, _temporary: None });
         }
-        match &options.file {
-            Some(path) if path.exists() => existing(path, options),
+        let writer = options.rw.iter().find(|rw| rw.writes());
+        Self::obtain(&Wanted {
+            file: options.file.as_deref(),
+            size: options.size,
+            least: largest,
+            direct: options.direct,
+            writer: writer.map(|rw| format!("--rw {}", rw.job())),
+            overwrite: options.overwrite,
+        })
+    }
+
+    /// Opens the disk that is wanted, or makes one.
+    ///
+    /// # Errors
+    /// A disk that can't be used as asked, or a file system that can't take one.
+    pub fn obtain(wanted: &Wanted<'_>) -> Result<Self> {
+        match wanted.file {
+            Some(path) if path.exists() => existing(path, wanted),
             Some(path) => {
                 let file_system = file_system_of(path.parent().unwrap_or(Path::new(".")))?;
                 let mut file = File::create_new(path).with_context(|| format!("making {}", path.display()))?;
-                fill(&mut file, options.size).with_context(|| format!("filling {}", path.display()))?;
-                let (path, file_system) = (Some(path.clone()), Some(file_system.name));
-                Ok(Self { path, size: options.size, file_system, _temporary: None })
+                fill(&mut file, wanted.size).with_context(|| format!("filling {}", path.display()))?;
+                let (path, file_system) = (Some(path.to_owned()), Some(file_system.name));
+                Ok(Self { path, size: wanted.size, file_system, _temporary: None })
             }
-            None => temporary(options),
+            None => temporary(wanted),
         }
     }
 
@@ -93,31 +126,30 @@ impl Drop for Scratch {
     }
 }
 
-fn existing(path: &Path, options: &BlockOptions) -> Result<Scratch> {
+fn existing(path: &Path, wanted: &Wanted<'_>) -> Result<Scratch> {
     let name = path.display();
     let kind = path.metadata().with_context(|| format!("looking at {name}"))?.file_type();
     if !kind.is_file() && !kind.is_block_device() {
         bail!("{name} is neither a file nor a block device: give one of those, or a path where a file can be made");
     }
-    let writer = options.rw.iter().find(|rw| rw.writes());
-    if let Some(writer) = writer.filter(|_| !options.overwrite) {
-        bail!("--rw {} would overwrite {name}, which exists: add --overwrite if that is meant", writer.job());
+    if let Some(writer) = wanted.writer.as_ref().filter(|_| !wanted.overwrite) {
+        bail!("{writer} would overwrite {name}, which exists: add --overwrite if that is meant");
     }
     let mut file = OpenOptions::new().read(true).open(path).with_context(|| format!("opening {name}"))?;
     let len = file.seek(SeekFrom::End(0)).with_context(|| format!("finding the size of {name}"))?;
-    let size = len.min(options.size);
-    let largest = options.largest_bs();
-    if size < largest {
-        bail!("{name} has {len} bytes, fewer than one block of {largest}: give a larger one, or --bs");
+    let size = len.min(wanted.size);
+    let least = wanted.least;
+    if size < least {
+        bail!("{name} has {len} bytes, fewer than one block of {least}: give a larger one, or smaller blocks");
     }
     let file_system = if kind.is_block_device() { "block device".to_owned() } else { file_system_of(path)?.name };
-    if !options.direct {
+    if !wanted.direct {
         warm(&mut file, size).with_context(|| format!("reading {name}"))?;
     }
     Ok(Scratch { path: Some(path.to_owned()), size, file_system: Some(file_system), _temporary: None })
 }
 
-fn temporary(options: &BlockOptions) -> Result<Scratch> {
+fn temporary(wanted: &Wanted<'_>) -> Result<Scratch> {
     let mut refused = Vec::new();
     for dir in candidates() {
         let Ok(file_system) = FileSystem::of(&dir) else { continue };
@@ -125,7 +157,7 @@ fn temporary(options: &BlockOptions) -> Result<Scratch> {
             refused.push(format!("{} ({})", dir.display(), file_system.name));
             continue;
         }
-        if file_system.available < options.size + (options.size >> 3) {
+        if file_system.available < wanted.size + (wanted.size >> 3) {
             refused.push(format!("{} ({} MiB free)", dir.display(), file_system.available >> 20));
             continue;
         }
@@ -135,14 +167,14 @@ fn temporary(options: &BlockOptions) -> Result<Scratch> {
         };
         signals::remove_on_signal(file.path());
         let path = file.path().to_owned();
-        fill(file.as_file_mut(), options.size).with_context(|| format!("filling {}", path.display()))?;
+        fill(file.as_file_mut(), wanted.size).with_context(|| format!("filling {}", path.display()))?;
         let (path, file_system) = (Some(path), Some(file_system.name));
-        return Ok(Scratch { path, size: options.size, file_system, _temporary: Some(file) });
+        return Ok(Scratch { path, size: wanted.size, file_system, _temporary: Some(file) });
     }
     bail!(
         "no place for a scratch disk of {} MiB: {}. Files in memory are no measure of a disk: set TMPDIR to a directory on \
          a real file system, or give --file",
-        options.size >> 20,
+        wanted.size >> 20,
         if refused.is_empty() { "no directory found".to_owned() } else { refused.join(", ") }
     )
 }

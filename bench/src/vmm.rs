@@ -43,7 +43,22 @@ const KINDS: &[(&str, Kind)] = &[
     ("qemu-storage-daemon", Kind::StorageDaemon),
 ];
 
+/// For messages.
+fn names() -> String {
+    KINDS.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
+}
+
 impl Kind {
+    /// Reads a name as on the command line; `daemon` is short for ringvm's.
+    ///
+    /// # Errors
+    /// There is no such kind.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let text = if text == "daemon" { "ringvm-daemon" } else { text };
+        let known = KINDS.iter().find(|(name, _)| *name == text);
+        known.map(|&(_, kind)| kind).ok_or_else(|| format!("unknown VMM {text}: expected one of {}", names()))
+    }
+
     /// Whether a thread of this name runs a vCPU.
     pub fn is_vcpu(self, thread: &str) -> bool {
         match self {
@@ -58,6 +73,11 @@ impl Kind {
     /// Whether it needs /dev/kvm.
     pub fn needs_kvm(self) -> bool {
         self != Self::QemuTcg
+    }
+
+    /// Whether it boots ELF images only.
+    pub fn needs_elf(self) -> bool {
+        matches!(self, Self::Firecracker | Self::FirecrackerAsync)
     }
 
     /// Whether it has disks that hold nothing.
@@ -133,14 +153,10 @@ impl Contestant {
     /// # Errors
     /// An unknown kind, or no path.
     pub fn parse(text: &str) -> Result<Self, String> {
-        let names = || KINDS.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
         let (name, path) = text
             .split_once('=')
             .ok_or_else(|| format!("expected `found`, or KIND=PATH, KIND being one of {}", names()))?;
-        let Some(&(_, kind)) = KINDS.iter().find(|(known, _)| *known == name) else {
-            return Err(format!("unknown VMM {name}: expected one of {}", names()));
-        };
-        Ok(Self::new(kind, PathBuf::from(path)))
+        Ok(Self::new(Kind::parse(name)?, PathBuf::from(path)))
     }
 
     /// The ringvm to measure: the given one, or the one beside this program.
@@ -196,6 +212,11 @@ impl Contestant {
 pub struct Vm<'a> {
     /// The guest's image.
     pub kernel: &'a Path,
+    /// The same as an ELF image, for those that boot nothing else; where it is not given, the image is one.
+    pub elf: Option<&'a Path>,
+    /// What a Linux guest starts from. Such a guest ends when it powers off, or where that takes more than its VMM has, when it
+    /// reboots; which it is to do there is said on its command line ([`END_BY_REBOOT`]).
+    pub initramfs: Option<&'a Path>,
     /// What it is to do.
     pub command_line: &'a str,
     /// vCPUs.
@@ -207,6 +228,9 @@ pub struct Vm<'a> {
     /// Its NICs.
     pub nics: &'a [Nic<'a>],
 }
+
+/// A word on the command line of a Linux guest: it is to end by a reboot.
+pub const END_BY_REBOOT: &str = "bench.end=reboot";
 
 /// A disk.
 #[derive(Clone, Copy, Debug)]
@@ -252,7 +276,16 @@ mod tests {
     }
 
     fn vm<'a>(disks: &'a [Disk<'a>], nics: &'a [Nic<'a>]) -> Vm<'a> {
-        Vm { kernel: Path::new("/k/guest.elf"), command_line: "job=none depth=1", cpus: 2, memory: 256, disks, nics }
+        Vm {
+            kernel: Path::new("/k/guest.elf"),
+            elf: None,
+            initramfs: None,
+            command_line: "job=none depth=1",
+            cpus: 2,
+            memory: 256,
+            disks,
+            nics,
+        }
     }
 
     /// The command line of each kind, and the file that it names.
@@ -297,6 +330,21 @@ mod tests {
                 assert!(all.contains(wanted), "{kind:?}: {all}");
             }
             assert!(!all.contains("drive_id") && !all.contains("disk"), "{kind:?}: {all}");
+        }
+    }
+
+    #[test]
+    fn a_linux_guest_starts_from_its_initramfs_and_its_elf_image_where_it_must() {
+        let (initramfs, elf) = (Some(Path::new("/k/guest.cpio")), Some(Path::new("/k/vmlinux")));
+        for (kind, all) in commands(&Vm { initramfs, elf, ..vm(&[NULL], &[]) }) {
+            let Ok(all) = all else { continue };
+            assert!(all.contains("/k/guest.cpio"), "{kind:?}: {all}");
+        }
+        let disk = Disk { path: Some(Path::new("/d/x.img")), ..NULL };
+        for (kind, all) in commands(&Vm { initramfs, elf, ..vm(&[disk], &[]) }) {
+            let all = all.unwrap();
+            assert_eq!(all.contains("/k/vmlinux"), kind.needs_elf(), "{kind:?}: {all}");
+            assert_eq!(all.contains(END_BY_REBOOT), kind.needs_elf(), "{kind:?}: {all}");
         }
     }
 

@@ -114,6 +114,8 @@ fn a_frame_every_ten_milliseconds_wakes_the_guest_each_time() {
     let kernel = guest::write_to(dir.path()).unwrap();
     let vm = Vm {
         kernel: &kernel,
+        elf: None,
+        initramfs: None,
         command_line: "job=net-rx irq=1 time=1000ms",
         cpus: 1,
         memory: 256,
@@ -160,7 +162,16 @@ fn a_frame_that_waits_for_the_one_before_it_is_echoed_by_interrupts() {
         ("depth=64 frames=20000 pairs=2 cpus=2", 2, "loopback=on,queues=2"),
     ] {
         let command_line = format!("job=net-echo irq=1 {words}");
-        let vm = Vm { kernel: &kernel, command_line: &command_line, cpus, memory: 256, disks: &[], nics: &[] };
+        let vm = Vm {
+            kernel: &kernel,
+            elf: None,
+            initramfs: None,
+            command_line: &command_line,
+            cpus,
+            memory: 256,
+            disks: &[],
+            nics: &[],
+        };
         let mut command = ringvm.launch(&vm, dir.path()).unwrap().vmm;
         command.extend(["--net", net].map(Into::into));
         let mut running = Running::start("ringvm", &command, dir.path(), Duration::ZERO).unwrap();

@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub(crate) use ringvm_bench::linux::tail;
+
 /// The harness's result.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -31,6 +33,9 @@ pub enum Error {
     /// Something that the host should have is absent; the text says what to do.
     #[error("{0}")]
     Missing(String),
+    /// A guest could not be put together.
+    #[error(transparent)]
+    Guest(#[from] ringvm_bench::linux::Error),
     /// A command in a machine of the lab ended with another code than 0.
     #[error("`{command}` in {place} ended with {status}:\n{output}")]
     Command {
@@ -75,15 +80,4 @@ impl Error {
         let path = path.into();
         move |source| Error::File { tried, path, source }
     }
-}
-
-/// The last `limit` bytes of `text`, cut at a line where there is one.
-pub(crate) fn tail(text: &[u8], limit: usize) -> String {
-    let start = text.len().saturating_sub(limit);
-    let cut = &text[start..];
-    let cut = match cut.iter().position(|&b| b == b'\n') {
-        Some(line) if start > 0 => &cut[line + 1..],
-        _ => cut,
-    };
-    String::from_utf8_lossy(cut).into_owned()
 }

@@ -6,11 +6,13 @@ use std::env;
 use std::fmt;
 use std::fs::OpenOptions;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::thread;
 
-use crate::lab::kernel::KernelPackage;
+pub use ringvm_bench::linux::program;
+
+use crate::lab::kernel_package;
 use crate::paths;
 
 /// The variable that lists the names that may be missing.
@@ -75,8 +77,8 @@ impl fmt::Display for Need {
     }
 }
 
-/// The programs of the host that the lab uses or packs, beside the libraries that `ldd` names.
-pub(crate) const LAB_PROGRAMS: [&str; 16] = [
+/// The programs of the host that the lab uses or packs, beside the libraries that the dynamic linker names.
+pub(crate) const LAB_PROGRAMS: [&str; 15] = [
     "qemu-system-x86_64",
     "busybox",
     "fio",
@@ -90,7 +92,6 @@ pub(crate) const LAB_PROGRAMS: [&str; 16] = [
     "mkfs.ext4",
     "e2fsck",
     "depmod",
-    "ldd",
     "lz4",
     "xz",
 ];
@@ -104,7 +105,7 @@ fn missing_of_lab() -> Option<String> {
     if let Some(missing) = absent(&LAB_PROGRAMS) {
         return Some(missing);
     }
-    KernelPackage::find().err().map(|e| e.to_string())
+    kernel_package().err().map(|e| e.to_string())
 }
 
 fn missing_of_tap() -> Option<String> {
@@ -127,15 +128,6 @@ fn missing_of_tap() -> Option<String> {
 fn missing_of_dpdk() -> Option<String> {
     let absent: Vec<_> = ["dpdk-testpmd", "stdbuf"].into_iter().filter(|name| program(name).is_none()).collect();
     (!absent.is_empty()).then(|| format!("not installed: {}; tests/run installs them", absent.join(", ")))
-}
-
-/// The path of a program, looked up in PATH and where Debian keeps the administrator's programs.
-pub fn program(name: &str) -> Option<PathBuf> {
-    let path = env::var_os("PATH").unwrap_or_default();
-    env::split_paths(&path)
-        .chain(["/usr/sbin", "/sbin", "/usr/bin", "/bin"].map(PathBuf::from))
-        .map(|dir| dir.join(name))
-        .find(|candidate| candidate.is_file())
 }
 
 /// True when the host has what the calling test needs, false when its absence was allowed by name.
@@ -194,12 +186,6 @@ fn record_skip(test: &str, need: Need, why: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_program_is_found_outside_path_too() {
-        assert!(program("sh").is_some());
-        assert!(program("no-such-program-of-anyone").is_none());
-    }
 
     #[test]
     fn every_need_has_a_name_of_its_own() {

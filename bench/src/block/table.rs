@@ -79,7 +79,7 @@ fn body(document: &Document, rw: Pattern, bs: u64) -> Grid {
         ["depth", "", "IOPS", "", "of ring", "p50 us", "p99 us", "CPU us/op", "kicks/op", "exits/op", "calls/op"];
     let mut grid = Grid::new(&header);
     for (depth, line) in of_group(document, rw, bs) {
-        let limit = document.reference(line.point).and_then(Series::rate);
+        let limit = document.reference(&line.point).and_then(Series::rate);
         let [iops, spread] = with_spread(line.rate());
         let [kicks, exits, calls] = counts(line);
         let cells = [

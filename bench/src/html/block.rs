@@ -95,7 +95,7 @@ fn section(document: &Document, job: &BlockJob, rw: Pattern, bs: u64) -> String 
 
 /// A rate in terms of the median of the reference's.
 fn ratio(document: &Document, series: &Series) -> Option<Spread> {
-    let limit = document.reference(series.point)?.rate()?.median;
+    let limit = document.reference(&series.point)?.rate()?.median;
     let rate = series.rate().filter(|_| limit > 0.0)?;
     Some(Spread { median: rate.median / limit, least: rate.least / limit, most: rate.most / limit })
 }
@@ -150,10 +150,10 @@ fn table(document: &Document, all: &[(u32, &Series)]) -> String {
         <th>of the<br>plain ring</th><th>p50 µs</th><th>p99 µs</th><th>CPU<br>µs/op</th><th>kicks<br>/op</th><th>exits<br>/op</th>\
         <th>system<br>calls/op</th></tr></thead>\n<tbody>\n"
         .to_owned();
-    let mut last: Option<Point> = None;
+    let mut last: Option<&Point> = None;
     for &(depth, series) in all {
-        let first = last != Some(series.point);
-        last = Some(series.point);
+        let first = last != Some(&series.point);
+        last = Some(&series.point);
         let [kicks, exits, calls] = counts(series);
         let rate = series.rate();
         let _ = writeln!(

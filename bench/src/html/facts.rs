@@ -56,6 +56,13 @@ fn machine(document: &Document) -> String {
         rows.push(("disk", format!("{disk}, {} MiB used", job.disk_bytes >> 20)));
         rows.push(("file system", job.disk_file_system.clone().unwrap_or_else(|| "none".to_owned())));
     }
+    if let Job::Linux(job) = &document.job {
+        rows.push(("the guest's kernel", format!("Linux {}", job.kernel)));
+        if let Some(disk) = &job.disk {
+            rows.push(("disk", format!("{disk}, {} MiB", job.disk_bytes >> 20)));
+            rows.push(("file system", job.disk_file_system.clone().unwrap_or_else(|| "none".to_owned())));
+        }
+    }
     let mut page = "<section>\n<h2>Where</h2>\n<div class=\"scroll\"><table class=\"facts\">\n<tbody>\n".to_owned();
     for (what, is) in rows {
         let _ =
@@ -91,5 +98,15 @@ fn commands(document: &Document) -> String {
             let _ = writeln!(page, "<pre>{}</pre>", escape(&shell(command)));
         }
     }
-    page + "</details>\n</section>\n"
+    page += "</details>\n";
+    if let Job::Linux(job) = &document.job
+        && !job.fio.is_empty()
+    {
+        page += "<details><summary>fio's job files, as the guest had them</summary>\n";
+        for text in &job.fio {
+            let _ = writeln!(page, "<pre>{}</pre>", escape(text));
+        }
+        page += "</details>\n";
+    }
+    page + "</section>\n"
 }

@@ -50,7 +50,7 @@ pub(super) fn render(document: &Document, job: &NetJob) -> String {
 }
 
 fn limit(document: &Document, series: &Series) -> Option<Spread> {
-    document.reference(series.point).and_then(Series::rate)
+    document.reference(&series.point).and_then(Series::rate)
 }
 
 fn table(document: &Document) -> String {

@@ -54,7 +54,7 @@ fn body(document: &Document) -> Grid {
     ];
     let mut grid = Grid::new(&header);
     for (flow, line) in flows(document) {
-        let limit = document.reference(line.point).and_then(Series::rate);
+        let limit = document.reference(&line.point).and_then(Series::rate);
         let [frames, spread] = with_spread(line.rate());
         let [kicks, exits, calls] = counts(line);
         let cells = [
@@ -125,7 +125,7 @@ mod tests {
         let mut document = Document::new(Job::Net(job.clone()), Vec::new());
         let point = Point::Net(Flow::new(Direction::Out, 1_500, false));
         for (name, ops) in [(PLAIN, 2_000_000), ("ringvm", 1_800_000)] {
-            let mut series = Series::new(name, point, Vec::new(), Vec::new());
+            let mut series = Series::new(name, point.clone(), Vec::new(), Vec::new());
             series.reference = name == PLAIN;
             let (time, cpu) = (Duration::from_secs(1), Some(Duration::from_millis(900)));
             series.add(&Sample { ops, time, cpu, syscalls: Some(ops), ..Sample::default() });

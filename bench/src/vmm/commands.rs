@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use serde_json::json;
 
-use super::{Contestant, Daemon, Disk, Launch, Vm};
+use super::{Contestant, Daemon, Disk, END_BY_REBOOT, Launch, Vm};
 
 fn words<const N: usize>(words: [&str; N]) -> Vec<OsString> {
     words.into_iter().map(OsString::from).collect()
@@ -36,7 +36,7 @@ pub(super) fn ringvm(vm: &Vm<'_>, place: &str) -> Vec<OsString> {
 }
 
 fn ringvm_alone(vm: &Vm<'_>) -> Vec<OsString> {
-    words([
+    let mut all = words([
         "run",
         "--kernel",
         &vm.kernel.to_string_lossy(),
@@ -48,7 +48,12 @@ fn ringvm_alone(vm: &Vm<'_>) -> Vec<OsString> {
         &format!("{}M", vm.memory),
         "--serial",
         "stdio",
-    ])
+    ]);
+    if let Some(initramfs) = vm.initramfs {
+        // A kernel that panics reboots: once is enough.
+        all.extend(words(["--initramfs", &initramfs.to_string_lossy(), "--no-reboot"]));
+    }
+    all
 }
 
 /// qemu-storage-daemon, and ringvm as the frontend of its export.
@@ -119,6 +124,9 @@ pub(super) fn cloud_hypervisor(vm: &Vm<'_>) -> Result<Vec<OsString>> {
         "--console",
         "off",
     ]);
+    if let Some(initramfs) = vm.initramfs {
+        all.extend(words(["--initramfs", &initramfs.to_string_lossy()]));
+    }
     let mut disks = Vec::new();
     for disk in vm.disks {
         let Some(path) = disk.path else { bail!("Cloud Hypervisor has no null storage: leave it out") };
@@ -156,8 +164,15 @@ pub(super) fn firecracker(vm: &Vm<'_>, dir: &Path, engine: &str) -> Result<Vec<O
     }
     let nics = vm.nics.iter().enumerate();
     let nics = nics.map(|(index, nic)| json!({ "iface_id": format!("nic{index}"), "host_dev_name": nic.tap }));
+    let kernel = vm.elf.unwrap_or(vm.kernel);
+    let mut boot = json!({ "kernel_image_path": kernel, "boot_args": vm.command_line });
+    if let Some(initramfs) = vm.initramfs {
+        boot["initrd_path"] = json!(initramfs);
+        // It ends when its guest resets it by the keyboard controller, and at nothing else.
+        boot["boot_args"] = json!(format!("{} reboot=k {END_BY_REBOOT}", vm.command_line));
+    }
     let config = json!({
-        "boot-source": { "kernel_image_path": vm.kernel, "boot_args": vm.command_line },
+        "boot-source": boot,
         "machine-config": { "vcpu_count": vm.cpus, "mem_size_mib": vm.memory },
         "drives": drives,
         "network-interfaces": nics.collect::<Vec<_>>(),
@@ -199,6 +214,9 @@ pub(super) fn qemu(vm: &Vm<'_>, accelerator: &str, cpu: &str) -> Vec<OsString> {
         "-append",
         vm.command_line,
     ]);
+    if let Some(initramfs) = vm.initramfs {
+        all.extend(words(["-initrd", &initramfs.to_string_lossy()]));
+    }
     for (index, disk) in vm.disks.iter().enumerate() {
         let (node, queues, size) = (qemu_node(disk, index), disk.queues, disk.queue_size);
         let device = format!(

@@ -36,13 +36,21 @@ pub(crate) fn all() -> Vec<Contestant> {
     PROGRAMS.iter().filter_map(contestants).flatten().collect()
 }
 
+/// The program of one kind, if it is on the PATH.
+pub(crate) fn one(kind: Kind) -> Option<Contestant> {
+    // QEMU does without KVM too; whoever wants that says so.
+    let same = if kind == Kind::QemuTcg { Kind::Qemu } else { kind };
+    let (program, _) = PROGRAMS.iter().find(|(_, kinds)| kinds.contains(&same))?;
+    Some(Contestant::new(kind, on_path(program)?))
+}
+
 /// For messages: what was looked for.
 pub(crate) fn looked_for() -> String {
     PROGRAMS.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
 }
 
 /// The first line of what `--version` prints; `None` if that is nothing, or takes too long.
-pub(super) fn version(path: &Path) -> Option<String> {
+pub(crate) fn version(path: &Path) -> Option<String> {
     let mut command = Command::new(path);
     command.arg("--version").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
     let mut child = command.spawn().ok()?;

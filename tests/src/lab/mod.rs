@@ -20,8 +20,6 @@ mod l2;
 mod payload;
 mod vm;
 
-pub mod kernel;
-pub mod tree;
 pub mod wire;
 
 use std::fs;
@@ -34,7 +32,7 @@ use rustix::process::Signal;
 
 pub use l1::Output;
 pub use l2::Guest;
-pub use payload::guest_initramfs;
+pub use payload::{guest_initramfs, kernel_package};
 pub use vm::{Disk, Image, Kernel, Vm, disk, vm};
 pub use wire::Exit;
 
@@ -147,7 +145,12 @@ impl Lab {
 
     /// Runs a shell command in L1, up to a minute; its stdout without the last line's end.
     pub fn run(&self, command: &str) -> Result<String> {
-        let output = self.output(command)?;
+        self.run_for(COMMAND_LIMIT, command)
+    }
+
+    /// [`Lab::run`] with a time limit of its own.
+    pub fn run_for(&self, limit: Duration, command: &str) -> Result<String> {
+        let output = self.l1.link.exec(command, limit)?;
         if output.exit != Exit::Code(0) {
             let both = [output.stdout, output.stderr].concat();
             return Err(Error::Command {

@@ -5,8 +5,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::kernel::KernelPackage;
-use super::tree::{Tree, run};
+use ringvm_bench::linux::initramfs;
+use ringvm_bench::linux::kernel::Kernel;
+use ringvm_bench::linux::run_tool as run;
+use ringvm_bench::linux::tree::Tree;
+
 use crate::{Error, Result, host, paths};
 
 /// Where L1's root disk has the guest's bzImage.
@@ -18,6 +21,8 @@ pub(crate) const INITRAMFS: &str = "/k/guest.cpio";
 /// The same with fio and its libraries, which are some 80 MB.
 pub(crate) const INITRAMFS_FIO: &str = "/k/guest-fio.cpio";
 
+/// The modules of a guest's devices, for the bench, which makes guests in L1.
+pub(crate) const MODULES: &str = "/k/modules";
 /// The program that moves random data, in L1 and in the guest.
 const STREAM: &str = "bin/lab-stream";
 
@@ -35,7 +40,7 @@ pub(crate) struct Payload {
 impl Payload {
     /// Builds everything anew in `folder`.
     pub(crate) fn build(folder: &Path) -> Result<Payload> {
-        let package = KernelPackage::find()?;
+        let package = kernel_package()?;
         let ringvm = paths::ringvm()?;
         let helpers = [
             ("bin/lab-agent", paths::helper("lab-agent")?),
@@ -43,6 +48,7 @@ impl Payload {
             (STREAM, paths::helper("lab-stream")?),
             ("bin/ringvm-blk", paths::daemon("ringvm-blk")?),
             ("bin/ringvm-net", paths::daemon("ringvm-net")?),
+            ("bin/ringvm-bench", paths::daemon("ringvm-bench")?),
         ];
         if folder.exists() {
             fs::remove_dir_all(folder).map_err(Error::file("emptying", folder))?;
@@ -61,10 +67,11 @@ impl Payload {
         tree.write_cpio(&fio)?;
 
         let mut root = Tree::default();
-        root.copy(BZIMAGE, &package.bzimage(), 0o644);
-        root.copy(VMLINUX, &package.unpack_vmlinux(&scratch)?, 0o644);
+        root.copy(BZIMAGE, package.image(), 0o644);
+        root.copy(VMLINUX, &package.elf(&scratch)?, 0o644);
         root.copy(INITRAMFS, &guest, 0o644);
         root.copy(INITRAMFS_FIO, &fio, 0o644);
+        package.copy_modules(&mut root, &["virtio_pci", "virtio_blk", "virtio_net"], MODULES)?;
         l1_root(&mut root, &ringvm, &helpers)?;
         let staging = scratch.join("root");
         root.write_folder(&staging)?;
@@ -75,11 +82,11 @@ impl Payload {
             .args([&staging, &root_disk])
             .arg(ROOT_SIZE))?;
         fs::remove_dir_all(&scratch).map_err(Error::file("removing", &scratch))?;
-        Ok(Payload { kernel: package.bzimage(), initramfs, root_disk })
+        Ok(Payload { kernel: package.image().to_owned(), initramfs, root_disk })
     }
 }
 
-fn l1_initramfs(package: &KernelPackage, scratch: &Path) -> Result<Tree> {
+fn l1_initramfs(package: &Kernel, scratch: &Path) -> Result<Tree> {
     let mut tree = Tree::default();
     tree.busybox()?;
     tree.console();
@@ -95,7 +102,7 @@ fn l1_initramfs(package: &KernelPackage, scratch: &Path) -> Result<Tree> {
 
 fn l1_root(tree: &mut Tree, ringvm: &Path, helpers: &[(&str, PathBuf)]) -> Result<()> {
     tree.busybox()?;
-    for tool in ["tmux", "e2fsck", "setpriv", "iperf3"] {
+    for tool in ["tmux", "e2fsck", "setpriv", "iperf3", "fio"] {
         tree.tool(tool)?;
     }
     tree.copy_folder("usr/lib/locale/C.utf8", Path::new("/usr/lib/locale/C.utf8"))?;
@@ -117,17 +124,16 @@ fn l1_root(tree: &mut Tree, ringvm: &Path, helpers: &[(&str, PathBuf)]) -> Resul
     Ok(())
 }
 
+/// The kernel of the lab: the package that tests/run unpacked into target/lab/kernel.
+pub fn kernel_package() -> Result<Kernel> {
+    Kernel::unpacked(&paths::lab().join("kernel"))
+        .map_err(|error| Error::Missing(format!("{error}; tests/run does that")))
+}
+
 /// What the guests of the tests boot into: a shell on the serial console (see init/l2.sh) with the tools of the tests.
-pub fn guest_initramfs(package: &KernelPackage, scratch: &Path) -> Result<Tree> {
-    let mut tree = Tree::default();
-    tree.busybox()?;
-    tree.console();
-    for folder in ["dev", "proc", "sys", "run", "tmp", "mnt", "etc"] {
-        tree.folder(folder);
-    }
-    tree.text("init", include_str!("init/l2.sh"), 0o755);
-    tree.text("etc/passwd", "root:x:0:0:root:/:/bin/sh\n", 0o644);
-    package.add_modules(&mut tree, &["virtio_pci", "virtio_blk", "virtio_rng", "virtio_net", "ext4"], scratch)?;
+pub fn guest_initramfs(package: &Kernel, scratch: &Path) -> Result<Tree> {
+    let modules = ["virtio_pci", "virtio_blk", "virtio_rng", "virtio_net", "ext4"];
+    let mut tree = initramfs::base(package, &modules, include_str!("init/l2.sh"), scratch)?;
     // By names that busybox has no applet for, or by their path: its shell prefers its own.
     for tool in ["mkfs.ext4", "e2fsck", "lsblk", "fstrim", "ethtool", "iperf3"] {
         tree.tool(tool)?;

@@ -4,8 +4,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use ringvm_tests::lab::guest_initramfs;
-use ringvm_tests::lab::kernel::KernelPackage;
+use ringvm_tests::lab::{guest_initramfs, kernel_package};
 use ringvm_tests::native::{Running, program};
 use tempfile::TempDir;
 
@@ -22,14 +21,14 @@ const LIMIT_OF_A_LINE: Duration = Duration::from_secs(2);
 /// A guest's kernel, and its initramfs in a directory of the guest's own.
 fn files(fio: bool) -> (TempDir, PathBuf, PathBuf) {
     let folder = scratch();
-    let package = ok(KernelPackage::find());
+    let package = ok(kernel_package());
     let mut tree = ok(guest_initramfs(&package, folder.path()));
     if fio {
         ok(tree.tool("fio"));
     }
     let initramfs = folder.path().join("guest.cpio");
     ok(tree.write_cpio(&initramfs));
-    (folder, package.bzimage(), initramfs)
+    (folder, package.image().to_owned(), initramfs)
 }
 
 /// A machine to be started.

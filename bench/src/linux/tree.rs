@@ -7,8 +7,9 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::host;
-use crate::{Error, Result};
+use super::elf::interpreter;
+use super::error::{Error, Result};
+use super::tools::{find, run};
 
 /// A tree of files. Paths are relative to its root; parents come by themselves.
 #[derive(Clone, Debug, Default)]
@@ -56,6 +57,9 @@ impl Tree {
     }
 
     /// A folder of the host with all its files.
+    ///
+    /// # Errors
+    /// It can't be read.
     pub fn copy_folder(&mut self, path: &str, from: &Path) -> Result<()> {
         for entry in fs::read_dir(from).map_err(Error::file("reading", from))? {
             let entry = entry.map_err(Error::file("reading", from))?;
@@ -71,12 +75,15 @@ impl Tree {
     }
 
     /// Busybox with a link for each of its applets.
+    ///
+    /// # Errors
+    /// There is none, or it is not static.
     pub fn busybox(&mut self) -> Result<()> {
         let busybox = find("busybox")?;
-        let (list, libraries) = (run(Command::new(&busybox).arg("--list"))?, libraries(&busybox)?);
-        if !libraries.is_empty() {
-            return Err(Error::Missing(format!("{} is not static; install busybox-static", busybox.display())));
+        if !libraries(&busybox)?.is_empty() {
+            return Err(Error::Missing(format!("{} is not static: install busybox-static", busybox.display())));
         }
+        let list = run(Command::new(&busybox).arg("--list"))?;
         for applet in String::from_utf8_lossy(&list).lines() {
             self.put(&format!("bin/{applet}"), Node::Link(PathBuf::from("/bin/busybox")));
         }
@@ -85,11 +92,17 @@ impl Tree {
     }
 
     /// A program of the host, by name, with its libraries. It takes the place of a busybox applet of that name.
+    ///
+    /// # Errors
+    /// It, or a library of it, is not installed.
     pub fn tool(&mut self, name: &str) -> Result<()> {
         self.binary(&format!("bin/{name}"), &find(name)?)
     }
 
-    /// A binary of the host with the libraries that `ldd` names, each where the dynamic linker looks for it.
+    /// A binary of the host with the libraries that the dynamic linker names, each where it looks for it.
+    ///
+    /// # Errors
+    /// It can't be read, or a library of it is not installed.
     pub fn binary(&mut self, path: &str, from: &Path) -> Result<()> {
         for library in libraries(from)? {
             self.copy(&library.to_string_lossy(), &library, 0o755);
@@ -99,6 +112,9 @@ impl Tree {
     }
 
     /// Writes the tree as a cpio archive (newc), which several of may follow each other in one initramfs.
+    ///
+    /// # Errors
+    /// A file can't be read, or the archive not written.
     pub fn write_cpio(&self, to: &Path) -> Result<()> {
         let file = File::create(to).map_err(Error::file("creating", to))?;
         let mut archive = BufWriter::with_capacity(1 << 20, file);
@@ -120,6 +136,9 @@ impl Tree {
     }
 
     /// Lays the tree down in an empty folder of the host; devices are left out.
+    ///
+    /// # Errors
+    /// A file can't be read or written.
     pub fn write_folder(&self, root: &Path) -> Result<()> {
         for (path, node) in &self.0 {
             let to = root.join(path);
@@ -170,30 +189,16 @@ fn entry(
     to.write_all(padding(bytes.len()))
 }
 
-fn find(name: &str) -> Result<PathBuf> {
-    host::program(name).ok_or_else(|| Error::Missing(format!("`{name}` is not installed; tests/run installs it")))
-}
-
-/// The libraries of a binary and its interpreter; none when it is static.
+/// The libraries of a binary and its interpreter; none when it is static. The interpreter itself lists them, as ldd(1) has it do.
 fn libraries(binary: &Path) -> Result<Vec<PathBuf>> {
-    let output = Command::new("ldd").arg(binary).output().map_err(Error::file("running ldd on", binary))?;
-    // ldd fails on a static binary, which is an answer; a library that is not found is not.
-    let text = String::from_utf8_lossy(&output.stdout);
+    let Some(interpreter) = interpreter(binary)? else { return Ok(Vec::new()) };
+    let listed = run(Command::new(&interpreter).arg("--list").arg(binary))?;
+    let text = String::from_utf8_lossy(&listed);
     if let Some(line) = text.lines().find(|line| line.contains("not found")) {
         return Err(Error::Missing(format!("{}: {}", binary.display(), line.trim())));
     }
-    Ok(text.split_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from).collect())
-}
-
-/// Runs a tool of the host and gives its stdout.
-pub(crate) fn run(command: &mut Command) -> Result<Vec<u8>> {
-    let text = format!("{command:?}");
-    let output = command.output().map_err(|e| Error::Tool { command: text.clone(), why: e.to_string() })?;
-    if output.status.success() {
-        return Ok(output.stdout);
-    }
-    let why = format!("{}: {}", output.status, crate::error::tail(&output.stderr, 400).trim());
-    Err(Error::Tool { command: text, why })
+    let listed = text.split_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from);
+    Ok(listed.chain([interpreter]).collect())
 }
 
 #[cfg(test)]
@@ -211,20 +216,25 @@ mod tests {
         tree.write_cpio(&archive).unwrap();
         let bytes = fs::read(&archive).unwrap();
         assert_eq!(bytes.len() % 4, 0);
-        let busybox = host::program("busybox");
-        if let Some(busybox) = busybox {
-            let output = Command::new(busybox)
-                .args(["cpio", "-i", "-d", "-F"])
-                .arg(&archive)
-                .current_dir(folder.path())
-                .output()
-                .unwrap();
-            assert!(output.status.success(), "{output:?}");
-            assert_eq!(fs::read_to_string(folder.path().join("etc/motd")).unwrap(), "hello\n");
-            assert_eq!(fs::read_to_string(folder.path().join("bin/odd")).unwrap(), "12345");
-            assert!(folder.path().join("proc").is_dir());
-        } else {
-            assert!(!host::need(host::Need::Lab));
-        }
+        let busybox = find("busybox").unwrap();
+        let output = Command::new(busybox)
+            .args(["cpio", "-i", "-d", "-F"])
+            .arg(&archive)
+            .current_dir(folder.path())
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{output:?}");
+        assert_eq!(fs::read_to_string(folder.path().join("etc/motd")).unwrap(), "hello\n");
+        assert_eq!(fs::read_to_string(folder.path().join("bin/odd")).unwrap(), "12345");
+        assert!(folder.path().join("proc").is_dir());
+    }
+
+    #[test]
+    fn a_program_brings_its_libraries_and_who_loads_them() {
+        let all = libraries(&std::env::current_exe().unwrap()).unwrap();
+        let names: Vec<_> = all.iter().filter_map(|path| path.file_name()?.to_str()).collect();
+        assert!(names.iter().any(|name| name.starts_with("libc.")), "{names:?}");
+        assert!(names.iter().any(|name| name.starts_with("ld-")), "{names:?}");
+        assert!(libraries(Path::new("/nowhere/program")).unwrap_err().to_string().contains("/nowhere/program"));
     }
 }

@@ -1,0 +1,6 @@
+//! Words for a POSIX shell.
+
+/// A word, quoted.
+pub(super) fn quote(word: &str) -> String {
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
