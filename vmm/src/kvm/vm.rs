@@ -94,8 +94,7 @@ impl Vm {
         // Real mode on Intel hosts without unrestricted guests needs these four pages; AMD ignores them.
         fd.set_identity_map_address(KVM_IDENTITY_MAP).map_err(call("placing the identity map page"))?;
         fd.set_tss_address(KVM_TSS as usize).map_err(call("placing the TSS pages"))?;
-        // Before the interrupt controllers: they leave work to the end of a grace period (SRCU), which may be two timer ticks
-        // away, and a slot that is set after them waits for it.
+        // Before the interrupt controllers: a slot that is set within some 8 ms after they are made waits for these to pass.
         for (slot, region) in memory.iter().enumerate() {
             set_memory_region(&fd, slot as u32, region)?;
         }
