@@ -3,10 +3,11 @@
 //! In place of a crate's, whose bounds are worked out with logarithms: for the one call every process of ours would map the
 //! mathematical library, half a megabyte.
 
-const STEPS_BITS: u32 = 7;
-const STEPS: usize = 1 << STEPS_BITS;
+mod steps;
+
+const BITS: u32 = 7;
 /// Values up to 2^36, 68 s in nanoseconds, are told apart; larger ones count as that.
-const STEPPED: usize = (36 - STEPS_BITS as usize + 1) * STEPS;
+const STEPPED: usize = (36 - BITS as usize + 1) << BITS;
 
 /// Counts per step, in a unit of the caller's.
 #[derive(Clone, Debug)]
@@ -73,22 +74,12 @@ impl Histogram {
 }
 
 fn step(value: u64) -> usize {
-    if value < STEPS as u64 {
-        return value as usize;
-    }
-    // The leading bit says which power of two, the next STEPS_BITS say which step of it.
-    let shift = 63 - value.leading_zeros() - STEPS_BITS;
-    let index = (shift as usize + 1) * STEPS + ((value >> shift) as usize - STEPS);
-    index.min(STEPPED - 1)
+    steps::step::<BITS>(value).min(STEPPED - 1)
 }
 
 /// The least value of a step.
 fn low(index: usize) -> u64 {
-    if index < STEPS {
-        return index as u64;
-    }
-    let shift = (index / STEPS - 1) as u32;
-    ((index % STEPS + STEPS) as u64) << shift
+    steps::low::<BITS>(index)
 }
 
 #[cfg(test)]

@@ -1,10 +1,13 @@
 //! A log-linear histogram of latencies: 64 steps per power of two, so that a percentile is within 1.6 %. The host's
 //! plain ring uses this very file.
 
-const STEPS_BITS: u32 = 6;
-const STEPS: usize = 1 << STEPS_BITS;
+#[path = "../../../backends/src/histogram/steps.rs"]
+mod steps;
+
+const BITS: u32 = 6;
+const STEPS: usize = 1 << BITS;
 /// Values up to 2^40 are told apart; larger ones count as that.
-const BUCKETS: usize = (40 - STEPS_BITS as usize + 1) * STEPS;
+const BUCKETS: usize = (40 - BITS as usize + 1) * STEPS;
 
 /// Buckets that are told as one.
 const GROUP: usize = STEPS / 16;
@@ -71,13 +74,7 @@ impl Hist {
 
 #[inline(always)]
 fn bucket(value: u64) -> usize {
-    if value < STEPS as u64 {
-        return value as usize;
-    }
-    // The leading bit says which power of two, the next STEPS_BITS say which step of it.
-    let shift = 63 - value.leading_zeros() - STEPS_BITS;
-    let index = (shift as usize + 1) * STEPS + ((value >> shift) as usize - STEPS);
-    index.min(BUCKETS - 1)
+    steps::step::<BITS>(value).min(BUCKETS - 1)
 }
 
 /// The middle of a bucket's range.
@@ -91,11 +88,7 @@ fn middle(index: usize) -> u64 {
 
 /// The least value of a bucket.
 fn low(index: usize) -> u64 {
-    if index < STEPS {
-        return index as u64;
-    }
-    let shift = (index / STEPS - 1) as u32;
-    ((index % STEPS + STEPS) as u64) << shift
+    steps::low::<BITS>(index)
 }
 
 #[cfg(test)]
