@@ -15,6 +15,19 @@ const TRIES: u32 = 3;
 const JOB: &str =
     "[global]\nioengine=libaio\nbs=4k\nsize=8M\n[rand]\nrw=randread\niodepth=4\n[seq]\nstonewall\nrw=write\nbs=64k\n";
 
+/// Runs a command whose guest may stay silent.
+fn started(lab: &mut Lab, command: &str) -> Result<String> {
+    for tries in 1..TRIES {
+        match lab.run_for(LIMIT, command) {
+            Err(Error::Command { output, .. }) if output.contains("did not come up") => {
+                host::say(&format!("lab: start {tries} of the bench's guest failed, trying again: {output}"));
+            }
+            other => return other,
+        }
+    }
+    lab.run_for(LIMIT, command)
+}
+
 /// Runs the bench in L1 and gives what it said, and its result.
 fn bench(lab: &mut Lab, words: &str) -> Result<(String, Value)> {
     let (job, json, html) = (lab.path("a.fio"), lab.path("a.json"), lab.path("a.html"));
@@ -24,16 +37,7 @@ fn bench(lab: &mut Lab, words: &str) -> Result<(String, Value)> {
         "mkdir -p {temporary} && TMPDIR={temporary} ringvm-bench linux --kernel /k/bzImage --modules /k/modules --memory 640M --size 32M \
          --boot-limit 75s --limit 100s --fio {job} --json {json} --html {html} {words} 2>&1"
     );
-    let mut tries = 1;
-    let said = loop {
-        match lab.run_for(LIMIT, &command) {
-            Err(Error::Command { output, .. }) if output.contains("did not come up") && tries < TRIES => {
-                host::say(&format!("lab: start {tries} of the bench's guest failed, trying again: {output}"));
-                tries += 1;
-            }
-            other => break other?,
-        }
-    };
+    let said = started(lab, &command)?;
     let result = serde_json::from_str(&lab.run(&format!("cat {json}"))?).expect("a result in JSON");
     assert!(lab.run(&format!("cat {html}"))?.contains("<h2>fio</h2>"));
     Ok((said, result))
@@ -107,7 +111,7 @@ fn a_load_that_fails_in_the_guest_is_told_with_its_reason() {
             "TMPDIR=$(mktemp -d -p /scratch) ringvm-bench linux --kernel /k/bzImage --modules /k/modules --memory 640M --size 32M --runs 1 \
              --boot-limit 75s --fio {job} --vmm ringvm 2>&1"
         );
-        let said = match lab.run_for(LIMIT, &command) {
+        let said = match started(lab, &command) {
             Err(Error::Command { output, .. }) => output,
             other => panic!("it should have failed: {other:?}"),
         };
