@@ -15,6 +15,8 @@ use crate::backend::{Answer, Backend, Refused, SKIP_DRAIN, has_reply};
 use crate::mailbox::{Mailbox, Woken};
 use crate::message::{Connection, Message, WireError};
 
+/// Most messages about ending rings that are taken before the first is answered: one for each ring that a message can name.
+const MOST_TOGETHER: usize = 256;
 /// A frontend that is refused more often than this will not learn.
 const MAX_REFUSALS: u32 = 64;
 
@@ -81,7 +83,10 @@ impl<'a> Session<'a> {
     /// rings have under way would keep it waiting.
     fn handle_with_next(&mut self, connection: &mut Connection, first: Message) -> Result<(), SessionError> {
         let mut messages = vec![first];
-        while messages.last().is_some_and(|last| last.request == SKIP_DRAIN) && connection.has_more()? {
+        while messages.len() < MOST_TOGETHER
+            && messages.last().is_some_and(|last| last.request == SKIP_DRAIN)
+            && connection.has_more()?
+        {
             let Some(next) = connection.receive()? else { break };
             messages.push(next);
         }

@@ -728,6 +728,22 @@ fn descriptors_that_are_no_eventfds_are_refused_as_kick_and_call() {
 }
 
 #[test]
+fn a_client_that_ends_a_ring_without_end_is_answered_meanwhile() {
+    let target = Target::new();
+    let mut client = target.connect();
+    client.negotiate(FEATURES);
+    let one = [Client::header(common::client::SKIP_DRAIN, 1, 8), words(&[0, 0])].concat();
+    // There is always more to read behind these, and the rest of it does not come.
+    assert!(client.raw(&[one.repeat(256), one[..4].to_vec()].concat(), &[]));
+    for answer in 0..256 {
+        let reply = client.receive().unwrap_or_else(|| panic!("no answer {answer}"));
+        assert_eq!(reply.0, common::client::SKIP_DRAIN);
+    }
+    drop(client);
+    target.is_well();
+}
+
+#[test]
 fn malformed_headers_and_unknown_messages_end_the_connection() {
     let target = Target::new();
     for header in [
