@@ -5,7 +5,6 @@ use divan::Bencher;
 use divan::counter::ItemsCount;
 use ringvm_backends::block::request::{Header, IOERR, Kind, Limits, Refusal};
 use ringvm_backends::device::QueueState;
-use ringvm_backends::guest_io::GuestIo;
 use ringvm_backends::interrupt::Interrupt;
 use ringvm_backends::queue::{Chain, Queue, RING_FEATURES};
 use ringvm_backends::replay::{CHAINS, Replay, Request};
@@ -27,17 +26,17 @@ const LIMITS: Limits = Limits {
 const READ: Request = Request::new(VIRTIO_BLK_T_IN, 1);
 const WRITE: Request = Request::new(VIRTIO_BLK_T_OUT, 1);
 
-/// Pops such requests on and on, and hands each to `look` with a list for its status.
-fn run(bencher: Bencher<'_, '_>, request: Request, mut look: impl FnMut(&mut Chain, &mut GuestIo)) {
+/// Pops such requests on and on, and hands each to `look`.
+fn run(bencher: Bencher<'_, '_>, request: Request, mut look: impl FnMut(&mut Chain)) {
     let mut replay = Replay::new(&request, RING_FEATURES);
     let from = QueueState::default();
     let queue = Queue::new(replay.memory(), &replay.ring(), RING_FEATURES, from, Interrupt::None);
     let mut queue = queue.expect("a sound ring");
-    let (mut chain, mut status) = (Chain::default(), GuestIo::default());
+    let mut chain = Chain::default();
     bencher.counter(ItemsCount::new(CHAINS)).bench_local(|| {
         replay.offer(CHAINS);
         while matches!(queue.pop(&mut chain), Ok(true)) {
-            look(&mut chain, &mut status);
+            look(&mut chain);
             queue.complete(chain.head, 1);
         }
         queue.notify();
@@ -46,8 +45,8 @@ fn run(bencher: Bencher<'_, '_>, request: Request, mut look: impl FnMut(&mut Cha
 }
 
 /// What a device does with a transfer before it turns to its storage.
-fn transfer(chain: &mut Chain, status: &mut GuestIo) -> Result<u64, Refusal> {
-    assert!(chain.writable.split_back(1, status), "there is room for a status");
+fn transfer(chain: &mut Chain) -> Result<u64, Refusal> {
+    assert!(chain.writable.take_last().is_some(), "there is room for a status");
     let header = Header::take(&mut chain.readable).ok_or(IOERR)?;
     let data = if header.kind == Kind::Read { &chain.writable } else { &chain.readable };
     LIMITS.transfer(header.sector, data.len())
@@ -55,35 +54,34 @@ fn transfer(chain: &mut Chain, status: &mut GuestIo) -> Result<u64, Refusal> {
 
 #[divan::bench]
 fn pop(bencher: Bencher<'_, '_>) {
-    run(bencher, READ, |chain, _| _ = divan::black_box(chain));
+    run(bencher, READ, |chain| _ = divan::black_box(chain));
 }
 
 #[divan::bench]
 fn read(bencher: Bencher<'_, '_>) {
-    run(bencher, READ, |chain, status| assert!(transfer(chain, status).is_ok()));
+    run(bencher, READ, |chain| assert!(transfer(chain).is_ok()));
 }
 
 #[divan::bench]
 fn write(bencher: Bencher<'_, '_>) {
-    run(bencher, WRITE, |chain, status| assert!(transfer(chain, status).is_ok()));
+    run(bencher, WRITE, |chain| assert!(transfer(chain).is_ok()));
 }
 
 #[divan::bench]
 fn flush(bencher: Bencher<'_, '_>) {
-    run(bencher, Request::new(VIRTIO_BLK_T_FLUSH, 0), |chain, status| {
-        assert!(chain.writable.split_back(1, status), "there is room for a status");
+    run(bencher, Request::new(VIRTIO_BLK_T_FLUSH, 0), |chain| {
+        assert!(chain.writable.take_last().is_some(), "there is room for a status");
         assert!(Header::take(&mut chain.readable).is_some_and(|header| header.kind == Kind::Flush));
     });
 }
 
 #[divan::bench(args = [1, 32])]
 fn write_zeroes(bencher: Bencher<'_, '_>, segments: u64) {
-    // The page of data is zeroes: segments of nothing, at the beginning of the disk.
-    let (mut list, mut rest) = (Vec::new(), GuestIo::default());
-    run(bencher, Request::new(VIRTIO_BLK_T_WRITE_ZEROES, 1), |chain, status| {
-        assert!(chain.writable.split_back(1, status), "there is room for a status");
+    let mut list = Vec::new();
+    let header = 16 + 16 * segments as u32;
+    run(bencher, Request { header, ..Request::new(VIRTIO_BLK_T_WRITE_ZEROES, 0) }, |chain| {
+        assert!(chain.writable.take_last().is_some(), "there is room for a status");
         let header = Header::take(&mut chain.readable).expect("a header");
-        assert!(chain.readable.split_back(chain.readable.len() - 16 * segments, &mut rest), "there is a page");
         assert_eq!(LIMITS.segments(header.kind, &mut chain.readable, &mut list), Ok(()));
     });
 }
@@ -91,11 +89,11 @@ fn write_zeroes(bencher: Bencher<'_, '_>, segments: u64) {
 #[divan::bench]
 fn malformed_header_cut_short(bencher: Bencher<'_, '_>) {
     let request = Request { header: 15, ..READ };
-    run(bencher, request, |chain, status| assert_eq!(transfer(chain, status), Err(IOERR)));
+    run(bencher, request, |chain| assert_eq!(transfer(chain), Err(IOERR)));
 }
 
 #[divan::bench]
 fn malformed_beyond_the_end(bencher: Bencher<'_, '_>) {
     let request = Request { sector: u64::MAX, ..WRITE };
-    run(bencher, request, |chain, status| assert_eq!(transfer(chain, status), Err(IOERR)));
+    run(bencher, request, |chain| assert_eq!(transfer(chain), Err(IOERR)));
 }

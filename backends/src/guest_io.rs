@@ -85,27 +85,18 @@ impl GuestIo {
         }
     }
 
-    /// Splits the last `count` bytes off into `tail`, or returns `false` and changes nothing if there are fewer.
-    pub fn split_back(&mut self, count: u64, tail: &mut Self) -> bool {
-        if count > self.len {
-            return false;
+    /// Takes the last byte off, to be written when its value is known; `None` if there is none left.
+    #[inline]
+    pub fn take_last(&mut self) -> Option<GuestByte> {
+        let piece = self.iov.get_mut(self.first..)?.last_mut()?;
+        self.len -= 1;
+        piece.iov_len -= 1;
+        // SAFETY: no piece is empty, so this was the last byte of its.
+        let byte = GuestByte(unsafe { piece.iov_base.cast::<u8>().add(piece.iov_len) });
+        if piece.iov_len == 0 {
+            self.iov.pop();
         }
-        tail.clear();
-        let mut left = count;
-        while left > 0 {
-            let piece = self.iov.last_mut().expect("bytes are left, so is a piece");
-            let take = (piece.iov_len as u64).min(left) as usize;
-            piece.iov_len -= take;
-            // SAFETY: the new length is within the piece, and the bytes behind it belong to it too.
-            unsafe { tail.push(piece.iov_base.cast::<u8>().add(piece.iov_len), take) };
-            if piece.iov_len == 0 {
-                self.iov.pop();
-            }
-            left -= take as u64;
-        }
-        tail.iov.reverse();
-        self.len -= count;
-        true
+        Some(byte)
     }
 
     /// Copies bytes from the front out of guest memory without consuming them; returns how many there were.
@@ -154,7 +145,24 @@ impl GuestIo {
     }
 
     /// Copies exactly `N` bytes from the front and consumes them, or returns `None` and consumes nothing.
+    #[inline(always)]
     pub fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
+        if let [piece, ..] = &mut self.iov[self.first..]
+            && piece.iov_len >= N
+        {
+            // SAFETY: the piece is mapped, and has as many bytes.
+            let bytes = unsafe { read_once(piece.iov_base.cast()) };
+            // SAFETY: at most the end of the piece.
+            piece.iov_base = unsafe { piece.iov_base.add(N) };
+            piece.iov_len -= N;
+            self.first += usize::from(piece.iov_len == 0);
+            self.len -= N as u64;
+            return Some(bytes);
+        }
+        self.take_from_several()
+    }
+
+    fn take_from_several<const N: usize>(&mut self) -> Option<[u8; N]> {
         let mut bytes = [0; N];
         if self.copy_to(&mut bytes) < N {
             return None;
@@ -162,6 +170,40 @@ impl GuestIo {
         self.advance(N as u64);
         Some(bytes)
     }
+}
+
+/// One byte of guest memory, for as long as that of the list it comes from.
+#[derive(Clone, Copy, Debug)]
+pub struct GuestByte(*mut u8);
+
+impl GuestByte {
+    /// Writes it.
+    #[inline]
+    pub fn set(self, value: u8) {
+        // SAFETY: mapped, as the piece that it was the end of.
+        unsafe { self.0.write_volatile(value) }
+    }
+}
+
+/// Reads bytes that may lie at any address and change at any moment, each once.
+///
+/// # Safety
+/// `from` must be mapped for `N` bytes.
+#[inline(always)]
+pub(crate) unsafe fn read_once<const N: usize>(from: *const u8) -> [u8; N] {
+    const WORD: usize = size_of::<u64>();
+    let mut bytes = [0; N];
+    if N.is_multiple_of(WORD) && from.cast::<u64>().is_aligned() {
+        for (index, word) in bytes.chunks_exact_mut(WORD).enumerate() {
+            // SAFETY: promised by the caller, and aligned.
+            let value = unsafe { from.cast::<u64>().add(index).read_volatile() };
+            word.copy_from_slice(&value.to_ne_bytes());
+        }
+    } else {
+        // SAFETY: promised by the caller; the compiler can't look inside a volatile slice's copy to repeat it.
+        unsafe { VolatileSlice::new(from.cast_mut(), N) }.copy_to(&mut bytes);
+    }
+    bytes
 }
 
 fn slice(piece: &libc::iovec) -> VolatileSlice<'_> {
@@ -186,17 +228,34 @@ mod tests {
     fn both_ends_are_consumed_across_pieces() {
         let mut buffers = [vec![1, 2, 3], vec![], vec![4, 5], vec![6, 7, 8]];
         let mut io = over(&mut buffers);
-        let mut tail = GuestIo::default();
         assert_eq!(io.len(), 8);
-        assert!(io.split_back(4, &mut tail));
+        let last: Vec<_> = (0..4).map(|_| io.take_last().unwrap()).collect();
         assert_eq!(io.take::<3>(), Some([1, 2, 3]));
         assert_eq!(io.take::<2>(), None, "one byte is left and stays");
         assert_eq!(io.take::<1>(), Some([4]));
         assert!(io.is_empty());
-        let mut rest = [0; 4];
-        assert_eq!(tail.copy_to(&mut rest), 4);
-        assert_eq!(rest, [5, 6, 7, 8]);
-        assert!(!io.split_back(1, &mut tail));
+        assert!(io.take_last().is_none());
+        assert_eq!(io.take::<1>(), None);
+        assert_eq!(io.take::<0>(), Some([]));
+        last.iter().zip(10..).for_each(|(byte, value)| byte.set(value));
+        drop(io);
+        assert_eq!(buffers, [vec![1, 2, 3], vec![], vec![4, 13], vec![12, 11, 10]]);
+    }
+
+    #[test]
+    fn bytes_are_taken_from_one_piece_or_several_at_any_address() {
+        let whole: Vec<u8> = (0..64).collect();
+        for start in 0..9 {
+            for cut in 0..=40 {
+                let mut buffers = [whole[start..start + cut].to_vec(), whole[start + cut..].to_vec()];
+                let mut moved = whole.clone();
+                for mut io in [over(&mut buffers), over(&mut [moved.split_off(start)])] {
+                    let bytes: Vec<u8> = [io.take::<16>().unwrap(), io.take::<16>().unwrap()].concat();
+                    assert_eq!(bytes, whole[start..start + 32]);
+                    assert_eq!(io.len(), (64 - start - 32) as u64);
+                }
+            }
+        }
     }
 
     #[test]

@@ -20,7 +20,7 @@ use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, Me
 
 use crate::device::{GuestMemory, QueueState, RingConfig};
 use crate::dirty::{QueueLog, Writes};
-use crate::guest_io::GuestIo;
+use crate::guest_io::{GuestIo, read_once};
 use crate::inflight::{InflightTable, crash_point};
 use crate::interrupt::Interrupt;
 
@@ -115,8 +115,7 @@ pub struct Chain {
     pub unmapped: bool,
 }
 
-#[derive(Clone, Copy)]
-#[repr(C)]
+/// A descriptor as it was when it was read.
 struct Descriptor {
     addr: u64,
     len: u32,
@@ -124,12 +123,25 @@ struct Descriptor {
     next: u16,
 }
 
+impl Descriptor {
+    /// Copies a descriptor out of guest memory.
+    ///
+    /// # Safety
+    /// It must be mapped.
+    #[inline(always)]
+    unsafe fn read(from: *const [u8; DESC_LEN as usize]) -> Self {
+        // SAFETY: promised by the caller.
+        let bytes = u128::from_le_bytes(unsafe { read_once(from.cast()) });
+        Self { addr: bytes as u64, len: (bytes >> 64) as u32, flags: (bytes >> 96) as u16, next: (bytes >> 112) as u16 }
+    }
+}
+
 /// The device's side of one virtqueue.
 pub struct Queue {
     mem: GuestMemory,
     near: Cell<Near>,
     size: u16,
-    desc: *const Descriptor,
+    desc: *const [u8; DESC_LEN as usize],
     /// `flags`, `idx`, `ring[size]`, `used_event`.
     avail: *const AtomicU16,
     /// `flags`, `idx`, `ring[size]` of (id, len), `avail_event`.
@@ -344,6 +356,7 @@ impl Queue {
     }
 
     /// Gives a chain back with the number of bytes written into it. The driver learns of it at the next [`Self::notify`].
+    #[inline]
     pub fn complete(&mut self, head: u16, len: u32) {
         let (word, bit) = (usize::from(head / 64), 1 << (head % 64));
         debug_assert!(self.in_flight[word] & bit != 0, "completing a chain that was not popped");
@@ -455,6 +468,7 @@ impl Queue {
         unsafe { &*self.used.add(index) }
     }
 
+    #[inline]
     fn follow(&self, head: u16, chain: &mut Chain) -> Result<(), RingError> {
         chain.head = head;
         chain.readable.clear();
@@ -464,7 +478,7 @@ impl Queue {
         let mut index = head;
         for _ in 0..self.size {
             // SAFETY: `index` is below the size (checked below and by `pop`), the table is mapped and aligned.
-            let desc = unsafe { self.desc.add(usize::from(index)).read_volatile() };
+            let desc = unsafe { Descriptor::read(self.desc.add(usize::from(index))) };
             if has(&desc, VRING_DESC_F_INDIRECT) {
                 if !self.indirect || has(&desc, VRING_DESC_F_NEXT) {
                     return Err(RingError::Indirect(head));
@@ -495,7 +509,7 @@ impl Queue {
         for _ in 0..count.min(MAX_INDIRECT) {
             // SAFETY: `index` is below `count`, and the whole table is mapped. The driver may have placed it at any
             // address, hence unaligned; the guest may write to it meanwhile, so it is copied once and the copy used.
-            let desc = unsafe { read_unaligned_volatile(base.cast::<Descriptor>().add(index as usize)) };
+            let desc = unsafe { Descriptor::read(base.cast::<[u8; DESC_LEN as usize]>().add(index as usize)) };
             if has(&desc, VRING_DESC_F_INDIRECT) {
                 return Err(RingError::Indirect(head));
             }
@@ -542,6 +556,7 @@ struct Walk<'a> {
 }
 
 impl Walk<'_> {
+    #[inline(always)]
     fn add(&mut self, desc: &Descriptor) -> Result<(), RingError> {
         let writable = has(desc, VRING_DESC_F_WRITE);
         if !writable && !self.chain.writable.is_empty() {
@@ -568,21 +583,6 @@ impl Walk<'_> {
 
 fn has(desc: &Descriptor, flag: u32) -> bool {
     u32::from(desc.flags) & flag != 0
-}
-
-/// Reads a plain value that may lie at any address and change at any moment, once.
-///
-/// # Safety
-/// `from` must be mapped for the size of `T`, and `T` valid for any bytes.
-unsafe fn read_unaligned_volatile<T: Copy>(from: *const T) -> T {
-    let mut value = std::mem::MaybeUninit::<T>::uninit();
-    // SAFETY: promised by the caller; a byte copy has no alignment to keep, and the compiler can't look inside a volatile
-    // slice's copy to repeat it.
-    unsafe {
-        let bytes = std::slice::from_raw_parts_mut(value.as_mut_ptr().cast::<u8>(), size_of::<T>());
-        vm_memory::VolatileSlice::new(from.cast_mut().cast(), size_of::<T>()).copy_to(bytes);
-        value.assume_init()
-    }
 }
 
 /// The host address of a guest range that lies in one region.

@@ -27,6 +27,8 @@ pub const PAGES: u32 = 17;
 
 const PAGE: u64 = 4096;
 const HEADERS: u64 = 0x2_0000;
+/// Most bytes of a header and what is laid behind it.
+const HEADER_ROOM: u64 = 0x2_0000 / CHAINS as u64;
 const TABLES: u64 = 0x4_0000;
 /// Bytes of an indirect table.
 const TABLE: u64 = 16 * (PAGES as u64 + 2);
@@ -40,7 +42,7 @@ pub struct Request {
     pub kind: u32,
     /// Where, in sectors.
     pub sector: u64,
-    /// How many bytes of its header are there; 16 of a sound one.
+    /// How many bytes of its header are there; 16 of a sound one. What is behind these is data, all zeroes.
     pub header: u32,
     /// Pages of data, each a descriptor.
     pub pages: u32,
@@ -57,7 +59,7 @@ impl Request {
 
     /// Writes the header of one of the chains into memory and says where all of it lies.
     fn lay(&self, mem: &GuestMemory, slot: u64) -> Vec<Buffer> {
-        let at = HEADERS + 16 * slot;
+        let at = HEADERS + HEADER_ROOM * slot;
         mem.write_obj(u64::from(self.kind), GuestAddress(at)).expect("headers are in memory");
         mem.write_obj(self.sector, GuestAddress(at + 8)).expect("headers are in memory");
         let writable = self.kind == VIRTIO_BLK_T_IN;

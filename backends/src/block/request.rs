@@ -77,6 +77,7 @@ pub struct Header {
 
 impl Header {
     /// Takes the header off the front of a request; `None` if it is not all there.
+    #[inline]
     pub fn take(readable: &mut GuestIo) -> Option<Self> {
         let bytes = readable.take::<HEADER_LEN>()?;
         let kind = match u32_at(&bytes, 0) {

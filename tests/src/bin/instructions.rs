@@ -8,7 +8,6 @@ use std::process::ExitCode;
 
 use ringvm_backends::block::request::{Header, Limits};
 use ringvm_backends::device::QueueState;
-use ringvm_backends::guest_io::GuestIo;
 use ringvm_backends::interrupt::Interrupt;
 use ringvm_backends::queue::{Chain, Queue, RING_FEATURES};
 use ringvm_backends::replay::{CHAINS, NullDisk, Replay, Request};
@@ -87,12 +86,12 @@ fn run(part: Part, request: &Request, count: u32) -> io::Result<()> {
         }
         Part::Parser => {
             let (mut replay, mut queue) = queue(request)?;
-            let (mut chain, mut status) = (Chain::default(), GuestIo::default());
+            let mut chain = Chain::default();
             counted(count / u32::from(CHAINS), || {
                 replay.offer(CHAINS);
                 while queue.pop(&mut chain).map_err(io::Error::other)? {
-                    let room = chain.writable.split_back(1, &mut status);
-                    let header = Header::take(&mut chain.readable).filter(|_| room);
+                    let status = chain.writable.take_last();
+                    let header = Header::take(&mut chain.readable).filter(|_| status.is_some());
                     let header = header.ok_or_else(|| io::Error::other("a request without header or status"))?;
                     let offset = LIMITS.transfer(header.sector, chain.writable.len());
                     std::hint::black_box(offset).map_err(|_| io::Error::other("a request beyond the end"))?;
