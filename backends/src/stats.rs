@@ -1,5 +1,7 @@
 //! What a device counts: plain numbers kept by the one thread that serves a queue, copied out on request.
 
+use std::time::Instant;
+
 use crate::histogram::Histogram;
 
 /// Requests of one kind.
@@ -15,6 +17,14 @@ pub struct OpStats {
     pub errors: u64,
 }
 
+/// Requests in a row that were seen together and ended together, as those of a batch do.
+#[derive(Clone, Copy, Debug)]
+struct Run {
+    seen: Instant,
+    ended: Instant,
+    count: u64,
+}
+
 /// What happened on one queue, or on all queues of a device together.
 #[derive(Clone, Debug)]
 pub struct QueueStats {
@@ -22,8 +32,8 @@ pub struct QueueStats {
     pub ops: Vec<OpStats>,
     /// From seeing a request to its completion, in nanoseconds.
     pub latency: Histogram,
-    /// The latency recorded last, and how often in a row: requests of one batch share theirs.
-    run: (u64, u64),
+    /// What was recorded last and is not in the histogram yet.
+    run: Option<Run>,
     /// Doorbells that woke the I/O thread.
     pub kicks: u64,
     /// Interrupts raised.
@@ -45,7 +55,7 @@ impl QueueStats {
         Self {
             ops: ops.iter().map(|name| OpStats { name, ..OpStats::default() }).collect(),
             latency: Histogram::default(),
-            run: (0, 0),
+            run: None,
             kicks: 0,
             interrupts: 0,
             interrupts_suppressed: 0,
@@ -56,24 +66,27 @@ impl QueueStats {
     }
 
     /// Counts one completed request of the kind with index `op`.
-    pub fn record(&mut self, op: usize, bytes: u64, ok: bool, latency_ns: u64) {
+    #[inline]
+    pub fn record(&mut self, op: usize, bytes: u64, ok: bool, seen: Instant, ended: Instant) {
         self.count(op, bytes, ok);
-        if self.run.0 != latency_ns {
-            self.settle();
-            self.run.0 = latency_ns;
+        match &mut self.run {
+            Some(run) if run.seen == seen && run.ended == ended => run.count += 1,
+            _ => {
+                self.settle();
+                self.run = Some(Run { seen, ended, count: 1 });
+            }
         }
-        self.run.1 += 1;
     }
 
     /// Brings the histogram up to date. Whoever records does so before anybody looks.
     pub fn settle(&mut self) {
-        let (latency, count) = std::mem::take(&mut self.run);
-        if count > 0 {
-            self.latency.record(latency, count);
+        if let Some(Run { seen, ended, count }) = self.run.take() {
+            self.latency.record(ended.duration_since(seen).as_nanos() as u64, count);
         }
     }
 
     /// Counts what has no latency: it came from outside.
+    #[inline]
     pub fn count(&mut self, op: usize, bytes: u64, ok: bool) {
         let entry = &mut self.ops[op];
         entry.count += 1;

@@ -69,14 +69,17 @@ fn duration(nanoseconds: u64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
     use super::*;
 
     #[test]
     fn a_device_is_summed_up_in_lines() {
         let mut queue = QueueStats::new(&["read", "write", "flush"]);
         (queue.kicks, queue.interrupts) = (2, 1);
-        queue.record(0, 4096, true, 5_000);
-        queue.record(2, 0, false, 1_000_000);
+        let seen = Instant::now();
+        queue.record(0, 4096, true, seen, seen + Duration::from_micros(5));
+        queue.record(2, 0, false, seen, seen + Duration::from_millis(1));
         queue.settle();
         let other = QueueStats::new(&["read", "write", "flush"]);
         let device = DeviceStats { name: "disk0".into(), queues: vec![(0, queue), (1, other)] };

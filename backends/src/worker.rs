@@ -71,7 +71,7 @@ pub struct Outcome {
 struct Slot<R> {
     chain: Chain,
     request: R,
-    started: Instant,
+    seen: Instant,
 }
 
 /// A queue and the handler that serves it.
@@ -94,7 +94,7 @@ impl<H: Handler> Worker<H> {
 
     fn free_slot(&mut self, now: Instant) -> u32 {
         self.free.pop().unwrap_or_else(|| {
-            self.slots.push(Slot { chain: Chain::default(), request: H::Request::default(), started: now });
+            self.slots.push(Slot { chain: Chain::default(), request: H::Request::default(), seen: now });
             self.slots.len() as u32 - 1
         })
     }
@@ -107,14 +107,14 @@ impl<H: Handler> Worker<H> {
         }
     }
 
+    #[inline]
     fn settle(&mut self, index: u32, step: Step, now: Instant) {
         let slot = &self.slots[index as usize];
         match step {
             Step::Pending => return,
             Step::Done(outcome) => {
                 self.service.queue.complete(slot.chain.head, outcome.written);
-                let latency = now.duration_since(slot.started).as_nanos() as u64;
-                self.service.stats.record(outcome.op, outcome.bytes, outcome.ok, latency);
+                self.service.stats.record(outcome.op, outcome.bytes, outcome.ok, slot.seen, now);
             }
             Step::Fault(what) => {
                 let head = slot.chain.head;
@@ -144,7 +144,7 @@ impl<H: Handler> Task for Worker<H> {
                 self.free.push(index);
                 break;
             }
-            slot.started = now;
+            slot.seen = now;
             let mut io = Io::new(ring, Token { task: self.service.task(), slot: index });
             let step = self.handler.start(&mut slot.chain, &mut slot.request, &mut io);
             self.settle(index, step, now);
