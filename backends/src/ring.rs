@@ -14,7 +14,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::time::Duration;
 
-use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use io_uring::{IoUring, opcode, squeue, types};
 
 /// Submission entries of a ring. More than that wait in a queue of ours, which only costs speed.
 const ENTRIES: u32 = 1024;
@@ -154,6 +154,7 @@ impl Ring {
     }
 
     /// How an operation names a file, and the flag that goes with it.
+    #[inline]
     fn name(&self, fd: BorrowedFd<'_>) -> (types::Fd, squeue::Flags) {
         match self.held.get(fd.as_raw_fd() as usize) {
             Some(Some(held)) => (types::Fd(held.place as RawFd), squeue::Flags::FIXED_FILE),
@@ -249,14 +250,21 @@ impl Ring {
         self.push(CANCEL, entry);
     }
 
+    #[inline]
     fn push(&mut self, token: Token, entry: squeue::Entry) {
         self.in_flight += 1;
         let entry = entry.user_data(token.pack());
         if !self.backlog.is_empty() || !self.stage(&entry) {
-            self.backlog.push_back(entry);
+            self.put_off(entry);
         }
     }
 
+    #[cold]
+    fn put_off(&mut self, entry: squeue::Entry) {
+        self.backlog.push_back(entry);
+    }
+
+    #[inline]
     fn stage(&mut self, entry: &squeue::Entry) -> bool {
         // SAFETY: what the entry points to is kept alive by the contract of the method that built it.
         let staged = unsafe { self.ring.submission().push(entry) }.is_ok();
@@ -320,10 +328,13 @@ impl Ring {
     /// Takes one batch of completions into `into`, which is emptied first.
     pub fn reap(&mut self, into: &mut Vec<(Token, i32)>) {
         into.clear();
-        let entries = self.ring.completion();
-        self.in_flight -= entries.len();
-        into.extend(entries.map(|entry: cqueue::Entry| (Token::unpack(entry.user_data()), entry.result())));
-        into.retain(|(token, _)| *token != CANCEL);
+        for entry in self.ring.completion() {
+            self.in_flight -= 1;
+            let token = Token::unpack(entry.user_data());
+            if token != CANCEL {
+                into.push((token, entry.result()));
+            }
+        }
     }
 
     /// Operations pushed and not reaped.

@@ -235,7 +235,9 @@ impl Raw {
     fn transferred(&mut self, op: &mut RawOp, data: &mut GuestIo, count: u64, io: &mut Io<'_>) -> Progress {
         match op.stage {
             Stage::Direct => {
-                let count = count.min(op.left);
+                if count >= op.left {
+                    return self.end(op, Ok(()));
+                }
                 if count == 0 {
                     return self.end(op, Err(short()));
                 }
