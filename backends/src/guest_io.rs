@@ -43,6 +43,28 @@ impl GuestIo {
         self.len += other.len;
     }
 
+    /// Has the CPU fetch what will be read first, while it does something else.
+    #[inline]
+    pub(crate) fn fetch_front(&self) {
+        #[cfg(target_arch = "x86_64")]
+        if let [piece, ..] = self.pieces() {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            // SAFETY: a hint, of an address that is mapped.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(piece.iov_base.cast()) };
+        }
+    }
+
+    /// Has the CPU fetch where the last byte will be written, while it does something else.
+    #[inline]
+    pub(crate) fn fetch_back(&self) {
+        #[cfg(target_arch = "x86_64")]
+        if let [.., piece] = self.pieces() {
+            use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
+            // SAFETY: a hint, of an address that is mapped: no piece is empty.
+            unsafe { _mm_prefetch::<_MM_HINT_ET0>(piece.iov_base.cast::<i8>().add(piece.iov_len - 1)) };
+        }
+    }
+
     /// Bytes left.
     #[must_use]
     pub fn len(&self) -> u64 {

@@ -115,6 +115,15 @@ pub struct Chain {
     pub unmapped: bool,
 }
 
+impl Chain {
+    /// Asks the CPU for what a device looks at first and writes last: where requests have their header and their status.
+    #[inline]
+    pub(crate) fn fetch(&self) {
+        self.readable.fetch_front();
+        self.writable.fetch_back();
+    }
+}
+
 /// A descriptor as it was when it was read.
 struct Descriptor {
     addr: u64,

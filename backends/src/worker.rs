@@ -80,12 +80,14 @@ pub struct Worker<H: Handler> {
     handler: H,
     slots: Vec<Slot<H::Request>>,
     free: Vec<u32>,
+    /// Taken in this turn and not begun.
+    taken: Vec<u32>,
 }
 
 impl<H: Handler> Worker<H> {
     /// A worker for the queue of `service`.
     pub(crate) fn new(service: Service, handler: H) -> Self {
-        Self { service, handler, slots: Vec::new(), free: Vec::new() }
+        Self { service, handler, slots: Vec::new(), free: Vec::new(), taken: Vec::new() }
     }
 
     fn in_flight(&self) -> usize {
@@ -137,6 +139,7 @@ impl<H: Handler> Task for Worker<H> {
         self.service.disable_kicks();
         let now = Instant::now();
         let room = self.handler.window().saturating_sub(self.in_flight());
+        // All are taken before the first is looked at: so what the driver has written comes from its CPU meanwhile.
         for _ in 0..H::BATCH.min(room) {
             let index = self.free_slot(now);
             let slot = &mut self.slots[index as usize];
@@ -145,10 +148,17 @@ impl<H: Handler> Task for Worker<H> {
                 break;
             }
             slot.seen = now;
+            slot.chain.fetch();
+            self.taken.push(index);
+        }
+        let mut taken = std::mem::take(&mut self.taken);
+        for index in taken.drain(..) {
+            let slot = &mut self.slots[index as usize];
             let mut io = Io::new(ring, Token { task: self.service.task(), slot: index });
             let step = self.handler.start(&mut slot.chain, &mut slot.request, &mut io);
             self.settle(index, step, now);
         }
+        self.taken = taken;
         true
     }
 
