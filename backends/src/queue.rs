@@ -272,6 +272,11 @@ impl Queue {
         taken.chain(self.replay.iter().rev().copied()).collect()
     }
 
+    /// The memory that it lies in, and its buffers.
+    pub(crate) fn memory(&self) -> &GuestMemory {
+        &self.mem
+    }
+
     /// The number of descriptors.
     #[must_use]
     pub fn size(&self) -> u16 {

@@ -25,7 +25,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::device::Suspended;
+use crate::device::{GuestMemory, Suspended};
 use crate::ring::{Ring, Token};
 use crate::service::Service;
 use crate::stats::QueueStats;
@@ -62,11 +62,13 @@ pub struct ReactorOptions {
     pub affinity: Vec<usize>,
     /// Longest time to poll before parking. Zero: never poll.
     pub poll: Duration,
+    /// Whether the kernel holds guest memory for I/O, all of which is allocated and locked by that (registered buffers).
+    pub hold_memory: bool,
 }
 
 impl Default for ReactorOptions {
     fn default() -> Self {
-        Self { count: 1, affinity: Vec::new(), poll: Duration::from_micros(50) }
+        Self { count: 1, affinity: Vec::new(), poll: Duration::from_micros(50), hold_memory: false }
     }
 }
 
@@ -145,9 +147,9 @@ impl Reactor {
         let (commands, inbox) = mpsc::unbounded_channel();
         let (ready, started) = reply::channel();
         let cpu = (!options.affinity.is_empty()).then(|| options.affinity[index % options.affinity.len()]);
-        let poll = options.poll;
+        let (poll, hold_memory) = (options.poll, options.hold_memory);
         let thread = std::thread::Builder::new().name(format!("io{index}")).stack_size(512 << 10).spawn(move || {
-            let core = match Core::new(cpu, poll) {
+            let core = match Core::new(cpu, poll, hold_memory) {
                 Ok(core) => core,
                 Err(e) => return drop(ready.send(Err(e))),
             };
@@ -242,6 +244,8 @@ struct Seat {
     task: Box<dyn Task>,
     kick: AsyncFd<Kick>,
     leaving: Option<reply::Sender<Left>>,
+    /// What the kernel holds for it.
+    memory: Option<GuestMemory>,
 }
 
 /// How long to wait before submissions that the kernel did not take are tried again.
@@ -253,16 +257,18 @@ struct Core {
     seats: Vec<Option<Seat>>,
     completions: Vec<(Token, i32)>,
     window: Window,
+    hold_memory: bool,
 }
 
 impl Core {
-    fn new(cpu: Option<usize>, poll: Duration) -> io::Result<Self> {
+    fn new(cpu: Option<usize>, poll: Duration, hold_memory: bool) -> io::Result<Self> {
         // Before this thread is bound: the guest may have other CPUs.
         let window = Window::new(poll);
         if let Some(cpu) = cpu {
             bind(cpu)?;
         }
-        Ok(Self { ring: Ring::new().map_err(explain_no_ring)?, seats: Vec::new(), completions: Vec::new(), window })
+        let ring = Ring::new().map_err(explain_no_ring)?;
+        Ok(Self { ring, seats: Vec::new(), completions: Vec::new(), window, hold_memory })
     }
 
     async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Command>) {
@@ -409,9 +415,10 @@ impl Core {
                         self.seats.push(None);
                         self.seats.len() - 1
                     });
-                    let task = build(index as u32);
+                    let mut task = build(index as u32);
                     task.files(&mut |file| self.ring.hold(file));
-                    self.seats[index] = Some(Seat { task, kick, leaving: None });
+                    let memory = self.hold_memory_of(task.service());
+                    self.seats[index] = Some(Seat { task, kick, leaving: None, memory });
                     index as u32
                 });
                 drop(reply.send(seat));
@@ -433,6 +440,20 @@ impl Core {
         }
     }
 
+    fn hold_memory_of(&mut self, service: &Service) -> Option<GuestMemory> {
+        if !self.hold_memory {
+            return None;
+        }
+        let memory = service.queue.memory();
+        if let Err(error) = self.ring.hold_memory(memory) {
+            self.hold_memory = false;
+            let advice = "it takes Linux 5.13 and as much memory that may be locked (ulimit -l, CAP_IPC_LOCK)";
+            tracing::warn!(queue = service.name(), %error, "the kernel does not hold guest memory for I/O; {advice}");
+            return None;
+        }
+        Some(Arc::clone(memory))
+    }
+
     /// Lets tasks go that were asked to and have nothing in flight. What they completed was published by `turn`.
     fn let_go(&mut self) {
         for place in &mut self.seats {
@@ -442,6 +463,9 @@ impl Core {
                 && let Some(mut seat) = place.take()
             {
                 seat.task.files(&mut |file| self.ring.release(file));
+                if let Some(memory) = &seat.memory {
+                    self.ring.release_memory(memory);
+                }
                 seat.task.give_back();
                 let service = seat.task.service();
                 service.publish();
@@ -596,8 +620,8 @@ mod tests {
         let cpus = rustix::thread::sched_getaffinity(None).unwrap();
         let cpu = (0..rustix::thread::CpuSet::MAX_CPU).find(|&cpu| cpus.is_set(cpu)).unwrap();
         // Bound on a thread of its own, which ends.
-        let bound = std::thread::spawn(move || Core::new(Some(cpu), MAX).unwrap().window.max).join().unwrap();
-        assert_eq!(bound, Core::new(None, MAX).unwrap().window.max);
+        let bound = std::thread::spawn(move || Core::new(Some(cpu), MAX, false).unwrap().window.max).join().unwrap();
+        assert_eq!(bound, Core::new(None, MAX, false).unwrap().window.max);
     }
 
     #[test]

@@ -9,12 +9,17 @@
 //! writes into memory.
 #![allow(unsafe_code, reason = "submission entries carry raw addresses; see the module's contract")]
 
+mod memory;
+
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::time::Duration;
 
 use io_uring::{IoUring, opcode, squeue, types};
+
+use self::memory::HeldMemory;
+use crate::device::GuestMemory;
 
 /// Submission entries of a ring. More than that wait in a queue of ours, which only costs speed.
 const ENTRIES: u32 = 1024;
@@ -56,6 +61,7 @@ pub struct Ring {
     held: Vec<Option<Held>>,
     /// Free places in the kernel's table of them; `None` if it has none.
     places: Option<Vec<u32>>,
+    memory: HeldMemory,
     /// What timeouts point to until they are submitted; a fixed length, so that it never moves.
     pause: Box<types::Timespec>,
 }
@@ -100,6 +106,7 @@ impl Ring {
                         staged: 0,
                         held: Vec::new(),
                         places: None,
+                        memory: HeldMemory::default(),
                         pause: Box::new(types::Timespec::new()),
                     });
                 }
@@ -153,6 +160,20 @@ impl Ring {
         }
     }
 
+    /// Has the kernel hold guest memory for operations to come, which saves it the pages' look-up each time. All of it is
+    /// allocated and locked by that. [`Self::release_memory`] must be called before it is unmapped.
+    ///
+    /// # Errors
+    /// When the kernel can't (before 5.13), or there is less memory than that, or less that may be locked.
+    pub fn hold_memory(&mut self, memory: &GuestMemory) -> io::Result<()> {
+        self.memory.hold(&self.ring.submitter(), memory)
+    }
+
+    /// The counterpart of [`Self::hold_memory`], where that has succeeded. Nothing with this memory may be in flight any more.
+    pub fn release_memory(&mut self, memory: &GuestMemory) {
+        self.memory.release(&self.ring.submitter(), memory);
+    }
+
     /// How an operation names a file, and the flag that goes with it.
     #[inline]
     fn name(&self, fd: BorrowedFd<'_>) -> (types::Fd, squeue::Flags) {
@@ -168,11 +189,7 @@ impl Ring {
     /// The pieces must stay mapped, and the list in place, until the completion for `token` was reaped or the ring dropped.
     pub unsafe fn read(&mut self, token: Token, fd: BorrowedFd<'_>, pieces: &[libc::iovec], offset: u64) {
         let (fd, flags) = self.name(fd);
-        let entry = if let [piece] = pieces {
-            opcode::Read::new(fd, piece.iov_base.cast(), one_piece(piece)).offset(offset).build()
-        } else {
-            opcode::Readv::new(fd, pieces.as_ptr(), pieces.len().min(MAX_PIECES) as u32).offset(offset).build()
-        };
+        let entry = self.entry_for_read(fd, pieces, offset, 0);
         self.push(token, entry.flags(flags));
     }
 
@@ -183,14 +200,21 @@ impl Ring {
     pub unsafe fn read_now(&mut self, token: Token, fd: BorrowedFd<'_>, pieces: &[libc::iovec]) {
         // O_NONBLOCK alone would not do: io_uring waits on behalf of such files.
         let (fd, flags) = self.name(fd);
-        let entry = if let [piece] = pieces {
-            let read = opcode::Read::new(fd, piece.iov_base.cast(), one_piece(piece));
-            read.offset(u64::MAX).rw_flags(libc::RWF_NOWAIT).build()
-        } else {
-            let read = opcode::Readv::new(fd, pieces.as_ptr(), pieces.len().min(MAX_PIECES) as u32);
-            read.offset(u64::MAX).rw_flags(libc::RWF_NOWAIT).build()
-        };
+        let entry = self.entry_for_read(fd, pieces, u64::MAX, libc::RWF_NOWAIT);
         self.push(token, entry.flags(flags));
+    }
+
+    #[inline]
+    fn entry_for_read(&self, fd: types::Fd, pieces: &[libc::iovec], offset: u64, flags: i32) -> squeue::Entry {
+        let [piece] = pieces else {
+            let count = pieces.len().min(MAX_PIECES) as u32;
+            return opcode::Readv::new(fd, pieces.as_ptr(), count).offset(offset).rw_flags(flags).build();
+        };
+        let (at, len) = (piece.iov_base.cast(), one_piece(piece));
+        match self.memory.place(piece) {
+            Some(place) => opcode::ReadFixed::new(fd, at, len, place).offset(offset).rw_flags(flags).build(),
+            None => opcode::Read::new(fd, at, len).offset(offset).rw_flags(flags).build(),
+        }
     }
 
     /// Writes the pieces at `offset`; with `durable`, the completion means that they are on stable storage.
@@ -208,12 +232,14 @@ impl Ring {
         let (fd, held) = self.name(fd);
         let flags = if durable { libc::RWF_DSYNC } else { 0 };
         let entry = if let [piece] = pieces {
-            opcode::Write::new(fd, piece.iov_base.cast(), one_piece(piece)).offset(offset).rw_flags(flags).build()
+            let (at, len) = (piece.iov_base.cast(), one_piece(piece));
+            match self.memory.place(piece) {
+                Some(place) => opcode::WriteFixed::new(fd, at, len, place).offset(offset).rw_flags(flags).build(),
+                None => opcode::Write::new(fd, at, len).offset(offset).rw_flags(flags).build(),
+            }
         } else {
-            opcode::Writev::new(fd, pieces.as_ptr(), pieces.len().min(MAX_PIECES) as u32)
-                .offset(offset)
-                .rw_flags(flags)
-                .build()
+            let count = pieces.len().min(MAX_PIECES) as u32;
+            opcode::Writev::new(fd, pieces.as_ptr(), count).offset(offset).rw_flags(flags).build()
         };
         self.push(token, entry.flags(held));
     }
@@ -250,12 +276,13 @@ impl Ring {
         self.push(CANCEL, entry);
     }
 
-    #[inline]
+    #[inline(always)]
     fn push(&mut self, token: Token, entry: squeue::Entry) {
         self.in_flight += 1;
         let entry = entry.user_data(token.pack());
         if !self.backlog.is_empty() || !self.stage(&entry) {
-            self.put_off(entry);
+            // A copy: what a call could change is put together in memory, and copied from there at once, which stalls.
+            self.put_off(entry.clone());
         }
     }
 
@@ -264,7 +291,7 @@ impl Ring {
         self.backlog.push_back(entry);
     }
 
-    #[inline]
+    #[inline(always)]
     fn stage(&mut self, entry: &squeue::Entry) -> bool {
         // SAFETY: what the entry points to is kept alive by the contract of the method that built it.
         let staged = unsafe { self.ring.submission().push(entry) }.is_ok();
@@ -379,6 +406,9 @@ impl Drop for Ring {
             // Now rather than when the kernel comes to it: whoever opens such a file next must not find it in use.
             _ = self.ring.submitter().unregister_files();
         }
+        if self.memory.has_table() {
+            _ = self.ring.submitter().unregister_buffers();
+        }
     }
 }
 
@@ -397,6 +427,8 @@ mod tests {
     use super::*;
     use std::io::Write;
     use std::os::fd::AsFd;
+    use std::sync::Arc;
+    use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
     fn reap_all(ring: &mut Ring) -> Vec<(Token, i32)> {
         let (mut all, mut batch) = (Vec::new(), Vec::new());
@@ -462,6 +494,65 @@ mod tests {
             assert_eq!(into, from);
             ring.release(file.as_fd());
         }
+    }
+
+    #[test]
+    fn memory_that_is_held_is_written_and_read_like_any_other_until_its_last_user_releases_it() {
+        let ranges = [(GuestAddress(0), 1 << 16), (GuestAddress(1 << 20), 1 << 16)];
+        let memory = Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap());
+        let file = tempfile::tempfile().unwrap();
+        let mut ring = Ring::new().unwrap();
+        ring.hold_memory(&memory).unwrap();
+        ring.hold_memory(&memory).unwrap();
+        for users in [2, 1, 0] {
+            // The last region first: a list of one would do for the other.
+            for base in [1 << 20, 0] {
+                let piece = |at: u64, len: usize| libc::iovec {
+                    iov_base: memory.get_host_address(GuestAddress(base + at)).unwrap().cast(),
+                    iov_len: len,
+                };
+                memory.write_slice(b"held", GuestAddress(base + 100)).unwrap();
+                memory.write_slice(&[0; 4], GuestAddress(base + 200)).unwrap();
+                assert_eq!(ring.memory.place(&piece(0, 1 << 16)).is_some(), users > 0);
+                assert_eq!(ring.memory.place(&piece(1, 1 << 16)), None, "not all of it is in the region");
+                // SAFETY: the memory outlives both operations, which have ended before the next begins.
+                unsafe { ring.write(Token { task: 0, slot: 0 }, file.as_fd(), &[piece(100, 4)], base, true) };
+                assert_eq!(reap_all(&mut ring), [(Token { task: 0, slot: 0 }, 4)]);
+                // SAFETY: as above.
+                unsafe { ring.read(Token { task: 0, slot: 1 }, file.as_fd(), &[piece(200, 4)], base) };
+                assert_eq!(reap_all(&mut ring), [(Token { task: 0, slot: 1 }, 4)]);
+                assert_eq!(memory.read_obj::<[u8; 4]>(GuestAddress(base + 200)).unwrap(), *b"held");
+            }
+            ring.release_memory(&memory);
+        }
+        ring.hold_memory(&memory).unwrap();
+        let elsewhere = [0; 4];
+        let outside = libc::iovec { iov_base: elsewhere.as_ptr().cast_mut().cast(), iov_len: 4 };
+        assert_eq!(ring.memory.place(&outside), None);
+    }
+
+    #[test]
+    fn memory_that_cannot_be_held_is_left_alone_and_what_was_held_before_stays() {
+        let sound = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 16)]).unwrap());
+        // The second region is longer than what is behind it, which the kernel finds when it comes to its second page.
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 16).unwrap();
+        let behind = Some(FileOffset::new(file.try_clone().unwrap(), 0));
+        let ranges = [(GuestAddress(0), 1 << 16, None), (GuestAddress(1 << 20), 1 << 16, behind)];
+        let cut = Arc::new(GuestMemoryMmap::from_ranges_with_files(ranges).unwrap());
+        file.set_len(4096).unwrap();
+        let first = |memory: &GuestMemory| libc::iovec {
+            iov_base: memory.get_host_address(GuestAddress(0)).unwrap().cast(),
+            iov_len: 4096,
+        };
+        let mut ring = Ring::new().unwrap();
+        ring.hold_memory(&sound).unwrap();
+        ring.hold_memory(&cut).unwrap_err();
+        assert_eq!(ring.memory.place(&first(&cut)), None);
+        assert!(ring.memory.place(&first(&sound)).is_some());
+        assert_eq!(ring.memory.free_places(), 1023);
+        ring.release_memory(&sound);
+        assert_eq!(ring.memory.free_places(), 1024);
     }
 
     #[test]

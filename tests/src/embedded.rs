@@ -52,8 +52,13 @@ pub fn kernel() -> &'static Path {
 
 /// The guest with its job and further options of `ringvm run`.
 pub fn guest(job: &str, options: &[&str]) -> RingVm {
+    guest_in("256M", job, options)
+}
+
+/// A guest as [`guest`], in memory as the option `--memory` has it.
+pub fn guest_in(memory: &str, job: &str, options: &[&str]) -> RingVm {
     let kernel = kernel().to_str().expect("a path of ours is text");
-    let fixed = ["run", "--kernel", kernel, "--cmdline", job, "--memory", "256M", "--serial", "stdio"];
+    let fixed = ["run", "--kernel", kernel, "--cmdline", job, "--memory", memory, "--serial", "stdio"];
     native::ringvm(fixed.iter().chain(options)).expect("the binary is built")
 }
 

@@ -129,6 +129,13 @@ enum Chunk {
     Stderr(Vec<u8>),
 }
 
+/// How much memory the kernel holds for a process's I/O, in KiB.
+pub fn pinned(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmPin:"));
+    line.and_then(|line| line.trim().strip_suffix(" kB")?.parse().ok()).unwrap_or(0)
+}
+
 /// Waits for a process that this one has started, other than `last`, and returns its number.
 pub fn child_after(pid: u32, last: u32, limit: Duration) -> Result<u32> {
     let deadline = Instant::now() + limit;

@@ -7,8 +7,8 @@ use std::io::Write;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use ringvm_tests::embedded::{self, disk, figure, guest, image, ready, succeed};
-use ringvm_tests::native::{LIMIT, Place};
+use ringvm_tests::embedded::{self, assert_success, disk, figure, guest, guest_in, image, ready, succeed};
+use ringvm_tests::native::{LIMIT, Place, children, pinned};
 use ringvm_tests::paths;
 use rustix::process::Signal;
 
@@ -63,6 +63,28 @@ fn two_disks_over_two_io_threads() {
         let (one, two) = (disk(&one, place, "queues=2"), disk(&two, place, "queues=1,direct=on"));
         let said = succeed(job, &["--disk", &one, "--disk", &two, "--io-threads", "2"]);
         assert_eq!(said.matches("result job=verify").count(), 2, "{said}");
+    });
+}
+
+#[test]
+fn memory_that_the_kernel_holds_serves_requests_like_any_other() {
+    everywhere(|place| {
+        for direct in ["off", "on"] {
+            let (one, two) = (image(64), image(64));
+            let job = "queues=2 depth=16 ops=2000 irq=1 job=verify job=reset rounds=5 job=verify disk=1";
+            let [one, two] = [&one, &two].map(|image| disk(image, place, &format!("queues=2,direct={direct}")));
+            let options = ["--io-threads", "2", "--disk", &one, "--disk", &two];
+            let mut running = guest_in("size=256M,prefault=on", job, &options).start().expect("it starts");
+            running.expect("ringvm-guest: start job=verify", LIMIT).expect("the guest comes up");
+            let pid = if place == Place::Daemon { children(running.pid())[0] } else { running.pid() };
+            let pinned = pinned(pid);
+            let ended = running.end(LIMIT).expect("it ends");
+            assert_success(&ended);
+            assert!(figure(&ended.stdout, "sectors_checked") > 0, "{}", ended.stdout);
+            // Whoever may lock no more goes on without, and says so.
+            let said = ended.stderr.contains("the kernel does not hold guest memory");
+            assert!(said || pinned >= 256 << 10, "{pinned} KiB are held; {}", ended.stderr);
+        }
     });
 }
 

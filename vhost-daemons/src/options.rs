@@ -36,6 +36,10 @@ pub struct ServeOptions {
     /// Longest time in microseconds that an I/O thread polls before it sleeps; 0 never polls
     #[arg(long, value_name = "MICROSECONDS")]
     pub poll_us: Option<u64>,
+    /// Have the kernel hold the clients' memory for I/O (registered buffers): all of it is allocated and locked by that, so
+    /// this is for memory that was allocated beforehand
+    #[arg(long)]
+    pub hold_memory: bool,
     /// Print the statistics of every device on standard error at exit (SIGUSR1 prints them at any time)
     #[arg(long)]
     pub stats: bool,
@@ -86,6 +90,7 @@ impl ServeOptions {
             count: self.io_threads.unwrap_or(queues.clamp(1, cpus)),
             affinity: self.io_affinity.clone(),
             poll: self.poll_us.map_or(default.poll, Duration::from_micros),
+            hold_memory: self.hold_memory,
         })
     }
 }

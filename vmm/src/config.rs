@@ -459,6 +459,7 @@ impl Config {
             count: self.io_threads.unwrap_or(self.queues_here().clamp(1, cpus)),
             affinity: self.io_affinity.clone(),
             poll: self.poll_us.map_or(default.poll, Duration::from_micros),
+            hold_memory: self.memory.prefault,
         }
     }
 }
