@@ -285,7 +285,7 @@ impl Core {
                     Err(mpsc::error::TryRecvError::Disconnected) => return,
                 }
             }
-            let worked = self.turn();
+            let worked = self.turn() | self.hold_more();
             self.let_go();
             if worked {
                 continue;
@@ -417,7 +417,8 @@ impl Core {
                     });
                     let mut task = build(index as u32);
                     task.files(&mut |file| self.ring.hold(file));
-                    let memory = self.hold_memory_of(task.service());
+                    let memory = self.hold_memory.then(|| Arc::clone(task.service().queue.memory()));
+                    memory.iter().for_each(|memory| self.ring.hold_memory(memory));
                     self.seats[index] = Some(Seat { task, kick, leaving: None, memory });
                     index as u32
                 });
@@ -440,18 +441,13 @@ impl Core {
         }
     }
 
-    fn hold_memory_of(&mut self, service: &Service) -> Option<GuestMemory> {
-        if !self.hold_memory {
-            return None;
-        }
-        let memory = service.queue.memory();
-        if let Err(error) = self.ring.hold_memory(memory) {
-            self.hold_memory = false;
+    /// Has the kernel hold some more of the guest memory that it is to hold. Returns whether there was any.
+    fn hold_more(&mut self) -> bool {
+        self.ring.hold_more().unwrap_or_else(|error| {
             let advice = "it takes Linux 5.13 and as much memory that may be locked (ulimit -l, CAP_IPC_LOCK)";
-            tracing::warn!(queue = service.name(), %error, "the kernel does not hold guest memory for I/O; {advice}");
-            return None;
-        }
-        Some(Arc::clone(memory))
+            tracing::warn!(%error, "the kernel does not hold all of the guest's memory for I/O; {advice}");
+            false
+        })
     }
 
     /// Lets tasks go that were asked to and have nothing in flight. What they completed was published by `turn`.

@@ -161,15 +161,21 @@ impl Ring {
     }
 
     /// Has the kernel hold guest memory for operations to come, which saves it the pages' look-up each time. All of it is
-    /// allocated and locked by that. [`Self::release_memory`] must be called before it is unmapped.
-    ///
-    /// # Errors
-    /// When the kernel can't (before 5.13), or there is less memory than that, or less that may be locked.
-    pub fn hold_memory(&mut self, memory: &GuestMemory) -> io::Result<()> {
-        self.memory.hold(&self.ring.submitter(), memory)
+    /// allocated and locked by that, at [`Self::hold_more`]. [`Self::release_memory`] must be called before it is unmapped.
+    pub fn hold_memory(&mut self, memory: &GuestMemory) {
+        self.memory.hold(memory);
     }
 
-    /// The counterpart of [`Self::hold_memory`], where that has succeeded. Nothing with this memory may be in flight any more.
+    /// Has the kernel hold the next piece of what is to be held, which may take it milliseconds. Returns whether there was one.
+    ///
+    /// # Errors
+    /// When the kernel can't (before 5.13), or there is less memory than that, or less that may be locked; what is not held
+    /// then is used like any other.
+    pub fn hold_more(&mut self) -> io::Result<bool> {
+        self.memory.hold_more(&self.ring.submitter())
+    }
+
+    /// The counterpart of [`Self::hold_memory`]. Nothing with this memory may be in flight any more.
     pub fn release_memory(&mut self, memory: &GuestMemory) {
         self.memory.release(&self.ring.submitter(), memory);
     }
@@ -496,36 +502,51 @@ mod tests {
         }
     }
 
+    fn hold_all(ring: &mut Ring) -> io::Result<usize> {
+        std::iter::repeat_with(|| ring.hold_more())
+            .take_while(|more| !matches!(more, Ok(false)))
+            .try_fold(0, |n, more| more.map(|_| n + 1))
+    }
+
     #[test]
     fn memory_that_is_held_is_written_and_read_like_any_other_until_its_last_user_releases_it() {
-        let ranges = [(GuestAddress(0), 1 << 16), (GuestAddress(1 << 20), 1 << 16)];
+        const LEN: u64 = 65 << 20;
+        const SECOND: u64 = 1 << 30;
+        let ranges = [(GuestAddress(0), LEN as usize), (GuestAddress(SECOND), LEN as usize)];
         let memory = Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap());
         let file = tempfile::tempfile().unwrap();
         let mut ring = Ring::new().unwrap();
-        ring.hold_memory(&memory).unwrap();
-        ring.hold_memory(&memory).unwrap();
-        for users in [2, 1, 0] {
-            // The last region first: a list of one would do for the other.
-            for base in [1 << 20, 0] {
-                let piece = |at: u64, len: usize| libc::iovec {
-                    iov_base: memory.get_host_address(GuestAddress(base + at)).unwrap().cast(),
-                    iov_len: len,
-                };
-                memory.write_slice(b"held", GuestAddress(base + 100)).unwrap();
-                memory.write_slice(&[0; 4], GuestAddress(base + 200)).unwrap();
-                assert_eq!(ring.memory.place(&piece(0, 1 << 16)).is_some(), users > 0);
-                assert_eq!(ring.memory.place(&piece(1, 1 << 16)), None, "not all of it is in the region");
-                // SAFETY: the memory outlives both operations, which have ended before the next begins.
-                unsafe { ring.write(Token { task: 0, slot: 0 }, file.as_fd(), &[piece(100, 4)], base, true) };
-                assert_eq!(reap_all(&mut ring), [(Token { task: 0, slot: 0 }, 4)]);
-                // SAFETY: as above.
-                unsafe { ring.read(Token { task: 0, slot: 1 }, file.as_fd(), &[piece(200, 4)], base) };
-                assert_eq!(reap_all(&mut ring), [(Token { task: 0, slot: 1 }, 4)]);
-                assert_eq!(memory.read_obj::<[u8; 4]>(GuestAddress(base + 200)).unwrap(), *b"held");
+        let mut pieces = 0;
+        for users in [0, 2, 1, 0] {
+            if users == 2 {
+                ring.hold_memory(&memory);
+                ring.hold_memory(&memory);
+                pieces = hold_all(&mut ring).unwrap();
             }
-            ring.release_memory(&memory);
+            for at in [100, (64 << 20) - 2, LEN - 4, SECOND + 100, SECOND + LEN - 4] {
+                let buffer = |at| libc::iovec {
+                    iov_base: memory.get_host_address(GuestAddress(at)).unwrap().cast(),
+                    iov_len: 4,
+                };
+                // Over the end of a piece, no place is named.
+                assert_eq!(ring.memory.place(&buffer(at)).is_some(), users > 0 && at != (64 << 20) - 2);
+                memory.write_slice(b"held", GuestAddress(at)).unwrap();
+                // SAFETY: the memory outlives both operations, which have ended before the next begins.
+                unsafe { ring.write(Token { task: 0, slot: 0 }, file.as_fd(), &[buffer(at)], at, true) };
+                assert_eq!(reap_all(&mut ring), [(Token { task: 0, slot: 0 }, 4)]);
+                memory.write_slice(&[0; 4], GuestAddress(at)).unwrap();
+                // SAFETY: as above.
+                unsafe { ring.read(Token { task: 0, slot: 1 }, file.as_fd(), &[buffer(at)], at) };
+                assert_eq!(reap_all(&mut ring), [(Token { task: 0, slot: 1 }, 4)]);
+                assert_eq!(memory.read_obj::<[u8; 4]>(GuestAddress(at)).unwrap(), *b"held");
+            }
+            if users > 0 {
+                ring.release_memory(&memory);
+            }
         }
-        ring.hold_memory(&memory).unwrap();
+        assert_eq!((pieces, ring.memory.free_places()), (4, 1 << 14));
+        ring.hold_memory(&memory);
+        hold_all(&mut ring).unwrap();
         let elsewhere = [0; 4];
         let outside = libc::iovec { iov_base: elsewhere.as_ptr().cast_mut().cast(), iov_len: 4 };
         assert_eq!(ring.memory.place(&outside), None);
@@ -534,25 +555,28 @@ mod tests {
     #[test]
     fn memory_that_cannot_be_held_is_left_alone_and_what_was_held_before_stays() {
         let sound = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 16)]).unwrap());
-        // The second region is longer than what is behind it, which the kernel finds when it comes to its second page.
+        // Longer than what is behind it, which the kernel finds when it comes to the second page.
         let file = tempfile::tempfile().unwrap();
         file.set_len(1 << 16).unwrap();
         let behind = Some(FileOffset::new(file.try_clone().unwrap(), 0));
-        let ranges = [(GuestAddress(0), 1 << 16, None), (GuestAddress(1 << 20), 1 << 16, behind)];
-        let cut = Arc::new(GuestMemoryMmap::from_ranges_with_files(ranges).unwrap());
+        let cut = Arc::new(GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0), 1 << 16, behind)]).unwrap());
         file.set_len(4096).unwrap();
         let first = |memory: &GuestMemory| libc::iovec {
             iov_base: memory.get_host_address(GuestAddress(0)).unwrap().cast(),
             iov_len: 4096,
         };
         let mut ring = Ring::new().unwrap();
-        ring.hold_memory(&sound).unwrap();
-        ring.hold_memory(&cut).unwrap_err();
+        ring.hold_memory(&sound);
+        assert_eq!(hold_all(&mut ring).unwrap(), 1);
+        ring.hold_memory(&cut);
+        hold_all(&mut ring).unwrap_err();
+        assert!(!ring.hold_more().unwrap(), "it is not tried for ever");
         assert_eq!(ring.memory.place(&first(&cut)), None);
         assert!(ring.memory.place(&first(&sound)).is_some());
-        assert_eq!(ring.memory.free_places(), 1023);
+        ring.release_memory(&cut);
+        assert_eq!(ring.memory.free_places(), (1 << 14) - 1);
         ring.release_memory(&sound);
-        assert_eq!(ring.memory.free_places(), 1024);
+        assert_eq!(ring.memory.free_places(), 1 << 14);
     }
 
     #[test]

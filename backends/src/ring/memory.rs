@@ -1,5 +1,7 @@
 //! Guest memory that the kernel holds for a ring (registered buffers): operations with it need not look its pages up and
 //! lock them, each for itself. All of it is allocated and locked by that, so it is for memory that was allocated anyway.
+//!
+//! A gibibyte takes the kernel some 30 ms, in pages of 4 KiB, so it is held piece by piece while requests are served.
 
 use std::io;
 
@@ -8,10 +10,10 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::device::GuestMemory;
 
-/// Longest piece that the kernel holds as one.
-const LONGEST: usize = 1 << 30;
-/// Pieces in the kernel's table, for a terabyte of memory.
-const PLACES: u16 = 1024;
+/// Bytes held at a time, of at most 1 GiB that the kernel takes.
+const PIECE: usize = 64 << 20;
+/// Places in the kernel's table, as many as it can have: a tebibyte.
+const PLACES: u16 = 1 << 14;
 
 /// What is held.
 #[derive(Default)]
@@ -19,32 +21,76 @@ pub(super) struct HeldMemory {
     regions: Vec<Region>,
     /// Free places in the kernel's table; `None` before there is one.
     free: Option<Vec<u16>>,
+    /// Whether some region is not all held yet.
+    wanting: bool,
 }
 
 /// A region of guest memory, at the same host address for everybody who uses it.
 struct Region {
     start: usize,
     len: usize,
-    /// Its places in the kernel's table, one for each [`LONGEST`] of it.
+    /// The places in the kernel's table of those of its pieces that are held, from its start on.
     places: Vec<u16>,
     users: u32,
 }
 
 impl HeldMemory {
-    /// Holds all regions, or none of those that were not held before.
-    pub(super) fn hold(&mut self, submitter: &Submitter<'_>, memory: &GuestMemory) -> io::Result<()> {
-        for (held, (start, len)) in regions(memory).enumerate() {
-            if let Err(error) = self.hold_region(submitter, start, len) {
-                regions(memory).take(held).for_each(|(start, _)| self.release_region(submitter, start));
-                return Err(error);
+    /// Takes note of all regions, for [`Self::hold_more`].
+    pub(super) fn hold(&mut self, memory: &GuestMemory) {
+        for (start, len) in regions(memory) {
+            match self.regions.iter_mut().find(|region| region.start == start) {
+                Some(region) => region.users += 1,
+                None => self.regions.push(Region { start, len, places: Vec::new(), users: 1 }),
             }
         }
-        Ok(())
+        self.wanting = true;
     }
 
-    /// The counterpart of [`Self::hold`], where that has succeeded.
+    /// Has the kernel hold the next piece. Returns whether there was one.
+    pub(super) fn hold_more(&mut self, submitter: &Submitter<'_>) -> io::Result<bool> {
+        if !self.wanting {
+            return Ok(false);
+        }
+        let next = self.regions.iter_mut().find(|region| region.held() < region.len);
+        let held = next.map_or(Ok(false), |region| {
+            let free = match &mut self.free {
+                Some(free) => free,
+                free => {
+                    submitter.register_buffers_sparse(u32::from(PLACES))?;
+                    free.insert((0..PLACES).rev().collect())
+                }
+            };
+            let Some(&place) = free.last() else { return Ok(false) };
+            let held = region.held();
+            let at = std::ptr::without_provenance_mut(region.start + held);
+            let piece = libc::iovec { iov_base: at, iov_len: PIECE.min(region.len - held) };
+            // SAFETY: the region is mapped until its last user has released it.
+            unsafe { submitter.register_buffers_update(u32::from(place), &[piece], None)? };
+            free.pop();
+            region.places.push(place);
+            Ok(true)
+        });
+        // What it has refused once is not tried again.
+        self.wanting = matches!(held, Ok(true));
+        held
+    }
+
+    /// The counterpart of [`Self::hold`].
     pub(super) fn release(&mut self, submitter: &Submitter<'_>, memory: &GuestMemory) {
-        regions(memory).for_each(|(start, _)| self.release_region(submitter, start));
+        for (start, _) in regions(memory) {
+            let Some(index) = self.regions.iter().position(|region| region.start == start) else { continue };
+            self.regions[index].users -= 1;
+            if self.regions[index].users > 0 {
+                continue;
+            }
+            for place in self.regions.swap_remove(index).places {
+                let nothing = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+                // SAFETY: nothing is held in place of the piece.
+                let emptied = unsafe { submitter.register_buffers_update(u32::from(place), &[nothing], None) };
+                debug_assert!(emptied.is_ok(), "{emptied:?}");
+                self.free.get_or_insert_default().push(place);
+            }
+        }
     }
 
     /// Whether there is a table in the kernel.
@@ -52,14 +98,14 @@ impl HeldMemory {
         self.free.is_some()
     }
 
-    /// The place in the kernel's table of what a piece lies in.
+    /// The place in the kernel's table of what a buffer lies in, if all of it is held as one.
     #[inline]
-    pub(super) fn place(&self, piece: &libc::iovec) -> Option<u16> {
+    pub(super) fn place(&self, buffer: &libc::iovec) -> Option<u16> {
         for region in &self.regions {
-            let offset = (piece.iov_base as usize).wrapping_sub(region.start);
+            let offset = (buffer.iov_base as usize).wrapping_sub(region.start);
             if offset < region.len {
-                let within = offset % LONGEST + piece.iov_len <= LONGEST && piece.iov_len <= region.len - offset;
-                return within.then(|| region.places[offset / LONGEST]);
+                let within = offset % PIECE + buffer.iov_len <= PIECE && buffer.iov_len <= region.len - offset;
+                return if within { region.places.get(offset / PIECE).copied() } else { None };
             }
         }
         None
@@ -67,58 +113,13 @@ impl HeldMemory {
 
     #[cfg(test)]
     pub(super) fn free_places(&self) -> usize {
-        self.free.as_ref().map_or(0, Vec::len)
-    }
-
-    fn hold_region(&mut self, submitter: &Submitter<'_>, start: usize, len: usize) -> io::Result<()> {
-        if let Some(region) = self.regions.iter_mut().find(|region| region.start == start) {
-            region.users += 1;
-            return Ok(());
-        }
-        if self.free.is_none() {
-            submitter.register_buffers_sparse(u32::from(PLACES))?;
-            self.free = Some((0..PLACES).rev().collect());
-        }
-        let free = self.free.get_or_insert_default();
-        let mut region = Region { start, len, places: Vec::new(), users: 1 };
-        for offset in (0..len).step_by(LONGEST) {
-            let piece = libc::iovec {
-                iov_base: std::ptr::without_provenance_mut(start + offset),
-                iov_len: LONGEST.min(len - offset),
-            };
-            let place = free.pop().ok_or(io::ErrorKind::QuotaExceeded);
-            let held = place.map_err(io::Error::from).and_then(|place| {
-                // SAFETY: the region is mapped until its last user has released it.
-                let updated = unsafe { submitter.register_buffers_update(u32::from(place), &[piece], None) };
-                region.places.push(place);
-                updated
-            });
-            if let Err(error) = held {
-                give_back(submitter, free, region);
-                return Err(error);
-            }
-        }
-        self.regions.push(region);
-        Ok(())
-    }
-
-    fn release_region(&mut self, submitter: &Submitter<'_>, start: usize) {
-        let Some(index) = self.regions.iter().position(|region| region.start == start) else { return };
-        self.regions[index].users -= 1;
-        if self.regions[index].users == 0 {
-            give_back(submitter, self.free.get_or_insert_default(), self.regions.swap_remove(index));
-        }
+        self.free.as_ref().map_or(usize::from(PLACES), Vec::len)
     }
 }
 
-/// Empties the places of a region.
-fn give_back(submitter: &Submitter<'_>, free: &mut Vec<u16>, region: Region) {
-    for place in region.places {
-        let nothing = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
-        // SAFETY: nothing is held.
-        let emptied = unsafe { submitter.register_buffers_update(u32::from(place), &[nothing], None) };
-        debug_assert!(emptied.is_ok(), "{emptied:?}");
-        free.push(place);
+impl Region {
+    fn held(&self) -> usize {
+        (self.places.len() * PIECE).min(self.len)
     }
 }
 
