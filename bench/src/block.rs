@@ -24,11 +24,14 @@ const WARM: Duration = Duration::from_millis(250);
 const QUEUE_SIZE: u16 = 256;
 /// The name of the reference in tables and reports.
 const PLAIN_RING: &str = "plain ring";
+const REGISTERED_RING: &str = "plain ring, registered";
 
 /// What takes part without a VM.
 #[derive(Clone, Copy)]
 enum Host {
     PlainRing,
+    /// The same with registered buffers.
+    RegisteredRing,
     Backend,
 }
 
@@ -36,6 +39,7 @@ impl fmt::Display for Host {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::PlainRing => PLAIN_RING,
+            Self::RegisteredRing => REGISTERED_RING,
             Self::Backend => backend::NAME,
         })
     }
@@ -77,6 +81,9 @@ fn points(options: &BlockOptions) -> Vec<BlockPoint> {
 
 fn contenders(options: &BlockOptions) -> Result<Vec<Contender<Host>>> {
     let mut contenders = vec![Contender::Host(Host::PlainRing)];
+    if options.others.prefault && options.storage == Storage::File {
+        contenders.push(Contender::Host(Host::RegisteredRing));
+    }
     if options.backend || host::kvm_trouble().is_some() {
         contenders.push(Contender::Host(Host::Backend));
     }
@@ -92,6 +99,7 @@ fn job(options: &BlockOptions, scratch: &Scratch) -> BlockJob {
         cpus: options.cpus,
         completions: if options.irq { "interrupts" } else { "polled" }.to_owned(),
         direct: options.direct,
+        prefault: options.others.prefault,
         storage: options.storage,
         runs: options.runs,
         time_ms: options.time.as_millis() as u64,
@@ -146,6 +154,7 @@ fn at(
         command_line: &line,
         cpus: options.cpus,
         memory,
+        prefault: options.others.prefault,
         disks: &disk,
         nics: &[],
     };
@@ -166,7 +175,8 @@ struct At<'a> {
 impl Measure<Host> for At<'_> {
     fn run(&mut self, contender: &Contender<Host>) -> Result<Sample> {
         match contender {
-            Contender::Host(Host::PlainRing) => self.plain_ring(),
+            Contender::Host(Host::PlainRing) => self.plain_ring(false),
+            Contender::Host(Host::RegisteredRing) => self.plain_ring(true),
             Contender::Host(Host::Backend) => backend::measure(self.options, self.point, self.scratch, WARM),
             Contender::Vmm(contestant) => {
                 let observed = self.observe(contestant, Look::Plain)?;
@@ -198,10 +208,11 @@ impl Measure<Host> for At<'_> {
 }
 
 impl At<'_> {
-    fn plain_ring(&self) -> Result<Sample> {
+    fn plain_ring(&self, registered: bool) -> Result<Sample> {
         limit::measure(&limit::Job {
             path: self.scratch.path.as_deref(),
             direct: self.options.direct,
+            registered,
             pattern: self.point.rw,
             bs: self.point.bs,
             size: self.scratch.size,

@@ -102,6 +102,10 @@ pub struct Others {
     /// qemu-storage-daemon, which serves its disk to ringvm. `found`: those of them that are on the PATH
     #[arg(long, value_name = "KIND=PATH|found", value_delimiter = ',', value_parser = Against::parse)]
     pub against: Vec<Against>,
+    /// Allocate the guest's memory before it starts, under those that can: all but Firecracker. The kernel holds such memory for
+    /// ringvm's I/O, and for that of a second plain ring (registered buffers)
+    #[arg(long)]
+    pub prefault: bool,
     /// Count system calls and exits per operation too, in one more run of each contestant: counting slows it. By the kernel's
     /// tracepoints, or where these are out of reach by strace
     #[arg(long, value_enum, value_name = "HOW", num_args = 0..=1, require_equals = true, default_missing_value = "auto")]

@@ -83,6 +83,9 @@ pub struct BlockJob {
     pub completions: String,
     /// O_DIRECT.
     pub direct: bool,
+    /// Whether guests' memory was allocated beforehand.
+    #[serde(default)]
+    pub prefault: bool,
     /// What held the bytes.
     pub storage: Storage,
     /// Runs of each contestant at each point.
@@ -529,6 +532,7 @@ pub(crate) mod tests {
             cpus: 1,
             completions: "polled".to_owned(),
             direct: false,
+            prefault: false,
             storage: Storage::File,
             runs: 3,
             time_ms: 1_000,

@@ -55,6 +55,7 @@ pub fn run(options: &IdleOptions) -> Result<()> {
         command_line: &command_line,
         cpus: options.cpus,
         memory: MEMORY,
+        prefault: options.others.prefault,
         disks: &disks,
         nics: &nics,
     };

@@ -33,6 +33,8 @@ pub struct Job<'a> {
     pub path: Option<&'a Path>,
     /// O_DIRECT.
     pub direct: bool,
+    /// With registered buffers.
+    pub registered: bool,
     /// Reads or writes.
     pub pattern: Pattern,
     /// Bytes per request.
@@ -110,10 +112,19 @@ impl<'a> Loop<'a> {
             |path: &Path| how.open(path).with_context(|| format!("opening {} for the plain ring", path.display()));
         let file = job.path.map(open).transpose()?;
         let depth = job.depth as usize;
+        let ring = ring(job.depth).context("making an io_uring for the plain ring (kernel.io_uring_disabled, a seccomp filter, or a kernel before 5.6)")?;
+        let len = depth * job.bs as usize;
+        let mut buffers = Buffers::new(len);
+        if job.registered {
+            let all = libc::iovec { iov_base: buffers.slot(0, len).cast(), iov_len: len };
+            // SAFETY: the buffers are dropped after the ring.
+            unsafe { ring.submitter().register_buffers(&[all]) }
+                .context("registering buffers with the plain ring (ulimit -l)")?;
+        }
         Ok(Self {
-            ring: ring(job.depth).context("making an io_uring for the plain ring (kernel.io_uring_disabled, a seccomp filter, or a kernel before 5.6)")?,
+            ring,
             file,
-            buffers: Buffers::new(depth * job.bs as usize),
+            buffers,
             rng: Rng::new(1),
             blocks: job.size / job.bs,
             next_block: 0,
@@ -177,6 +188,12 @@ impl<'a> Loop<'a> {
             let buffer = self.buffers.slot(slot as usize, bs);
             let offset = block * self.job.bs;
             let entry = match self.file.as_ref().map(|file| types::Fd(file.as_raw_fd())) {
+                Some(fd) if self.job.registered && read => {
+                    opcode::ReadFixed::new(fd, buffer, bs as u32, 0).offset(offset).build()
+                }
+                Some(fd) if self.job.registered => {
+                    opcode::WriteFixed::new(fd, buffer, bs as u32, 0).offset(offset).build()
+                }
                 Some(fd) if read => opcode::Read::new(fd, buffer, bs as u32).offset(offset).build(),
                 Some(fd) => opcode::Write::new(fd, buffer, bs as u32).offset(offset).build(),
                 None => opcode::Nop::new().build(),
@@ -259,21 +276,25 @@ mod tests {
 
     fn job(path: &Path, pattern: Pattern, direct: bool) -> Job<'_> {
         let (warm, time) = (Duration::from_millis(5), Duration::from_millis(50));
-        Job { path: Some(path), direct, pattern, bs: 4096, size: 1 << 20, depth: 8, warm, time }
+        Job { path: Some(path), direct, registered: false, pattern, bs: 4096, size: 1 << 20, depth: 8, warm, time }
     }
 
     #[test]
     fn reads_and_writes_are_counted_and_done() {
         let file = file(1 << 20);
-        for direct in [false, true] {
-            let sample = measure(&job(file.path(), Pattern::RandRead, direct)).unwrap();
+        for (direct, registered) in [(false, false), (true, false), (false, true), (true, true)] {
+            let job = Job { registered, ..job(file.path(), Pattern::RandRead, direct) };
+            let sample = measure(&job).unwrap();
             let latency = sample.latency.clone().unwrap();
             assert!(sample.ops > 0 && latency.p50 > Duration::ZERO && latency.p99 >= latency.p50, "{sample:?}");
             assert!(sample.time >= Duration::from_millis(50) && sample.cpu.unwrap() > Duration::ZERO, "{sample:?}");
         }
         assert!(std::fs::read(file.path()).unwrap().iter().all(|&byte| byte == 0xff));
-        measure(&job(file.path(), Pattern::Write, false)).unwrap();
-        assert!(std::fs::read(file.path()).unwrap().iter().any(|&byte| byte != 0xff));
+        for registered in [false, true] {
+            measure(&Job { registered, ..job(file.path(), Pattern::Write, false) }).unwrap();
+            assert!(std::fs::read(file.path()).unwrap().iter().any(|&byte| byte != 0xff));
+            std::fs::write(file.path(), vec![0xff; 1 << 20]).unwrap();
+        }
     }
 
     #[test]

@@ -119,6 +119,7 @@ pub fn run(options: &LinuxOptions, loads: Loads) -> Result<()> {
         command_line: COMMAND_LINE,
         cpus: options.cpus,
         memory: u32::try_from(options.memory >> 20).context("--memory is more than any VM has")?,
+        prefault: options.others.prefault,
         disks: &disks,
         nics: &nics,
     };

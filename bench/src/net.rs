@@ -170,6 +170,7 @@ fn at_flow(
         cpus: options.cpus,
         // Room for the longest frames in all buffers of both directions.
         memory: 192 + 64 * u32::from(options.pairs),
+        prefault: options.others.prefault,
         disks: &[],
         nics: &nics,
     };

@@ -323,6 +323,7 @@ mod tests {
         let others = Others {
             ringvm: Some(ringvm.clone()),
             against: vec![other("ringvm=/old/ringvm"), other("qemu-storage-daemon=/q")],
+            prefault: false,
             syscalls: None,
         };
         let mut contenders: Vec<Contender<&str>> = Vec::new();

@@ -223,6 +223,8 @@ pub struct Vm<'a> {
     pub cpus: u16,
     /// RAM in MiB.
     pub memory: u32,
+    /// Whether it is allocated beforehand, where the VMM can do that.
+    pub prefault: bool,
     /// Its disks.
     pub disks: &'a [Disk<'a>],
     /// Its NICs.
@@ -283,6 +285,7 @@ mod tests {
             command_line: "job=none depth=1",
             cpus: 2,
             memory: 256,
+            prefault: false,
             disks,
             nics,
         }
@@ -345,6 +348,19 @@ mod tests {
             let all = all.unwrap();
             assert_eq!(all.contains("/k/vmlinux"), kind.needs_elf(), "{kind:?}: {all}");
             assert_eq!(all.contains(END_BY_REBOOT), kind.needs_elf(), "{kind:?}: {all}");
+        }
+    }
+
+    #[test]
+    fn memory_is_allocated_beforehand_where_that_can_be_asked_for() {
+        let disk = Disk { path: Some(Path::new("/d/x.img")), ..NULL };
+        for prefault in [false, true] {
+            for (kind, all) in commands(&Vm { prefault, ..vm(&[disk], &[]) }) {
+                let all = all.unwrap();
+                let asked = all.contains("256M,prefault=on") || all.contains("-mem-prealloc");
+                let can = !matches!(kind, Kind::Firecracker | Kind::FirecrackerAsync);
+                assert_eq!(asked, prefault && can, "{kind:?}: {all}");
+            }
         }
     }
 

@@ -119,6 +119,7 @@ fn a_frame_every_ten_milliseconds_wakes_the_guest_each_time() {
         command_line: "job=net-rx irq=1 time=1000ms",
         cpus: 1,
         memory: 256,
+        prefault: false,
         disks: &[],
         nics: &[Nic { tap: "drip0", pairs: 1, queue_size: 256 }],
     };
@@ -169,6 +170,7 @@ fn a_frame_that_waits_for_the_one_before_it_is_echoed_by_interrupts() {
             command_line: &command_line,
             cpus,
             memory: 256,
+            prefault: false,
             disks: &[],
             nics: &[],
         };

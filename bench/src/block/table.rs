@@ -57,10 +57,11 @@ pub(crate) fn setting(job: &BlockJob) -> String {
         (Some(name), false) => format!("page-cached {name} of {} MiB", job.disk_bytes >> 20),
     };
     format!(
-        "{place}, {}, {}, {}; medians of {}",
+        "{place}, {}, {}, {}{}; medians of {}",
         plural(u32::from(job.queues), "queue"),
         plural(u32::from(job.cpus), "vCPU"),
         if job.completions == "polled" { "polling guest" } else { "interrupts" },
+        if job.prefault { ", memory prefaulted" } else { "" },
         plural(job.runs, "interleaved run")
     )
 }

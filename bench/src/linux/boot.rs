@@ -162,6 +162,7 @@ mod tests {
             command_line: "",
             cpus: 1,
             memory: 256,
+            prefault: false,
             disks: &[],
             nics: &[],
         };

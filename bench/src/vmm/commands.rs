@@ -17,6 +17,11 @@ fn on(flag: bool) -> &'static str {
     if flag { "on" } else { "off" }
 }
 
+/// The memory as ringvm and Cloud Hypervisor have it.
+fn memory(vm: &Vm<'_>) -> String {
+    format!("size={}M{}", vm.memory, if vm.prefault { ",prefault=on" } else { "" })
+}
+
 /// ringvm with its devices in `place`.
 pub(super) fn ringvm(vm: &Vm<'_>, place: &str) -> Vec<OsString> {
     let mut all = ringvm_alone(vm);
@@ -45,7 +50,7 @@ fn ringvm_alone(vm: &Vm<'_>) -> Vec<OsString> {
         "--cpus",
         &vm.cpus.to_string(),
         "--memory",
-        &format!("{}M", vm.memory),
+        &memory(vm),
         "--serial",
         "stdio",
     ]);
@@ -118,7 +123,7 @@ pub(super) fn cloud_hypervisor(vm: &Vm<'_>) -> Result<Vec<OsString>> {
         "--cpus",
         &format!("boot={}", vm.cpus),
         "--memory",
-        &format!("size={}M", vm.memory),
+        &memory(vm),
         "--serial",
         "tty",
         "--console",
@@ -216,6 +221,9 @@ pub(super) fn qemu(vm: &Vm<'_>, accelerator: &str, cpu: &str) -> Vec<OsString> {
     ]);
     if let Some(initramfs) = vm.initramfs {
         all.extend(words(["-initrd", &initramfs.to_string_lossy()]));
+    }
+    if vm.prefault {
+        all.push("-mem-prealloc".into());
     }
     for (index, disk) in vm.disks.iter().enumerate() {
         let (node, queues, size) = (qemu_node(disk, index), disk.queues, disk.queue_size);
