@@ -267,7 +267,9 @@ impl Plan {
         // The first is what the others are measured by, where it runs without a VM.
         document.series[first].reference = matches!(contenders[0], Contender::Host(_));
         for round in 1..=self.runs {
-            for (contender, series) in contenders.iter().zip(&mut document.series[first..]) {
+            // Another one begins each time: what a run leaves behind, dirty pages say, is not always the same one's to bear.
+            for index in turn(round, contenders.len()) {
+                let (contender, series) = (&contenders[index], &mut document.series[first + index]);
                 self.progress.set_message(format!("{label}, run {round} of {}: {}", self.runs, series.name));
                 let sample = measure.run(contender);
                 series.add(&sample.with_context(|| format!("measuring {} at {label}", series.name))?);
@@ -287,6 +289,11 @@ impl Plan {
         }
         Ok(())
     }
+}
+
+/// The order of a round.
+fn turn(round: u32, contenders: usize) -> impl Iterator<Item = usize> {
+    (0..contenders).cycle().skip((round as usize - 1) % contenders.max(1)).take(contenders)
 }
 
 /// The document that a measurement begins with.
@@ -312,6 +319,12 @@ fn progress(steps: u64) -> ProgressBar {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn everybody_has_a_run_in_each_round_and_begins_one() {
+        let rounds: Vec<Vec<_>> = (1..=4).map(|round| turn(round, 3).collect()).collect();
+        assert_eq!(rounds, [[0, 1, 2], [1, 2, 0], [2, 0, 1], [0, 1, 2]]);
+    }
 
     #[test]
     fn two_of_a_kind_have_different_names() {
