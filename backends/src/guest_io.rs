@@ -169,28 +169,37 @@ impl GuestIo {
     /// Copies exactly `N` bytes from the front and consumes them, or returns `None` and consumes nothing.
     #[inline(always)]
     pub fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
-        if let [piece, ..] = &mut self.iov[self.first..]
-            && piece.iov_len >= N
-        {
-            // SAFETY: the piece is mapped, and has as many bytes.
-            let bytes = unsafe { read_once(piece.iov_base.cast()) };
-            // SAFETY: at most the end of the piece.
-            piece.iov_base = unsafe { piece.iov_base.add(N) };
-            piece.iov_len -= N;
-            self.first += usize::from(piece.iov_len == 0);
-            self.len -= N as u64;
-            return Some(bytes);
+        let bytes = self.peek()?;
+        match &mut self.iov[self.first..] {
+            [piece, ..] if piece.iov_len > N => {
+                // SAFETY: the piece goes on behind these bytes.
+                piece.iov_base = unsafe { piece.iov_base.add(N) };
+                piece.iov_len -= N;
+                self.len -= N as u64;
+            }
+            [piece, ..] if piece.iov_len == N => {
+                self.first += 1;
+                self.len -= N as u64;
+            }
+            _ => self.advance(N as u64),
         }
-        self.take_from_several()
+        Some(bytes)
     }
 
-    fn take_from_several<const N: usize>(&mut self) -> Option<[u8; N]> {
-        let mut bytes = [0; N];
-        if self.copy_to(&mut bytes) < N {
-            return None;
+    /// Copies exactly `N` bytes from the front, or returns `None` if there are fewer.
+    #[inline(always)]
+    pub fn peek<const N: usize>(&self) -> Option<[u8; N]> {
+        match self.pieces() {
+            // SAFETY: the piece is mapped, and has as many bytes.
+            [piece, ..] if piece.iov_len >= N => Some(unsafe { read_once(piece.iov_base.cast()) }),
+            _ => self.peek_at_several(),
         }
-        self.advance(N as u64);
-        Some(bytes)
+    }
+
+    #[cold]
+    fn peek_at_several<const N: usize>(&self) -> Option<[u8; N]> {
+        let mut bytes = [0; N];
+        (self.copy_to(&mut bytes) == N).then_some(bytes)
     }
 }
 
@@ -213,12 +222,17 @@ impl GuestByte {
 /// `from` must be mapped for `N` bytes.
 #[inline(always)]
 pub(crate) unsafe fn read_once<const N: usize>(from: *const u8) -> [u8; N] {
-    const WORD: usize = size_of::<u64>();
     let mut bytes = [0; N];
-    if N.is_multiple_of(WORD) && from.cast::<u64>().is_aligned() {
-        for (index, word) in bytes.chunks_exact_mut(WORD).enumerate() {
+    if N.is_multiple_of(8) && from.cast::<u64>().is_aligned() {
+        for (index, word) in bytes.chunks_exact_mut(8).enumerate() {
             // SAFETY: promised by the caller, and aligned.
             let value = unsafe { from.cast::<u64>().add(index).read_volatile() };
+            word.copy_from_slice(&value.to_ne_bytes());
+        }
+    } else if N % 8 == 4 && from.cast::<u32>().is_aligned() {
+        for (index, word) in bytes.chunks_exact_mut(4).enumerate() {
+            // SAFETY: as above.
+            let value = unsafe { from.cast::<u32>().add(index).read_volatile() };
             word.copy_from_slice(&value.to_ne_bytes());
         }
     } else {
@@ -272,9 +286,10 @@ mod tests {
                 let mut buffers = [whole[start..start + cut].to_vec(), whole[start + cut..].to_vec()];
                 let mut moved = whole.clone();
                 for mut io in [over(&mut buffers), over(&mut [moved.split_off(start)])] {
-                    let bytes: Vec<u8> = [io.take::<16>().unwrap(), io.take::<16>().unwrap()].concat();
-                    assert_eq!(bytes, whole[start..start + 32]);
-                    assert_eq!(io.len(), (64 - start - 32) as u64);
+                    assert_eq!(io.peek::<12>().unwrap()[..], whole[start..start + 12]);
+                    let (sixteen, twelve) = (io.take::<16>().unwrap(), io.take::<12>().unwrap());
+                    assert_eq!([&sixteen[..], &twelve].concat(), whole[start..start + 28]);
+                    assert_eq!(io.len(), (64 - start - 28) as u64);
                 }
             }
         }

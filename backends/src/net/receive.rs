@@ -56,10 +56,9 @@ impl Source for ReceiveSource {
     }
 
     fn received(&mut self, room: &GuestIo, len: u64, chains: u16) -> Verdict {
-        let mut header = [0; HEADER_LEN];
-        if len < HEADER_LEN as u64 + MIN_FRAME || room.copy_to(&mut header) < HEADER_LEN {
+        let Some(header) = room.peek::<HEADER_LEN>().filter(|_| len >= HEADER_LEN as u64 + MIN_FRAME) else {
             return Verdict::Drop(SHORT);
-        }
+        };
         if len >= room.len() && room.len() < self.frame_len {
             // It filled the room that there was: the rest of it is lost.
             return Verdict::Drop(OVERSIZED);

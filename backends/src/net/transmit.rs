@@ -70,13 +70,12 @@ impl Handler for TransmitHandler {
     const BATCH: usize = 64;
 
     fn start(&mut self, chain: &mut Chain, request: &mut Transmit, io: &mut Io<'_>) -> Step {
-        let mut header = [0; HEADER_LEN];
-        let whole = !chain.unmapped && chain.readable.copy_to(&mut header) == HEADER_LEN;
+        let header = chain.readable.peek::<HEADER_LEN>().filter(|_| !chain.unmapped);
         let len = chain.readable.len().saturating_sub(HEADER_LEN as u64);
         let fits = (MIN_FRAME..=MAX_FRAME).contains(&len) && chain.readable.pieces().len() < MAX_PIECES;
-        if !(whole && fits && is_sound(&header, len, self.agreed)) {
+        let Some(header) = header.filter(|header| fits && is_sound(header, len, self.agreed)) else {
             return done(Op::Malformed, 0);
-        }
+        };
         request.waiting = false;
         request.pieces.clear();
         if chain.readable.pieces().len() > 1 {
