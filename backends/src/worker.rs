@@ -139,7 +139,8 @@ impl<H: Handler> Task for Worker<H> {
         self.service.disable_kicks();
         let now = Instant::now();
         let room = self.handler.window().saturating_sub(self.in_flight());
-        // All are taken before the first is looked at: so what the driver has written comes from its CPU meanwhile.
+        // All are taken before the first is looked at: so what the driver has written comes from its CPU meanwhile. If one of
+        // them breaks the queue, those taken with it end as all that is in flight does.
         for _ in 0..H::BATCH.min(room) {
             let index = self.free_slot(now);
             let slot = &mut self.slots[index as usize];

@@ -330,6 +330,34 @@ fn pitfalls_5_and_6_what_can_not_be_answered_needs_a_reset_and_spares_other_queu
 }
 
 #[test]
+fn what_is_taken_together_with_a_request_that_breaks_the_queue_ends_as_what_is_in_flight_does() {
+    let mut rig = Rig::new(8, |_| ());
+    rig.fill(7, 512);
+    for (slot, sector) in [(0, 0), (1, 1), (2, 2)] {
+        let at = HEADERS + slot * 64;
+        rig.write_header(at, T_OUT, sector);
+        let chain = [
+            Buffer { addr: at, len: 16, writable: false },
+            Buffer { addr: DATA, len: 512, writable: false },
+            Buffer { addr: at + 16, len: 1, writable: true },
+        ];
+        // The second has no room for a status.
+        rig.queues[0].driver.add(if slot == 1 { &chain[..2] } else { &chain }).unwrap();
+    }
+    rig.kick(0);
+    rig.wait_for_fault(1);
+    let ends = [rig.next_used(0), rig.next_used(0)];
+    assert_eq!((ends.map(|end| end.1), rig.status(HEADERS), rig.status(HEADERS + 128)), ([1, 1], OK, OK));
+    rig.device.reset();
+    assert_eq!(rig.faults.load(Ordering::SeqCst), 1, "raised once");
+    let contents = rig.contents();
+    assert!([0, 2].iter().all(|sector| contents[sector * 512..][..512] == [7; 512]), "both writes were done");
+    assert!(contents[512..1024] != [7; 512], "what broke it was not");
+    rig.start(u64::MAX);
+    assert_eq!(rig.request(T_IN, 0, 512), (OK, 513), "a reset brings the device back");
+}
+
+#[test]
 fn pitfall_4_a_driver_that_refills_does_not_starve_another_queue() {
     let options = |options: &mut BlockOptions| {
         (options.storage, options.path, options.size) = (StorageKind::Null, None, Some(1 << 20));
