@@ -258,6 +258,10 @@ struct Core {
     completions: Vec<(Token, i32)>,
     window: Window,
     hold_memory: bool,
+    /// When the next piece of memory may be held if queues are busy.
+    hold_next: Instant,
+    /// Whether it was said that some is not held.
+    hold_refused: bool,
 }
 
 impl Core {
@@ -268,7 +272,8 @@ impl Core {
             bind(cpu)?;
         }
         let ring = Ring::new().map_err(explain_no_ring)?;
-        Ok(Self { ring, seats: Vec::new(), completions: Vec::new(), window, hold_memory })
+        let (hold_next, hold_refused) = (Instant::now(), false);
+        Ok(Self { ring, seats: Vec::new(), completions: Vec::new(), window, hold_memory, hold_next, hold_refused })
     }
 
     async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Command>) {
@@ -285,8 +290,9 @@ impl Core {
                     Err(mpsc::error::TryRecvError::Disconnected) => return,
                 }
             }
-            let worked = self.turn() | self.hold_more();
+            let mut worked = self.turn();
             self.let_go();
+            worked |= self.hold_more(worked);
             if worked {
                 continue;
             }
@@ -416,8 +422,13 @@ impl Core {
                         self.seats.len() - 1
                     });
                     let mut task = build(index as u32);
-                    task.files(&mut |file| self.ring.hold(file));
-                    let memory = self.hold_memory.then(|| Arc::clone(task.service().queue.memory()));
+                    let mut names_files = false;
+                    task.files(&mut |file| {
+                        self.ring.hold(file);
+                        names_files = true;
+                    });
+                    let holds = self.hold_memory && names_files;
+                    let memory = holds.then(|| Arc::clone(task.service().queue.memory()));
                     memory.iter().for_each(|memory| self.ring.hold_memory(memory));
                     self.seats[index] = Some(Seat { task, kick, leaving: None, memory });
                     index as u32
@@ -441,13 +452,27 @@ impl Core {
         }
     }
 
-    /// Has the kernel hold some more of the guest memory that it is to hold. Returns whether there was any.
-    fn hold_more(&mut self) -> bool {
-        self.ring.hold_more().unwrap_or_else(|error| {
-            let advice = "it takes Linux 5.13 and as much memory that may be locked (ulimit -l, CAP_IPC_LOCK)";
-            tracing::warn!(%error, "the kernel does not hold all of the guest's memory for I/O; {advice}");
-            false
-        })
+    /// Has the kernel hold some more of the guest memory that it is to hold, where queues are busy for a tenth of the time.
+    /// Returns whether there was any.
+    fn hold_more(&mut self, busy: bool) -> bool {
+        if !self.ring.wants_memory() {
+            return false;
+        }
+        let start = Instant::now();
+        if busy && start < self.hold_next {
+            return false;
+        }
+        let held = self.ring.hold_more().unwrap_or_else(|error| {
+            // A guest can have this tried again and again, by resets.
+            if !std::mem::replace(&mut self.hold_refused, true) {
+                let advice =
+                    "unless it is a file's, more memory must be allowed to be locked (ulimit -l, CAP_IPC_LOCK)";
+                tracing::warn!(%error, "the kernel does not hold all of the guest's memory for I/O; {advice}");
+            }
+            true
+        });
+        self.hold_next = start + start.elapsed() * 10;
+        held
     }
 
     /// Lets tasks go that were asked to and have nothing in flight. What they completed was published by `turn`.
@@ -459,14 +484,15 @@ impl Core {
                 && let Some(mut seat) = place.take()
             {
                 seat.task.files(&mut |file| self.ring.release(file));
-                if let Some(memory) = &seat.memory {
-                    self.ring.release_memory(memory);
-                }
                 seat.task.give_back();
                 let service = seat.task.service();
                 service.publish();
                 if let Some(reply) = seat.leaving.take() {
                     drop(reply.send(Left { queue: service.end(), stats: service.stats.clone() }));
+                }
+                // Last: whoever waits for the queue need not wait for this, and until then `seat` has it mapped.
+                if let Some(memory) = &seat.memory {
+                    self.ring.release_memory(memory);
                 }
             }
         }

@@ -166,11 +166,17 @@ impl Ring {
         self.memory.hold(memory);
     }
 
+    /// Whether there is guest memory that is to be held and is not.
+    #[must_use]
+    pub fn wants_memory(&self) -> bool {
+        self.memory.is_wanting()
+    }
+
     /// Has the kernel hold the next piece of what is to be held, which may take it milliseconds. Returns whether there was one.
     ///
     /// # Errors
-    /// When the kernel can't (before 5.13), or there is less memory than that, or less that may be locked; what is not held
-    /// then is used like any other.
+    /// When the kernel can't (before 5.19), or may lock no more memory, or has this from a file that it locks nothing of. It is
+    /// used like any other then, and not tried again.
     pub fn hold_more(&mut self) -> io::Result<bool> {
         self.memory.hold_more(&self.ring.submitter())
     }
@@ -287,7 +293,7 @@ impl Ring {
         self.in_flight += 1;
         let entry = entry.user_data(token.pack());
         if !self.backlog.is_empty() || !self.stage(&entry) {
-            // A copy: what a call could change is put together in memory, and copied from there at once, which stalls.
+            // A clone: `entry` never has its address taken then, and is written straight into the queue.
             self.put_off(entry.clone());
         }
     }
@@ -430,6 +436,7 @@ fn one_piece(piece: &libc::iovec) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use super::memory::PIECE;
     use super::*;
     use std::io::Write;
     use std::os::fd::AsFd;
@@ -510,7 +517,8 @@ mod tests {
 
     #[test]
     fn memory_that_is_held_is_written_and_read_like_any_other_until_its_last_user_releases_it() {
-        const LEN: u64 = 65 << 20;
+        const LEN: u64 = PIECE as u64 + (1 << 16);
+        const END: u64 = PIECE as u64 - 2;
         const SECOND: u64 = 1 << 30;
         let ranges = [(GuestAddress(0), LEN as usize), (GuestAddress(SECOND), LEN as usize)];
         let memory = Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap());
@@ -523,13 +531,13 @@ mod tests {
                 ring.hold_memory(&memory);
                 pieces = hold_all(&mut ring).unwrap();
             }
-            for at in [100, (64 << 20) - 2, LEN - 4, SECOND + 100, SECOND + LEN - 4] {
+            for at in [100, END, LEN - 4, SECOND + 100, SECOND + LEN - 4] {
                 let buffer = |at| libc::iovec {
                     iov_base: memory.get_host_address(GuestAddress(at)).unwrap().cast(),
                     iov_len: 4,
                 };
                 // Over the end of a piece, no place is named.
-                assert_eq!(ring.memory.place(&buffer(at)).is_some(), users > 0 && at != (64 << 20) - 2);
+                assert_eq!(ring.memory.place(&buffer(at)).is_some(), users > 0 && at != END);
                 memory.write_slice(b"held", GuestAddress(at)).unwrap();
                 // SAFETY: the memory outlives both operations, which have ended before the next begins.
                 unsafe { ring.write(Token { task: 0, slot: 0 }, file.as_fd(), &[buffer(at)], at, true) };
@@ -554,29 +562,36 @@ mod tests {
 
     #[test]
     fn memory_that_cannot_be_held_is_left_alone_and_what_was_held_before_stays() {
-        let sound = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 16)]).unwrap());
-        // Longer than what is behind it, which the kernel finds when it comes to the second page.
-        let file = tempfile::tempfile().unwrap();
+        let memory = || Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 16)]).unwrap());
+        let (before, behind) = (memory(), memory());
+        // Longer than what is in it, which the kernel finds when it comes to the second page.
+        let file = rustix::fs::memfd_create("cut", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let file = std::fs::File::from(file);
         file.set_len(1 << 16).unwrap();
-        let behind = Some(FileOffset::new(file.try_clone().unwrap(), 0));
-        let cut = Arc::new(GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0), 1 << 16, behind)]).unwrap());
-        file.set_len(4096).unwrap();
-        let first = |memory: &GuestMemory| libc::iovec {
-            iov_base: memory.get_host_address(GuestAddress(0)).unwrap().cast(),
-            iov_len: 4096,
+        let offset = Some(FileOffset::new(file.try_clone().unwrap(), 0));
+        let cut = Arc::new(GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0), 1 << 16, offset)]).unwrap());
+        let place = |ring: &Ring, memory: &GuestMemory| {
+            let at = memory.get_host_address(GuestAddress(0)).unwrap().cast();
+            ring.memory.place(&libc::iovec { iov_base: at, iov_len: 4096 })
         };
         let mut ring = Ring::new().unwrap();
-        ring.hold_memory(&sound);
+        ring.hold_memory(&cut);
+        assert_eq!(hold_all(&mut ring).unwrap(), 1, "as long as it is whole it can be held");
+        ring.release_memory(&cut);
+        file.set_len(4096).unwrap();
+        ring.hold_memory(&before);
         assert_eq!(hold_all(&mut ring).unwrap(), 1);
         ring.hold_memory(&cut);
+        ring.hold_memory(&behind);
         hold_all(&mut ring).unwrap_err();
-        assert!(!ring.hold_more().unwrap(), "it is not tried for ever");
-        assert_eq!(ring.memory.place(&first(&cut)), None);
-        assert!(ring.memory.place(&first(&sound)).is_some());
-        ring.release_memory(&cut);
-        assert_eq!(ring.memory.free_places(), (1 << 14) - 1);
-        ring.release_memory(&sound);
-        assert_eq!(ring.memory.free_places(), 1 << 14);
+        assert_eq!(hold_all(&mut ring).unwrap(), 1, "what comes behind it is held, and it is not tried again");
+        assert!(!ring.wants_memory());
+        assert_eq!(place(&ring, &cut), None);
+        assert!(place(&ring, &before).is_some() && place(&ring, &behind).is_some());
+        for (memory, held) in [(&cut, 2), (&before, 1), (&behind, 0)] {
+            ring.release_memory(memory);
+            assert_eq!(ring.memory.free_places(), (1 << 14) - held);
+        }
     }
 
     #[test]

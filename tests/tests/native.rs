@@ -78,10 +78,10 @@ fn memory_that_the_kernel_holds_serves_requests_like_any_other() {
             let mut running = guest_in("size=256M,prefault=on", job, &options).start().expect("it starts");
             running.expect("ringvm-guest: start job=verify", LIMIT).expect("the guest comes up");
             let pid = if place == Place::Daemon { children(running.pid())[0] } else { running.pid() };
-            // It is held piece by piece, while the guest works.
+            // It is held piece by piece, while the guest works, for each thread.
             let held = (0..100).any(|_| {
                 sleep(Duration::from_millis(10));
-                pinned(pid) >= 256 << 10
+                pinned(pid) >= 512 << 10
             });
             let ended = running.end(LIMIT).expect("it ends");
             assert_success(&ended);

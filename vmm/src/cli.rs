@@ -115,7 +115,8 @@ pub struct RunArgs {
     /// Number of vCPUs [default: 1]
     #[arg(long, value_name = "N", help_heading = "Machine")]
     pub cpus: Option<u32>,
-    /// Guest memory: SIZE or size=SIZE,hugepages=2M|1G,prefault=on,ksm=on [default: 512M]
+    /// Guest memory: SIZE or size=SIZE,hugepages=2M|1G,prefault=on,ksm=on [default: 512M]. Prefaulted, and
+    /// not with ksm=on, it is also held by the kernel for I/O, which is faster
     #[arg(long, value_name = "OPTIONS", help_heading = "Machine")]
     pub memory: Option<String>,
     /// Serial port: stdio, file=PATH or null [default: stdio]

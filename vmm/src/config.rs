@@ -459,7 +459,8 @@ impl Config {
             count: self.io_threads.unwrap_or(self.queues_here().clamp(1, cpus)),
             affinity: self.io_affinity.clone(),
             poll: self.poll_us.map_or(default.poll, Duration::from_micros),
-            hold_memory: self.memory.prefault,
+            // Pages that are held can't be merged.
+            hold_memory: self.memory.prefault && !self.memory.ksm,
         }
     }
 }

@@ -10,8 +10,8 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::device::GuestMemory;
 
-/// Bytes held at a time, of at most 1 GiB that the kernel takes.
-const PIECE: usize = 64 << 20;
+/// Bytes held at a time, of at most 1 GiB that the kernel takes. Tests may not lock much.
+pub(super) const PIECE: usize = if cfg!(test) { 1 << 20 } else { 64 << 20 };
 /// Places in the kernel's table, as many as it can have: a tebibyte.
 const PLACES: u16 = 1 << 14;
 
@@ -32,53 +32,61 @@ struct Region {
     /// The places in the kernel's table of those of its pieces that are held, from its start on.
     places: Vec<u16>,
     users: u32,
+    /// The kernel would hold no more of it.
+    refused: bool,
 }
 
 impl HeldMemory {
     /// Takes note of all regions, for [`Self::hold_more`].
     pub(super) fn hold(&mut self, memory: &GuestMemory) {
         for (start, len) in regions(memory) {
-            match self.regions.iter_mut().find(|region| region.start == start) {
+            match self.regions.iter_mut().find(|region| (region.start, region.len) == (start, len)) {
                 Some(region) => region.users += 1,
-                None => self.regions.push(Region { start, len, places: Vec::new(), users: 1 }),
+                None => {
+                    self.regions.push(Region { start, len, places: Vec::new(), users: 1, refused: false });
+                    self.wanting = true;
+                }
             }
         }
-        self.wanting = true;
+    }
+
+    /// Whether there is more to hold.
+    pub(super) fn is_wanting(&self) -> bool {
+        self.wanting
     }
 
     /// Has the kernel hold the next piece. Returns whether there was one.
     pub(super) fn hold_more(&mut self, submitter: &Submitter<'_>) -> io::Result<bool> {
-        if !self.wanting {
+        let Some(region) = self.regions.iter_mut().find(|region| region.is_wanting()) else {
+            self.wanting = false;
             return Ok(false);
-        }
-        let next = self.regions.iter_mut().find(|region| region.held() < region.len);
-        let held = next.map_or(Ok(false), |region| {
-            let free = match &mut self.free {
-                Some(free) => free,
-                free => {
-                    submitter.register_buffers_sparse(u32::from(PLACES))?;
-                    free.insert((0..PLACES).rev().collect())
-                }
-            };
-            let Some(&place) = free.last() else { return Ok(false) };
-            let held = region.held();
-            let at = std::ptr::without_provenance_mut(region.start + held);
-            let piece = libc::iovec { iov_base: at, iov_len: PIECE.min(region.len - held) };
-            // SAFETY: the region is mapped until its last user has released it.
-            unsafe { submitter.register_buffers_update(u32::from(place), &[piece], None)? };
-            free.pop();
-            region.places.push(place);
-            Ok(true)
-        });
-        // What it has refused once is not tried again.
-        self.wanting = matches!(held, Ok(true));
-        held
+        };
+        // Until it has succeeded: what is refused once is not tried again.
+        region.refused = true;
+        let free = match &mut self.free {
+            Some(free) => free,
+            free => {
+                submitter.register_buffers_sparse(u32::from(PLACES))?;
+                free.insert((0..PLACES).rev().collect())
+            }
+        };
+        let &place = free.last().ok_or(io::ErrorKind::QuotaExceeded)?;
+        let held = region.held();
+        let at = std::ptr::without_provenance_mut(region.start + held);
+        let piece = libc::iovec { iov_base: at, iov_len: PIECE.min(region.len - held) };
+        // SAFETY: the region is mapped until its last user has released it.
+        unsafe { submitter.register_buffers_update(u32::from(place), &[piece], None)? };
+        free.pop();
+        region.places.push(place);
+        region.refused = false;
+        Ok(true)
     }
 
     /// The counterpart of [`Self::hold`].
     pub(super) fn release(&mut self, submitter: &Submitter<'_>, memory: &GuestMemory) {
-        for (start, _) in regions(memory) {
-            let Some(index) = self.regions.iter().position(|region| region.start == start) else { continue };
+        for (start, len) in regions(memory) {
+            let same = |region: &Region| (region.start, region.len) == (start, len);
+            let Some(index) = self.regions.iter().position(same) else { continue };
             self.regions[index].users -= 1;
             if self.regions[index].users > 0 {
                 continue;
@@ -118,6 +126,10 @@ impl HeldMemory {
 }
 
 impl Region {
+    fn is_wanting(&self) -> bool {
+        !self.refused && self.held() < self.len
+    }
+
     fn held(&self) -> usize {
         (self.places.len() * PIECE).min(self.len)
     }
