@@ -109,6 +109,9 @@ pub struct NetJob {
     pub pairs: u16,
     /// vCPUs that drove them.
     pub cpus: u16,
+    /// Whether guests' memory was allocated beforehand.
+    #[serde(default)]
+    pub prefault: bool,
     /// Runs of each contestant at each point.
     pub runs: u32,
     /// How long each measured.

@@ -147,6 +147,7 @@ fn job(options: &NetOptions) -> NetJob {
         depth: options.depth,
         pairs: options.pairs,
         cpus: options.cpus,
+        prefault: options.others.prefault,
         runs: options.runs,
         time_ms: options.time.as_millis() as u64,
     }

@@ -22,10 +22,11 @@ pub(crate) fn render(document: &Document, job: &NetJob) -> String {
 /// What the table is about.
 pub(crate) fn title(job: &NetJob) -> String {
     format!(
-        "frames through a tap, {}, {} in flight, {}; medians of {} of {} ms",
+        "frames through a tap, {}, {} in flight, {}{}; medians of {} of {} ms",
         plural(u32::from(job.pairs), "queue pair"),
         job.depth,
         plural(u32::from(job.cpus), "vCPU"),
+        if job.prefault { ", memory prefaulted" } else { "" },
         plural(job.runs, "interleaved run"),
         job.time_ms
     )
@@ -121,7 +122,7 @@ mod tests {
 
     #[test]
     fn bits_ratios_and_cpu_are_those_of_the_medians() {
-        let job = NetJob { depth: 256, pairs: 1, cpus: 1, runs: 1, time_ms: 1_000 };
+        let job = NetJob { depth: 256, pairs: 1, cpus: 1, prefault: false, runs: 1, time_ms: 1_000 };
         let mut document = Document::new(Job::Net(job.clone()), Vec::new());
         let point = Point::Net(Flow::new(Direction::Out, 1_500, false));
         for (name, ops) in [(PLAIN, 2_000_000), ("ringvm", 1_800_000)] {
