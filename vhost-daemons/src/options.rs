@@ -36,8 +36,9 @@ pub struct ServeOptions {
     /// Longest time in microseconds that an I/O thread polls before it sleeps; 0 never polls
     #[arg(long, value_name = "MICROSECONDS")]
     pub poll_us: Option<u64>,
-    /// Have the kernel hold the clients' memory for I/O (registered buffers): all of it is allocated and locked by that, so
-    /// this is for memory that was allocated beforehand
+    /// Have the kernel hold the clients' memory for I/O (registered buffers). All of it is allocated and locked by that; not
+    /// for clients that give memory back while they run (balloon, free page reporting, virtio-mem, postcopy): I/O would go
+    /// to what was given back
     #[arg(long)]
     pub hold_memory: bool,
     /// Print the statistics of every device on standard error at exit (SIGUSR1 prints them at any time)

@@ -15,7 +15,7 @@ use crate::backend::{Answer, Backend, Refused, SKIP_DRAIN, has_reply};
 use crate::mailbox::{Mailbox, Woken};
 use crate::message::{Connection, Message, WireError};
 
-/// Most messages about ending rings that are taken before the first is answered: one for each ring that a message can name.
+/// Most messages about ending rings that are taken before the first is answered: one for each ring that can be kicked.
 const MOST_TOGETHER: usize = 256;
 /// A frontend that is refused more often than this will not learn.
 const MAX_REFUSALS: u32 = 64;
