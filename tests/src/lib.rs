@@ -8,6 +8,7 @@ pub mod error;
 pub mod host;
 pub mod lab;
 pub mod native;
+pub mod ongoing;
 pub mod paths;
 
 pub use error::{Error, Result};

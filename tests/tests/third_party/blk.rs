@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 
 use ringvm_tests::host::{self, Need, need, say};
 use ringvm_tests::native::{daemon, random};
+use ringvm_tests::ongoing;
 
 use crate::qemu::{Guest, machine};
 use crate::served::{Daemon, operations};
 use crate::{alone, ok, scratch};
 
-/// fio's work takes some ten seconds on an idle machine.
+/// fio's work takes some five seconds on an idle machine.
 const LIMIT: Duration = Duration::from_secs(240);
 /// A command that does more than look.
 const COPY_LIMIT: Duration = Duration::from_secs(120);
@@ -61,20 +62,21 @@ fn a_debian_guest_in_qemu_verifies_two_queues_and_keeps_a_file_system_through_ki
 /// daemon is away several times meanwhile.
 fn verify(guest: &mut Guest, served: &mut Daemon, direct: u32) {
     let begun = Instant::now();
-    let fio = guest.begin(&format!(
+    let fio = format!(
         "fio --name=job --filename=/dev/vda --rw=randwrite --bsrange=4k-160k --blockalign=4k --direct={direct} \
          --ioengine=libaio --iodepth=16 --iodepth_batch_submit=4 --iomem_align=4k --thread --numjobs=2 \
-         --cpus_allowed=0,1 --cpus_allowed_policy=split --size=64M --offset_increment=128M --fsync=32 --loops=2 \
+         --cpus_allowed=0,1 --cpus_allowed_policy=split --size=64M --offset_increment=128M --fsync=32 \
          --verify=crc32c --do_verify=1 --verify_fatal=1 --randrepeat=0 --output-format=normal"
-    ));
-    for kill in 1..=KILLS {
+    );
+    guest.run(&ongoing::start(&fio));
+    for _ in 0..KILLS {
         sleep(Duration::from_millis(700) + random(Duration::from_millis(300)));
-        assert!(guest.runs(&fio), "fio has ended before the daemon was killed {kill} times: {}", guest.shown(&fio));
+        guest.run(ongoing::GOES_ON);
         served.kill();
         sleep(random(Duration::from_millis(500)));
         served.restart();
     }
-    let output = guest.finish(&fio, LIMIT);
+    let output = guest.run_for(LIMIT, ongoing::FINISH);
     assert_eq!(output.matches("err= 0").count(), 2, "both jobs without errors:\n{output}");
     assert!(
         !output.contains("verify: bad") && !output.contains("verify failed"),
