@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-use super::payload::Payload;
+use super::payload::{Payload, ROOT_DISK};
 use super::wire::{Exit, Frame, Start};
 use crate::error::tail;
 use crate::{Error, Result, host};
@@ -29,6 +29,8 @@ const CPU: &str = "max,-xsave";
 /// Measured: up in 2-5 s on an idle machine.
 const START_LIMIT: Duration = Duration::from_secs(60);
 const START_TRIES: u32 = 3;
+const CONSOLE: &str = "l1-console.log";
+const ERRORS: &str = "qemu.log";
 /// A machine that lives answers within milliseconds, on a busy host within a second or two.
 const PING_LIMIT: Duration = Duration::from_secs(15);
 /// While it runs a guest for L1, QEMU 7.2 now and then loses an interrupt of L1's (its vCPU thread clears a bit of
@@ -45,8 +47,8 @@ pub(crate) struct L1 {
     /// The way to its processes.
     pub(crate) link: Arc<Link>,
     qemu: OwnedFd,
-    /// Its serial console.
-    pub(crate) console: PathBuf,
+    /// Of its disk, the log of its serial console, and what QEMU itself says.
+    pub(crate) folder: PathBuf,
 }
 
 /// What can happen to a process in L1.
@@ -70,15 +72,15 @@ pub(crate) struct Link {
 
 impl L1 {
     /// Starts the machine; a start that stays silent is tried again, and said.
-    pub(crate) fn start(payload: &Payload, console: &Path) -> Result<L1> {
+    pub(crate) fn start(payload: &Payload, folder: &Path) -> Result<L1> {
         let mut tries = 1;
         loop {
-            let l1 = L1::launch(payload, console)?;
+            let l1 = L1::launch(payload, folder)?;
             match l1.ping(START_LIMIT) {
                 Ok(()) => return Ok(l1),
                 Err(e) if tries == START_TRIES => {
                     let read = |path: &Path| fs::read(path).unwrap_or_default();
-                    let log = [read(console), read(&errors(console))].concat();
+                    let log = [read(&folder.join(CONSOLE)), read(&folder.join(ERRORS))].concat();
                     return Err(Error::Ended {
                         what: format!("L1, started {tries} times: {e};"),
                         tail: tail(&log, 2000),
@@ -103,18 +105,23 @@ impl L1 {
         }
     }
 
-    fn launch(payload: &Payload, console: &Path) -> Result<L1> {
+    /// The log of its serial console.
+    pub(crate) fn console(&self) -> PathBuf {
+        self.folder.join(CONSOLE)
+    }
+
+    fn launch(payload: &Payload, folder: &Path) -> Result<L1> {
         // With TCG `cache=unsafe` changes nothing that a test can see: what L1 flushed or wrote is in the host's page cache,
         // which outlives QEMU; what L1 had only in its own page cache dies with it.
-        let drive = format!("file={},format=raw,if=none,id=root,cache=unsafe", escape(&payload.root_disk));
-        let stderr = File::create(errors(console)).map_err(Error::file("creating", errors(console)))?;
+        let drive = format!("file={},format=raw,if=none,id=root,cache=unsafe", escape(&folder.join(ROOT_DISK)));
+        let stderr = File::create(folder.join(ERRORS)).map_err(Error::file("creating", folder.join(ERRORS)))?;
         // setpriv has the kernel kill QEMU when the thread that started it ends, however the test process ends.
         let mut command = Command::new("setpriv");
         command
             .args(["--pdeathsig", "KILL", "qemu-system-x86_64"])
             .args(["-M", "q35", "-accel", "tcg,thread=multi", "-cpu", CPU, "-smp", CPUS, "-m", MEMORY])
             .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-monitor", "none"])
-            .args(["-serial", &format!("file:{}", console.display())])
+            .args(["-serial", &format!("file:{}", folder.join(CONSOLE).display())])
             .args(["-chardev", "stdio,id=agent,signal=off", "-device", "virtio-serial-pci"])
             .args(["-device", "virtserialport,chardev=agent,name=ringvm.agent"])
             .args(["-drive", &drive, "-device", "virtio-blk-pci,drive=root"])
@@ -147,7 +154,7 @@ impl L1 {
             Ok(Err(e)) => return Err(failed(e.to_string())),
             Err(_) => return Err(failed("its thread ended".into())),
         };
-        Ok(L1 { link: Link::start(stdin, stdout), qemu, console: console.to_path_buf() })
+        Ok(L1 { link: Link::start(stdin, stdout), qemu, folder: folder.to_path_buf() })
     }
 
     /// Whether the machine answers.
@@ -182,11 +189,6 @@ fn take_pipes(child: &mut Child) -> std::io::Result<Parts> {
         (Some(pid), Some(stdin), Some(stdout)) => Ok((pidfd_open(pid, PidfdFlags::empty())?, stdin, stdout)),
         _ => Err(std::io::Error::other("it has no pipes")),
     }
-}
-
-/// What QEMU itself says, beside L1's console.
-fn errors(console: &Path) -> PathBuf {
-    console.with_file_name("qemu.log")
 }
 
 /// In QEMU's options a comma within a value is written twice.

@@ -1,5 +1,6 @@
 //! The nested lab: QEMU's TCG emulates AMD SVM for a stock Debian kernel (L1), in which ringvm boots a stock Debian kernel
-//! (L2). One warm L1 serves all the tests of a test binary, one after the other:
+//! (L2). A warm L1 serves one test after another, and there
+//! are as many as the host has CPUs and memory for:
 //!
 //! ```no_run
 //! use ringvm_tests::lab::{disk, lab, vm};
@@ -17,6 +18,7 @@
 
 mod l1;
 mod l2;
+mod machines;
 mod payload;
 mod vm;
 
@@ -24,8 +26,8 @@ pub mod wire;
 
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
@@ -46,9 +48,6 @@ const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 /// Starts of a guest: a silent one is tried this often in all.
 const GUEST_TRIES: u32 = 3;
 
-/// The warm L1 of this test binary, or why there is none.
-static LAB: Mutex<Option<std::result::Result<Lab, String>>> = Mutex::new(None);
-
 /// Runs a test in the lab.
 ///
 /// # Panics
@@ -57,16 +56,13 @@ pub fn lab(test: impl FnOnce(&mut Lab) -> Result<()>) {
     if !host::need(Need::Lab) {
         return;
     }
-    let mut slot = LAB.lock().unwrap_or_else(PoisonError::into_inner);
-    let lab = match slot.get_or_insert_with(|| Lab::start().map_err(|e| e.to_string())) {
-        Ok(lab) => lab,
-        Err(why) => panic!("the lab could not be started: {why}"),
-    };
+    let mut lab = machines::take().unwrap_or_else(|why| panic!("the lab could not be started: {why}"));
     let name = host::current_test();
     let begun = Instant::now();
-    let outcome = catch_unwind(AssertUnwindSafe(|| lab.begin(&name).and_then(|()| test(lab))));
+    let outcome = catch_unwind(AssertUnwindSafe(|| lab.begin(&name).and_then(|()| test(&mut lab))));
     let failed = !matches!(outcome, Ok(Ok(())));
     let kept = lab.end(failed);
+    machines::give_back(lab);
     host::say(&format!("lab: {name}: {:.1} s", begun.elapsed().as_secs_f32()));
     match outcome {
         Ok(Ok(())) => {}
@@ -81,31 +77,21 @@ pub fn lab(test: impl FnOnce(&mut Lab) -> Result<()>) {
 /// The lab, as a test sees it.
 #[derive(Debug)]
 pub struct Lab {
-    payload: Payload,
+    payload: Arc<Payload>,
     l1: L1,
     logs: PathBuf,
     scratch: String,
     images: u32,
     guests: u32,
-    /// Held as long as the process lives: the lab's folder serves one at a time.
-    _lock: fs::File,
 }
 
 impl Lab {
-    fn start() -> Result<Lab> {
-        let lock = claim()?;
-        let folder = paths::lab().join("run");
-        let payload = Payload::build(&folder)?;
-        let l1 = L1::start(&payload, &folder.join("l1-console.log"))?;
-        let lab = Lab {
-            payload,
-            l1,
-            logs: paths::lab().join("logs"),
-            scratch: String::new(),
-            images: 0,
-            guests: 0,
-            _lock: lock,
-        };
+    /// Starts a machine that has its disk and its logs in `folder`.
+    fn start(payload: Arc<Payload>, folder: &Path) -> Result<Lab> {
+        payload.machine(folder)?;
+        let l1 = L1::start(&payload, folder)?;
+        let (logs, scratch) = (paths::lab().join("logs"), String::new());
+        let lab = Lab { payload, l1, logs, scratch, images: 0, guests: 0 };
         let kvm = lab.l1.link.exec("test -c /dev/kvm", COMMAND_LIMIT)?;
         if kvm.exit != Exit::Code(0) {
             return Err(Error::Missing("L1 has no /dev/kvm: QEMU's `-cpu max` must offer SVM".into()));
@@ -131,7 +117,7 @@ impl Lab {
     fn end(&mut self, failed: bool) -> PathBuf {
         if failed {
             // The logs tell of a failure; their own failures are not worth hiding it.
-            let _ = fs::copy(&self.l1.console, self.logs.join("l1-console.log"));
+            let _ = fs::copy(self.l1.console(), self.logs.join("l1-console.log"));
             if let Ok(kernel) = self.l1.link.exec("dmesg | tail -n 200", COMMAND_LIMIT) {
                 let _ = fs::write(self.logs.join("l1-dmesg.log"), kernel.stdout);
             }
@@ -233,32 +219,14 @@ impl Lab {
     /// Cuts L1's power: what its page cache alone held is lost. Then starts it anew.
     pub fn power_cut(&mut self) -> Result<()> {
         self.l1.kill()?;
-        self.l1 = L1::start(&self.payload, &self.l1.console)?;
+        self.l1 = L1::start(&self.payload, &self.l1.folder)?;
         Ok(())
     }
 
     fn restart_l1(&mut self, why: &str) -> Result<()> {
         host::say(&format!("lab: starting L1 again: {why}"));
-        let _ = fs::copy(&self.l1.console, self.logs.join("l1-console-before-restart.log"));
+        let _ = fs::copy(self.l1.console(), self.logs.join("l1-console-before-restart.log"));
         self.power_cut()?;
         self.run(&format!("mkdir -p {}", self.scratch)).map(drop)
     }
-}
-
-/// One test process at a time uses the lab's folder.
-fn claim() -> Result<fs::File> {
-    let path = paths::lab().join("lock");
-    fs::create_dir_all(paths::lab()).map_err(Error::file("creating", paths::lab()))?;
-    let file = fs::File::create(&path).map_err(Error::file("creating", &path))?;
-    if file.try_lock().is_err() {
-        host::say("lab: another test run is using the lab; waiting for its end");
-        let deadline = Instant::now() + Duration::from_secs(1200);
-        while file.try_lock().is_err() {
-            if Instant::now() > deadline {
-                return Err(Error::Missing(format!("{} is locked by another test run for 20 minutes", path.display())));
-            }
-            std::thread::sleep(Duration::from_millis(500));
-        }
-    }
-    Ok(file)
 }

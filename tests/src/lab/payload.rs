@@ -29,12 +29,16 @@ const STREAM: &str = "bin/lab-stream";
 /// Sparse; images of the tests are in it.
 const ROOT_SIZE: &str = "8G";
 
-/// The parts of an L1 machine, in one folder of the host.
+/// The root disk of a machine, in its folder.
+pub(crate) const ROOT_DISK: &str = "root.img";
+
+/// The parts of L1 machines, in one folder of the host.
 #[derive(Debug)]
 pub(crate) struct Payload {
     pub(crate) kernel: PathBuf,
     pub(crate) initramfs: PathBuf,
-    pub(crate) root_disk: PathBuf,
+    /// What the root disk of a machine is copied from.
+    root_disk: PathBuf,
 }
 
 impl Payload {
@@ -75,7 +79,7 @@ impl Payload {
         l1_root(&mut root, &ringvm, &helpers)?;
         let staging = scratch.join("root");
         root.write_folder(&staging)?;
-        let root_disk = folder.join("root.img");
+        let root_disk = folder.join(ROOT_DISK);
         let mke2fs = host::program("mke2fs").unwrap_or_else(|| PathBuf::from("mke2fs"));
         run(Command::new(mke2fs)
             .args(["-q", "-F", "-t", "ext4", "-E", "root_owner=0:0,lazy_itable_init=1,lazy_journal_init=1", "-d"])
@@ -83,6 +87,13 @@ impl Payload {
             .arg(ROOT_SIZE))?;
         fs::remove_dir_all(&scratch).map_err(Error::file("removing", &scratch))?;
         Ok(Payload { kernel: package.image().to_owned(), initramfs, root_disk })
+    }
+
+    /// Makes the folder of a machine, with a root disk of its own.
+    pub(crate) fn machine(&self, folder: &Path) -> Result<()> {
+        fs::create_dir_all(folder).map_err(Error::file("creating", folder))?;
+        run(Command::new("cp").arg("--sparse=always").args([&self.root_disk, &folder.join(ROOT_DISK)]))?;
+        Ok(())
     }
 }
 
