@@ -4,7 +4,7 @@ use std::collections::hash_map::RandomState;
 use std::ffi::OsStr;
 use std::fs;
 use std::hash::BuildHasher;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
@@ -300,6 +300,15 @@ impl Running {
     pub fn expect_said_any(&mut self, texts: &[&str], count: usize, limit: Duration) -> Result<()> {
         let seen = |running: &Running| texts.iter().map(|text| occurrences(&running.stderr, text)).sum::<usize>();
         self.await_text(&texts.join("` or `"), limit, |running| seen(running) >= count)
+    }
+
+    /// Tells a guest with `until=told` that it is enough.
+    pub fn tell_enough(&mut self) -> Result<()> {
+        let told = self.stdin.as_mut().map(|stdin| stdin.write_all(b"\n"));
+        match told {
+            Some(Ok(())) => Ok(()),
+            other => Err(Error::Check(format!("writing to the stdin of `{}`: {other:?}", self.text))),
+        }
     }
 
     /// What its stdout has shown so far.

@@ -34,14 +34,16 @@ fn assert_told_once(said: &str) -> usize {
     told.len() / 2
 }
 
-/// A guest with a job on two queues, which has begun it.
+/// A guest with a job on two queues, which has begun it and goes on until [`end_well`].
 fn begun(job: &str, disk: &str) -> Running {
-    let mut running = guest(&format!("{job} queues=2"), &["--disk", disk]).start().expect("it starts");
+    let mut running = guest(&format!("{job} queues=2 until=told"), &["--disk", disk]).start().expect("it starts");
     running.expect("ringvm-guest: start job=", LIMIT).expect("the guest comes up");
     running
 }
 
-fn end_well(running: Running) -> Ended {
+/// Lets a guest come to the end of its job, which must go well.
+fn end_well(mut running: Running) -> Ended {
+    running.tell_enough().expect("the guest works");
     let ended = running.end(JOB_LIMIT).expect("it ends");
     assert_success(&ended);
     ended
@@ -57,7 +59,7 @@ fn kill(running: &mut Running, before: usize, kills: usize) -> BTreeSet<u32> {
         sleep(random(Duration::from_millis(10)));
         send(last, Signal::KILL);
         killed.insert(last);
-        running.expect_said(BACK, count, LIMIT).expect("the daemon comes back before the guest's job ends");
+        running.expect_said(BACK, count, LIMIT).expect("the daemon comes back");
     }
     killed
 }
@@ -68,7 +70,7 @@ fn pitfall_51_two_hundred_kills_lose_nothing_double_nothing_and_hang_nobody() {
         return;
     }
     let image = image(64);
-    let mut running = begun("job=verify depth=32 ops=200000", &disk(&image, Place::Daemon, "queues=2"));
+    let mut running = begun("job=verify depth=32", &disk(&image, Place::Daemon, "queues=2"));
     let mut killed = kill(&mut running, 0, 20);
     let early = running.holdings();
     killed.extend(kill(&mut running, 20, 180));
@@ -91,7 +93,7 @@ fn pitfall_48_no_interrupt_is_lost_when_the_daemon_is_killed() {
     for words in ["irq=1", "irq=1 event_idx=0"] {
         let image = image(64);
         let disk = disk(&image, Place::Daemon, "queues=2,direct=on");
-        let mut running = begun(&format!("job=verify depth=8 ops=80000 {words}"), &disk);
+        let mut running = begun(&format!("job=verify depth=8 {words}"), &disk);
         kill(&mut running, 0, 60);
         let ended = end_well(running);
         assert_eq!(assert_told_once(&ended.stderr), 60);
@@ -105,7 +107,7 @@ fn a_daemon_that_is_killed_while_it_comes_up_is_one_absence() {
         return;
     }
     let image = image(64);
-    let mut running = begun("job=verify depth=32 ops=60000", &disk(&image, Place::Daemon, "queues=2"));
+    let mut running = begun("job=verify depth=32", &disk(&image, Place::Daemon, "queues=2"));
     let mut last = 0;
     for _ in 0..12 {
         let back = running.said().matches(BACK).count();
@@ -115,7 +117,7 @@ fn a_daemon_that_is_killed_while_it_comes_up_is_one_absence() {
             send(last, Signal::KILL);
         }
         // On a busy machine none may have come up, and the guest does not wait for ever.
-        running.expect_said(BACK, back + 1, LIMIT).expect("the daemon comes back before the guest's job ends");
+        running.expect_said(BACK, back + 1, LIMIT).expect("the daemon comes back");
     }
     let ended = end_well(running);
     let absences = assert_told_once(&ended.stderr);
@@ -169,14 +171,14 @@ fn a_daemon_of_somebody_else_is_waited_for_and_comes_back() {
         return;
     }
     let mut served = Served::new();
-    let mut running = begun("job=verify depth=32 ops=60000", &served.option());
+    let mut running = begun("job=verify depth=32", &served.option());
     for count in 1..=30 {
         sleep(random(Duration::from_millis(20)));
         served.kill();
         // Once for longer than any pause between two attempts.
         sleep(if count == 10 { Duration::from_secs(3) } else { random(Duration::from_millis(30)) });
         served.start();
-        running.expect_said(BACK, count, LIMIT).expect("the daemon comes back before the guest's job ends");
+        running.expect_said(BACK, count, LIMIT).expect("the daemon comes back");
     }
     let ended = end_well(running);
     assert_eq!(assert_told_once(&ended.stderr), 30);
@@ -189,14 +191,14 @@ fn resets_while_the_daemon_is_away_need_nobody_and_lose_nothing() {
     }
     let mut served = Served::new();
     // A round ends after a while, whether or not anything came back, and with it all that was in flight.
-    let job = "job=reset rounds=80 time=50ms depth=16 ops=2000 stall=60s";
+    let job = "job=reset rounds=20 time=50ms depth=16 ops=2000 stall=60s";
     let mut running = begun(job, &served.option());
     for count in 1..=3 {
         sleep(random(Duration::from_millis(200)));
         served.kill();
         sleep(Duration::from_millis(400));
         served.start();
-        running.expect_said(BACK, count, LIMIT).expect("the daemon comes back before the guest's job ends");
+        running.expect_said(BACK, count, LIMIT).expect("the daemon comes back");
     }
     let ended = end_well(running);
     assert!(figure(&ended.stdout, "abandoned") > 0, "resets met requests in flight: {}", ended.stdout);
@@ -245,7 +247,7 @@ fn pitfall_54_a_daemon_that_hangs_is_not_waited_for_for_ever() {
     let image = image(64);
     let disk = disk(&image, Place::Daemon, "queues=2");
     // A while of silence is a pause.
-    let running = begun("job=verify depth=32 ops=30000", &disk);
+    let running = begun("job=verify depth=32", &disk);
     let daemon = child_after(running.pid(), 0, LIMIT).expect("a daemon is started");
     for _ in 0..3 {
         sleep(random(Duration::from_millis(200)));
@@ -276,7 +278,7 @@ fn a_nic_goes_on_when_its_daemon_is_killed() {
     }
     let folder = TempDir::new_in(paths::target()).expect("the target folder is writable");
     let link = net(&format!("link={},queues=2", folder.path().join("link").display()), Place::Daemon);
-    let job = "job=net-tx size=1500 time=6s pairs=2";
+    let job = "job=net-tx size=1500 time=1s pairs=2 until=told";
     let mut running = guest(job, &["--net", &link]).start().expect("it starts");
     running.expect("ringvm-guest: start job=net-tx", LIMIT).expect("the guest comes up");
     kill(&mut running, 0, 30);

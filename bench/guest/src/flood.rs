@@ -18,6 +18,8 @@ use crate::{clock, power, say};
 
 const DEFAULT_TIME_MS: u64 = 2_000;
 const DEFAULT_SIZE: u64 = 1_500;
+/// How often a job that goes on looks whether it was told that it is enough.
+const BETWEEN_LOOKS_MS: u64 = 10;
 
 /// What one vCPU has counted.
 #[derive(Clone, Copy, Default)]
@@ -37,8 +39,9 @@ pub fn transmit(options: &Options) {
     }
     let size = size as usize;
     let nic = Nic::open(options, size);
-    let time = clock::from_ms(options.time_ms.unwrap_or(DEFAULT_TIME_MS));
+    let least = clock::from_ms(options.time_ms.unwrap_or(DEFAULT_TIME_MS));
     let counts = on_all_cpus(options, &nic, |cpu, pairs| {
+        let mut time = least;
         for pair in pairs.iter_mut() {
             (0..pair.tx.slots()).for_each(|slot| lay_out(&pair.tx, slot, size, nic.mac, options.tso));
         }
@@ -51,7 +54,10 @@ pub fn transmit(options: &Options) {
             let now = clock::ticks();
             count.ticks = now.wrapping_sub(start);
             if count.ticks >= time {
-                break;
+                if !options.goes_on() {
+                    break;
+                }
+                time += clock::from_ms(BETWEEN_LOOKS_MS);
             }
             let before = count.frames;
             for pair in pairs.iter_mut() {

@@ -5,7 +5,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 
 use crate::boot::MAX_CPUS;
-use crate::{blk, power, say, virtio};
+use crate::{blk, power, say, serial, virtio};
 
 /// What is to be done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,6 +98,9 @@ pub struct Options {
     pub time_ms: Option<u64>,
     /// How many operations are done, or frames sent.
     pub ops: Option<u64>,
+    /// Whether the operations, rounds or time are a minimum, and the job goes on until a byte comes in over the serial port
+    /// (verify, reset, net-tx).
+    pub until_told: bool,
     /// How long is run before a measurement.
     pub warm_ms: u64,
     /// Interrupts rather than polling.
@@ -165,6 +168,7 @@ impl Default for Options {
             cpus: 1,
             time_ms: None,
             ops: None,
+            until_told: false,
             warm_ms: 0,
             irq: false,
             size: None,
@@ -217,6 +221,11 @@ impl Options {
         wanted & !self.without
     }
 
+    /// Whether a job that has done what was asked has to go on.
+    pub fn goes_on(&self) -> bool {
+        self.until_told && !serial::heard()
+    }
+
     /// Applies one word; `None` if it is not one of ours.
     fn apply(&mut self, key: &str, value: &str) -> Option<Result<(), ()>> {
         let feature = |bit: u64, without: u64| flag(value).map(|on| if on { without & !bit } else { without | bit });
@@ -229,6 +238,7 @@ impl Options {
             "cpus" => number(value).filter(|n| (1..=MAX_CPUS as u64).contains(n)).map(|n| self.cpus = n as usize),
             "time" => milliseconds(value).map(|n| self.time_ms = Some(n)),
             "ops" | "frames" => number(value).map(|n| self.ops = Some(n)),
+            "until" => (value == "told").then(|| self.until_told = true),
             "warm" => milliseconds(value).map(|n| self.warm_ms = n),
             "poll" => flag(value).map(|on| self.irq = !on),
             "irq" => flag(value).map(|on| self.irq = on),

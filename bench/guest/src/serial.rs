@@ -1,4 +1,4 @@
-//! Lines of text on the first serial port (16550A at 0x3f8), output only.
+//! Lines of text on the first serial port (16550A at 0x3f8), and whether anything has come in over it.
 
 use core::fmt::{self, Write};
 use core::sync::atomic::{AtomicBool, Ordering};
@@ -10,6 +10,7 @@ const INTERRUPT_ENABLE: u16 = DATA + 1;
 const FIFO_CONTROL: u16 = DATA + 2;
 const LINE_CONTROL: u16 = DATA + 3;
 const LINE_STATUS: u16 = DATA + 5;
+const DATA_READY: u8 = 0x01;
 const TRANSMITTER_EMPTY: u8 = 0x20;
 /// The transmit FIFO's depth: the status is asked for once per this many bytes, each look being an exit.
 const FIFO: usize = 16;
@@ -64,6 +65,12 @@ pub fn line(text: fmt::Arguments<'_>) {
         }
     }
     BUSY.store(false, Ordering::Release);
+}
+
+/// Whether a byte has come in since the start. Each look is an exit.
+pub fn heard() -> bool {
+    // The byte stays where it is: nobody takes it.
+    in8(LINE_STATUS) & DATA_READY != 0
 }
 
 /// Prints a line that starts with the guest's name.

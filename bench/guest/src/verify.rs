@@ -4,6 +4,7 @@
 //! from phase to phase, so that what one queue (and vCPU) wrote is read through another.
 
 use alloc::vec::Vec;
+use core::sync::atomic::{AtomicBool, Ordering};
 
 use crate::blk::{self, Blk, BlkQueue, SECTOR};
 use crate::job::Options;
@@ -45,7 +46,10 @@ pub fn reset(options: &Options) {
     say!("start job={} rounds={} queues={}", options.name, options.rounds, lanes.len());
     let start = clock::ticks();
     let mut in_flight = 0;
-    for round in 0..options.rounds {
+    for round in 0.. {
+        if round >= options.rounds && !options.goes_on() {
+            break;
+        }
         assign(&shared, &lanes, round);
         let per_lane = 1 + Rng::new(options.seed ^ round).below(400);
         smp::run(cpus, &|cpu| {
@@ -103,16 +107,18 @@ impl<'a> Checker<'a> {
     }
 }
 
-/// Random operations in phases, and at the end everything read back.
+/// Random operations in [`PHASES`], or more if the job goes on, and at the end everything read back.
 fn phases(blk: &Blk, shared: &Shared<'_>, lanes: &[Lock<Lane>]) {
     let options = shared.options;
     let cpus = options.cpus.min(lanes.len());
     let barrier = Barrier::new(cpus);
     let ops = options.ops.or(if options.time_ms.is_none() { Some(DEFAULT_OPS) } else { None });
+    let over = AtomicBool::new(false);
     smp::run(cpus, &|cpu| {
         let mut waiter = Waiter::new(options);
-        for phase in 0..=PHASES {
+        for phase in 0.. {
             if cpu == 0 {
+                over.store(phase >= PHASES && !options.goes_on(), Ordering::Relaxed);
                 assign(shared, lanes, phase);
                 if blk.has(blk::F_CONFIG_WCE) {
                     blk.set_writeback(phase % 2 == 0);
@@ -120,7 +126,8 @@ fn phases(blk: &Blk, shared: &Shared<'_>, lanes: &[Lock<Lane>]) {
             }
             barrier.wait();
             let mut own = hold(blk, lanes, cpu, cpus);
-            if phase == PHASES {
+            let over = over.load(Ordering::Relaxed);
+            if over {
                 own.iter_mut().for_each(|(lane, _)| lane.read_back = Some(lane.first));
                 drive(&mut own, shared, &mut waiter, Stop::after(u64::MAX, None));
             } else {
@@ -131,6 +138,9 @@ fn phases(blk: &Blk, shared: &Shared<'_>, lanes: &[Lock<Lane>]) {
             }
             drop(own);
             barrier.wait();
+            if over {
+                break;
+            }
         }
     });
 }
