@@ -451,10 +451,14 @@ mod tests {
     use super::*;
 
     fn play(script: &str) -> Result<Vec<String>> {
+        play_for(Duration::from_secs(20), script)
+    }
+
+    fn play_for(limit: Duration, script: &str) -> Result<Vec<String>> {
         let dir = tempfile::tempdir()?;
         let words = ["sh", "-c", script].map(OsString::from);
         let mut running = Running::start("a script", &words, dir.path(), Duration::ZERO)?;
-        running.deadline = Instant::now() + Duration::from_millis(1_500);
+        running.deadline = Instant::now() + limit;
         let mut lines = Vec::new();
         while let Some(line) = running.next_line()? {
             lines.push(line);
@@ -479,8 +483,10 @@ mod tests {
 
     #[test]
     fn silence_and_lingering_have_a_limit() {
-        assert!(play("sleep 60").unwrap_err().to_string().contains("silent"));
-        let lingering = play("echo ringvm-guest: done; exec >&-; sleep 60").unwrap_err().to_string();
+        let silent = play_for(Duration::from_millis(500), "sleep 60").unwrap_err().to_string();
+        assert!(silent.contains("silent"), "{silent}");
+        let limit = Duration::from_secs(3);
+        let lingering = play_for(limit, "echo ringvm-guest: done; exec >&-; sleep 60").unwrap_err().to_string();
         assert!(lingering.contains("did not end"), "{lingering}");
     }
 
@@ -491,9 +497,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let words = ["sh", "-c", "seq 20; sleep 60"].map(OsString::from);
         let mut running = Running::start("it", &words, dir.path(), Duration::ZERO).unwrap();
-        running.await_for("come up", Duration::from_millis(500), 12);
+        running.await_for("come up", Duration::from_secs(3), 12);
         let error = running.next_line().unwrap_err().to_string();
-        assert!(error.starts_with("the guest under it did not come up within 500ms"), "{error}");
+        assert!(error.starts_with("the guest under it did not come up within 3s"), "{error}");
         assert!(error.contains("\n    9\n") && !error.contains("\n    8\n") && error.ends_with("\n    20"), "{error}");
     }
 

@@ -115,7 +115,7 @@ fn guests_that_do_not_come_up_are_quoted() {
     let dir = folder();
     let (job, kernel) = (file(&dir, "a.fio", JOB), kernel(&dir));
     for (script, expected) in [
-        ("echo '[ 0.1] booting'; exec sleep 60", "the guest under ringvm did not come up within 1s"),
+        ("echo '[ 0.1] booting'; exec sleep 60", "the guest under ringvm did not come up within 3s"),
         ("echo oh no >&2; exit 1", "the guest under ringvm ended before its init ran"),
         ("echo 'Kernel panic - not syncing: no init'; exec sleep 60", "the guest's kernel under ringvm has panicked"),
         (
@@ -127,7 +127,7 @@ fn guests_that_do_not_come_up_are_quoted() {
             file(&dir, "ringvm", format!("#!/bin/sh\n[ \"$1\" != --version ] || exit 0\n{script}\n").as_bytes());
         fs::set_permissions(&ringvm, fs::Permissions::from_mode(0o755)).unwrap();
         let words =
-            ["linux", "--fio", &job, "--kernel", &kernel, "--size", "4M", "--vmm", "ringvm", "--boot-limit", "1s"];
+            ["linux", "--fio", &job, "--kernel", &kernel, "--size", "4M", "--vmm", "ringvm", "--boot-limit", "3s"];
         let words = [&words[..], &["--ringvm", &ringvm]].concat();
         refused(&words, expected);
         let (_, said) = run(&words);

@@ -165,9 +165,10 @@ fn floods_are_counted() {
         counted(&succeed("job=net-tx size=1500 time=200ms", &["--net", &net]));
         // Somebody does, for a part of the time.
         let receiver = guest("job=net-rx time=500ms", &["--net", &net]).start().expect("it starts");
-        let sender = guest("job=net-tx size=1500 time=2s", &["--net", &net]).start().expect("it starts");
-        for running in [receiver, sender] {
-            let ended = running.end(LIMIT).expect("it ends");
+        let mut sender = guest("job=net-tx size=1500 until=told", &["--net", &net]).start().expect("it starts");
+        let heard = receiver.end(LIMIT).expect("it ends");
+        sender.tell_enough().expect("the guest works");
+        for ended in [heard, sender.end(LIMIT).expect("it ends")] {
             assert_success(&ended);
             counted(&ended.stdout);
         }

@@ -464,7 +464,7 @@ fn pitfall_51_a_client_may_vanish_between_any_two_messages_and_within_any() {
         client.raw(&bytes[..cut], &[ring.kick.as_fd()]);
     }
     target.is_well();
-    assert_eq!(target.dropped(), 19);
+    wait("19 connections that are dropped", || target.dropped() == 19);
     assert_eq!(target.daemon.count("in the middle of a message"), 19);
 }
 
@@ -570,13 +570,13 @@ fn pitfall_54_a_message_that_never_completes_and_a_reply_that_is_never_read() {
     let client = target.connect();
     client.stream.set_nonblocking(true).unwrap();
     let questions = Client::header(FrontendReq::GET_FEATURES.into(), VERSION, 0).repeat(1000);
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(20);
     while target.dropped() < 3 && Instant::now() < deadline {
         client.raw(&questions, &[]);
         std::thread::sleep(Duration::from_millis(1));
     }
     assert_eq!(target.daemon.count("was not read within 5 s"), 1);
-    assert!(begun.elapsed() < Duration::from_secs(20));
+    assert!(begun.elapsed() < Duration::from_secs(40));
     drop(client);
     target.is_well();
 }

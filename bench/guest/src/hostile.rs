@@ -11,8 +11,10 @@ use crate::verify::Checker;
 use crate::virtio::{self, NEEDS_RESET, common};
 use crate::{clock, power, say};
 
-/// How long a device may take to notice.
-const PATIENCE_MS: u64 = 1_000;
+/// How long a device may take to notice what it has to notice.
+const PATIENCE_MS: u64 = 20_000;
+/// How long is waited for what need not come.
+const WAIT_MS: u64 = 1_000;
 /// Operations that are verified after each act.
 const AFTERWARDS: u64 = 60;
 /// No RAM and no device is there in any VMM of this kind: the last pages below 64 TiB.
@@ -328,6 +330,8 @@ struct Bed<'a> {
     header: Region,
     data: Region,
     status: Region,
+    /// How long the device is watched, in ticks.
+    patience: u64,
 }
 
 /// Does the act that the job names, or all of them.
@@ -346,6 +350,7 @@ pub fn run(options: &Options) {
             header: memory.sub(0, 16),
             data: memory.sub(4096, 8192),
             status: memory.sub(64, 1),
+            patience: clock::from_ms(if matches!(expect, Expect::Survives) { WAIT_MS } else { PATIENCE_MS }),
         };
         bed.status.write::<u8>(0, blk::S_UNSET);
         if bed.possible(name) {
@@ -411,7 +416,7 @@ impl Bed<'_> {
     /// Waits for what the device makes of it.
     fn watch(&self) -> Outcome {
         let start = clock::ticks();
-        while clock::ticks().wrapping_sub(start) < clock::from_ms(PATIENCE_MS) {
+        while clock::ticks().wrapping_sub(start) < self.patience {
             if self.blk.transport.status() & NEEDS_RESET != 0 {
                 return Outcome::NeedsReset;
             }

@@ -172,7 +172,7 @@ mod tests {
     }
 
     fn error(script: &str) -> String {
-        play(script, Duration::from_secs(1)).unwrap_err().to_string()
+        play(script, Duration::from_secs(3)).unwrap_err().to_string()
     }
 
     const SAY: &str = "say() { echo \"ringvm-guest: $*\"; }\n";
@@ -191,10 +191,10 @@ mod tests {
     #[test]
     fn guests_that_fail_are_quoted() {
         let silent = error("echo '[ 0.1] booting'; sleep 60");
-        assert!(silent.starts_with("the guest under ringvm did not come up within 1s"), "{silent}");
+        assert!(silent.starts_with("the guest under ringvm did not come up within 3s"), "{silent}");
         assert!(silent.contains("[ 0.1] booting"), "{silent}");
         let slow = error(&format!("{SAY}say up; say start; sleep 60"));
-        assert!(slow.contains("did not finish `one` within 1s"), "{slow}");
+        assert!(slow.contains("did not finish `one` within 3s"), "{slow}");
         let missing = error(&format!("{SAY}say FAILED: there is no disk; sleep 60"));
         assert!(missing.contains("says: FAILED: there is no disk"), "{missing}");
         let early = error("echo no such kernel >&2; exit 1");

@@ -8,7 +8,7 @@ use ringvm_tests::{Error, Result, host};
 use serde_json::Value;
 
 /// Boots of guests by TCG in TCG, one after the other.
-const LIMIT: Duration = Duration::from_secs(240);
+const LIMIT: Duration = Duration::from_secs(480);
 /// A start that stays silent is tried this often in all, as those of other guests of the lab are.
 const TRIES: u32 = 3;
 

@@ -145,7 +145,8 @@ fn the_terminal_is_usable_after_a_signal_and_after_ctrl_a_x() {
             terminal.clear()?;
             terminal.enters(&command(&vm().by_hand()))?;
             // Somewhere in the boot, with the terminal in raw mode for a while.
-            sleep(Duration::from_secs(3));
+            lab.run("n=0; until pidof ringvm; do n=$((n + 1)); [ $n -lt 200 ] || exit 1; sleep 0.1; done")?;
+            sleep(Duration::from_secs(2));
             lab.run(&format!("kill -{signal} $(pidof ringvm)"))?;
             terminal.prompts("L1#", 45)?;
             terminal.is_usable()?;

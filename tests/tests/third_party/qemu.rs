@@ -15,8 +15,8 @@ const READY: &str = "ringvm-lab: guest ready\n";
 /// Measured: 5 s on an idle machine.
 const START_LIMIT: Duration = Duration::from_secs(90);
 const LIMIT: Duration = Duration::from_secs(60);
-/// For the rest of a line that has begun.
-const LIMIT_OF_A_LINE: Duration = Duration::from_secs(2);
+/// For the rest of a line that has begun: that of a command that has failed does not come.
+const LIMIT_OF_A_LINE: Duration = Duration::from_secs(10);
 
 /// A guest's kernel, and its initramfs in a directory of the guest's own.
 fn files(fio: bool) -> (TempDir, PathBuf, PathBuf) {

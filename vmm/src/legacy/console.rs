@@ -367,9 +367,19 @@ mod tests {
             all
         });
         let text: Vec<u8> = (0..300_000_u32).map(|n| n as u8).collect();
-        for &byte in &text {
-            shared.put(byte);
+        // As a guest that writes no faster than somebody reads: for another, what does not fit is dropped after a while.
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let pending_below = |most: usize| {
+            while shared.lock().pending.len() >= most {
+                assert!(Instant::now() < deadline);
+                thread::sleep(Duration::from_millis(1));
+            }
+        };
+        for part in text.chunks(CAPACITY / 2) {
+            pending_below(CAPACITY / 2);
+            part.iter().for_each(|&byte| shared.put(byte));
         }
+        pending_below(1);
         console.finish();
         assert_eq!(reader.join().unwrap(), text);
     }
