@@ -32,7 +32,7 @@ const WARM: Duration = Duration::from_millis(100);
 const SHORTEST: Duration = Duration::from_millis(1);
 const QUEUE_SIZE: u16 = 256;
 /// Where the guest sleeps, frames have to find buffers while it wakes up, and one interrupt is to bring many.
-const SLEEPER_QUEUE_SIZE: u16 = 1024;
+const SLEEPER_QUEUE_SIZE: u16 = 2048;
 /// Bytes of a receive buffer: a frame of the usual MTU and its header, as Linux drivers size theirs.
 const RECEIVE_BUFFER: u32 = 1_536;
 /// Longer frames are sent as TCP, for the host to cut into segments.

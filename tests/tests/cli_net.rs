@@ -56,9 +56,9 @@ fn options_that_are_unknown_or_cannot_be() {
         ("tap=a,mtu=large", &["mtu", "`large`"]),
         ("tap=a,queues=0", &["queues=0", "1 to 32"]),
         ("tap=a,queues=33", &["queues=33", "1 to 32"]),
-        ("tap=a,queue-size=100", &["queue-size=100", "power of two from 64 to 1024"]),
-        ("tap=a,queue-size=32", &["queue-size=32", "power of two from 64 to 1024"]),
-        ("tap=a,queue-size=2048", &["queue-size=2048", "power of two from 64 to 1024"]),
+        ("tap=a,queue-size=100", &["queue-size=100", "power of two from 64 to 4096"]),
+        ("tap=a,queue-size=32", &["queue-size=32", "power of two from 64 to 4096"]),
+        ("tap=a,queue-size=8192", &["queue-size=8192", "power of two from 64 to 4096"]),
         ("fds=[3,4]", &["2 descriptors for queues=1", "one for each"]),
         ("fds=[x]", &["fds", "`x`"]),
     ] {

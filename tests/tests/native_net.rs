@@ -81,11 +81,18 @@ fn long_frames_span_receive_buffers_and_echo_without_loss() {
 #[test]
 fn every_feature_can_be_left_out_and_queues_have_any_size() {
     everywhere(|place| {
-        for words in ["event_idx=0", "mrg=0", "event_idx=0 mrg=0", "qsize=64", "qsize=2 mrg=0", "size=60", "size=65000"]
-        {
+        for words in [
+            "event_idx=0",
+            "mrg=0 qsize=1024",
+            "event_idx=0 mrg=0 qsize=256",
+            "qsize=64",
+            "qsize=2 mrg=0",
+            "size=60",
+            "size=65000",
+        ] {
             let said = succeed(
                 &format!("job=net-echo frames=20000 {words}"),
-                &["--net", &net("loopback=on,queue-size=1024", place)],
+                &["--net", &net("loopback=on,queue-size=4096", place)],
             );
             assert_intact(&said, 20_000);
         }

@@ -16,7 +16,7 @@ use crate::descriptor;
 use crate::memory::Memory;
 
 /// Most descriptors of a ring, whatever the device would like: it can't tell the frontend.
-pub(crate) const MAX_SIZE: u16 = 1024;
+pub(crate) const MAX_SIZE: u16 = 4096;
 
 /// Why a ring does not start.
 #[derive(Debug, Error)]

@@ -150,7 +150,7 @@ fn inflight_area(client: &mut Client) -> (Vec<u8>, OwnedFd) {
 #[test]
 fn pitfall_45_inflight_table_and_queue_size_that_disagree_are_refused() {
     let target = Target::new();
-    for (queues, size) in [(0, 64), (3, 64), (1, 0), (u16::MAX, u16::MAX), (1, 2048)] {
+    for (queues, size) in [(0, 64), (3, 64), (1, 0), (u16::MAX, u16::MAX), (1, 8192)] {
         let mut client = target.connect();
         client.negotiate(FEATURES);
         client.send(FrontendReq::GET_INFLIGHT_FD, &inflight(0, 0, queues, size), &[]);
@@ -230,7 +230,7 @@ fn rings_that_are_not_there_are_refused() {
         addresses.extend(longs(&[USER; 4]));
         assert!(!client.try_tell(FrontendReq::SET_VRING_ADDR, &addresses, &[]));
     }
-    for num in [0, 3, 2048, 65536, u32::MAX] {
+    for num in [0, 3, 8192, 65536, u32::MAX] {
         assert!(!client.try_tell(FrontendReq::SET_VRING_NUM, &words(&[0, num]), &[]), "{num} descriptors");
     }
     assert!(!client.try_tell(FrontendReq::SET_VRING_BASE, &words(&[0, 65536]), &[]));

@@ -19,7 +19,7 @@ use crate::port::tap::{self, Tap, TapError};
 /// Most queue pairs of a NIC.
 pub const MAX_PAIRS: u16 = 32;
 /// Most descriptors of a queue.
-pub const MAX_QUEUE_SIZE: u16 = 1024;
+pub const MAX_QUEUE_SIZE: u16 = 4096;
 /// Smallest MTU that IPv4 allows, and the largest of a frame without segmentation.
 const MTUS: std::ops::RangeInclusive<u16> = 68..=65520;
 
@@ -90,7 +90,7 @@ pub struct NetOptions {
     /// Number of queue pairs, 1 to 32.
     #[serde(default = "default_pairs")]
     pub queues: u16,
-    /// Descriptors per queue, a power of two from 64 to 1024.
+    /// Descriptors per queue, a power of two from 64 to 4096.
     #[serde(default = "default_queue_size")]
     pub queue_size: u16,
     /// MTU that the guest is told, and that a tap is given.

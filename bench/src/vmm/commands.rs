@@ -235,7 +235,8 @@ pub(super) fn qemu(vm: &Vm<'_>, accelerator: &str, cpu: &str) -> Vec<OsString> {
     }
     for (index, nic) in vm.nics.iter().enumerate() {
         let netdev = format!("tap,id=net{index},ifname={},script=no,downscript=no,queues={}", nic.tap, nic.pairs);
-        let (mq, size) = (on(nic.pairs > 1), nic.queue_size);
+        // Most that it takes.
+        let (mq, size) = (on(nic.pairs > 1), nic.queue_size.min(1024));
         // Without a ROM: it is for booting from the network only, and not always installed.
         let device = format!(
             "virtio-net-pci,netdev=net{index},disable-legacy=on,romfile=,mq={mq},rx_queue_size={size},tx_queue_size={}",
