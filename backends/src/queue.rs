@@ -28,8 +28,9 @@ use crate::interrupt::Interrupt;
 pub const RING_FEATURES: u64 =
     1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
 
-/// Most descriptors followed in an indirect table: as many segments as the kernel takes in one vector, and a header and a
-/// status. Bounds the work that one available entry can cause.
+/// Most descriptors followed in an indirect table, if the queue itself has no more: as many segments as the kernel takes in one
+/// vector, and a header and a status. A driver may make a chain as long as the queue (2.7.5.3.1), which bounds the work that one
+/// available entry can cause.
 pub const MAX_INDIRECT: u32 = 1024 + 2;
 
 const DESC_LEN: u64 = 16;
@@ -520,7 +521,7 @@ impl Queue {
         }
         let base = host_range(&self.mem, table.addr, u64::from(table.len)).ok_or(bad)?;
         let mut index = 0;
-        for _ in 0..count.min(MAX_INDIRECT) {
+        for _ in 0..count.min(MAX_INDIRECT.max(self.size.into())) {
             // SAFETY: `index` is below `count`, and the whole table is mapped. The driver may have placed it at any
             // address, hence unaligned; the guest may write to it meanwhile, so it is copied once and the copy used.
             let desc = unsafe { Descriptor::read(base.cast::<[u8; DESC_LEN as usize]>().add(index as usize)) };

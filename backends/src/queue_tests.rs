@@ -27,8 +27,11 @@ struct Rig {
 }
 
 fn rig_with(size: u16, features: u64) -> Rig {
-    let mem = memory();
-    let driver = Driver::new(mem.clone(), RING, size, features);
+    rig_in(memory(), RING, size, features)
+}
+
+fn rig_in(mem: GuestMemory, ring: u64, size: u16, features: u64) -> Rig {
+    let driver = Driver::new(mem.clone(), ring, size, features);
     let call = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
     let interrupt = Interrupt::Event(Arc::clone(&call));
     let queue = Queue::new(mem.clone(), &driver.ring(), features, QueueState::default(), interrupt).unwrap();
@@ -204,6 +207,31 @@ fn pitfall_8_cycles_and_misplaced_tables_are_refused() {
     let beyond = Descriptor { next: 1, ..cycle };
     rig.driver.write_descriptor(0x4000, 0, beyond);
     assert_eq!(rig.pop().unwrap_err(), RingError::Index(1));
+}
+
+#[test]
+fn a_table_holds_as_long_a_chain_as_the_queue_and_no_longer() {
+    let table = 0x8_0000;
+    for (size, most) in [(64, 1026), (1024, 1026), (2048, 2048)] {
+        for len in [most, most + 1] {
+            let mem = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap());
+            let mut rig = rig_in(mem, 0, size, RING_FEATURES);
+            for index in 0..len {
+                let flags = if index + 1 == len { 0 } else { VRING_DESC_F_NEXT as u16 };
+                // Buffers that touch each other would be one piece.
+                let desc = Descriptor { addr: 0x4_0000 + u64::from(index) * 16, len: 1, flags, next: index + 1 };
+                rig.driver.write_descriptor(table, index, desc);
+            }
+            let head =
+                Descriptor { addr: table, len: u32::from(len) * 16, flags: VRING_DESC_F_INDIRECT as u16, next: 0 };
+            rig.driver.write_descriptor(0, 0, head);
+            rig.offer(0);
+            match rig.pop() {
+                Ok(chain) => assert_eq!((len, chain.unwrap().readable.len()), (most, u64::from(most))),
+                Err(error) => assert_eq!((len, error), (most + 1, RingError::TooLong(0))),
+            }
+        }
+    }
 }
 
 #[test]

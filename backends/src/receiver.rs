@@ -216,6 +216,11 @@ impl<S: Source> Receiver<S> {
                 break;
             }
             fits = read.joined.pieces().len() + chain.writable.pieces().len() <= MAX_PIECES;
+            if !fits && read.joined.len() >= PLAIN_BUFFER {
+                // Only a frame that does not fit into as many pieces as the kernel takes is lost, and counted.
+                self.held.push_front(chain);
+                return true;
+            }
             read.joined.append(&chain.writable);
             read.more.push(chain);
         }

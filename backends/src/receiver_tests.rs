@@ -28,6 +28,7 @@ struct Fake {
     away: Option<OwnedFd>,
     enabled: Arc<AtomicBool>,
     least_room: u64,
+    merged_len: Option<u64>,
     looked: Arc<AtomicUsize>,
     failed: Arc<AtomicBool>,
 }
@@ -36,11 +37,11 @@ impl Source for Fake {
     const OPS: &'static [&'static str] = &["received"];
 
     fn frame_len(&self) -> u64 {
-        64
+        self.merged_len.unwrap_or(64)
     }
 
     fn merges(&self) -> bool {
-        false
+        self.merged_len.is_some()
     }
 
     fn least_room(&self) -> u64 {
@@ -81,9 +82,14 @@ struct Rig {
 
 impl Rig {
     fn new(here: OwnedFd, away: Option<OwnedFd>, least_room: u64) -> Self {
+        Self::of(SIZE, here, away, least_room, None)
+    }
+
+    /// With a ring of its own size; frames of up to `merged_len` are spread over buffers if there is one.
+    fn of(size: u16, here: OwnedFd, away: Option<OwnedFd>, least_room: u64, merged_len: Option<u64>) -> Self {
         let pool = ReactorPool::new(&ReactorOptions { count: 1, ..ReactorOptions::default() }).unwrap();
         let mem: GuestMemory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 4 << 20)]).unwrap());
-        let driver = Driver::new(Arc::clone(&mem), 0, SIZE, 0);
+        let driver = Driver::new(Arc::clone(&mem), 0, size, 0);
         let kick = EventFd::new(EFD_NONBLOCK).unwrap();
         let (enabled, looked, failed) = (Arc::new(AtomicBool::new(true)), Arc::default(), Arc::default());
         let source = Fake {
@@ -91,6 +97,7 @@ impl Rig {
             away,
             enabled: Arc::clone(&enabled),
             least_room,
+            merged_len,
             looked: Arc::clone(&looked),
             failed: Arc::clone(&failed),
         };
@@ -237,4 +244,16 @@ fn a_buffer_that_holds_no_frame_comes_back_empty_and_loses_none() {
     peer.send(&[7; 33]).unwrap();
     assert_eq!(rig.used(), 33);
     assert_eq!(rig.counts(), (3, 0, 2 + 3 * u64::from(SIZE)));
+}
+
+#[test]
+fn a_ring_of_more_buffers_than_the_kernel_takes_pieces_goes_on_with_those_that_it_takes() {
+    let (here, peer) = UnixDatagram::pair().unwrap();
+    let mut rig = Rig::of(4096, here.into(), None, 1, Some(65_550));
+    rig.offer(&[2; 4096]);
+    for round in 0..3u8 {
+        peer.send(&[round; 1600]).unwrap();
+        assert_eq!((0..800).map(|_| rig.used()).sum::<u32>(), 1600, "round {round}");
+    }
+    assert_eq!(rig.counts(), (3, 0, 0));
 }

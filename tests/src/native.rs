@@ -4,7 +4,7 @@ use std::collections::hash_map::RandomState;
 use std::ffi::OsStr;
 use std::fs;
 use std::hash::BuildHasher;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
@@ -307,6 +307,8 @@ impl Running {
         let told = self.stdin.as_mut().map(|stdin| stdin.write_all(b"\n"));
         match told {
             Some(Ok(())) => Ok(()),
+            // Its end says more.
+            Some(Err(e)) if e.kind() == ErrorKind::BrokenPipe => Ok(()),
             other => Err(Error::Check(format!("writing to the stdin of `{}`: {other:?}", self.text))),
         }
     }

@@ -75,7 +75,8 @@ fn memory_that_the_kernel_holds_serves_requests_like_any_other() {
     everywhere(|place| {
         for direct in ["off", "on"] {
             let (one, two) = (image(64), image(64));
-            let job = "queues=2 depth=16 ops=2000 irq=1 job=verify until=told job=reset rounds=5 job=verify disk=1";
+            let job =
+                "queues=2 depth=16 ops=2000 irq=1 job=verify disk=1 job=reset disk=0 rounds=5 job=verify until=told";
             let [one, two] = [&one, &two].map(|image| disk(image, place, &format!("queues=2,direct={direct}")));
             let options = ["--io-threads", "2", "--disk", &one, "--disk", &two];
             let mut running = guest_in("size=256M,prefault=on", job, &options).start().expect("it starts");

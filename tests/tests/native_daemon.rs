@@ -34,14 +34,14 @@ fn assert_told_once(said: &str) -> usize {
     told.len() / 2
 }
 
-/// A guest with a job on two queues, which has begun it and goes on until [`end_well`].
+/// A guest with a job on two queues, which has begun it.
 fn begun(job: &str, disk: &str) -> Running {
-    let mut running = guest(&format!("{job} queues=2 until=told"), &["--disk", disk]).start().expect("it starts");
+    let mut running = guest(&format!("{job} queues=2"), &["--disk", disk]).start().expect("it starts");
     running.expect("ringvm-guest: start job=", LIMIT).expect("the guest comes up");
     running
 }
 
-/// Lets a guest come to the end of its job, which must go well.
+/// Lets a guest with `until=told` come to the end of its job, which must go well.
 fn end_well(mut running: Running) -> Ended {
     running.tell_enough().expect("the guest works");
     let ended = running.end(JOB_LIMIT).expect("it ends");
@@ -70,7 +70,7 @@ fn pitfall_51_two_hundred_kills_lose_nothing_double_nothing_and_hang_nobody() {
         return;
     }
     let image = image(64);
-    let mut running = begun("job=verify depth=32", &disk(&image, Place::Daemon, "queues=2"));
+    let mut running = begun("job=verify depth=32 until=told", &disk(&image, Place::Daemon, "queues=2"));
     let mut killed = kill(&mut running, 0, 20);
     let early = running.holdings();
     killed.extend(kill(&mut running, 20, 180));
@@ -93,7 +93,7 @@ fn pitfall_48_no_interrupt_is_lost_when_the_daemon_is_killed() {
     for words in ["irq=1", "irq=1 event_idx=0"] {
         let image = image(64);
         let disk = disk(&image, Place::Daemon, "queues=2,direct=on");
-        let mut running = begun(&format!("job=verify depth=8 {words}"), &disk);
+        let mut running = begun(&format!("job=verify depth=8 until=told {words}"), &disk);
         kill(&mut running, 0, 60);
         let ended = end_well(running);
         assert_eq!(assert_told_once(&ended.stderr), 60);
@@ -107,7 +107,7 @@ fn a_daemon_that_is_killed_while_it_comes_up_is_one_absence() {
         return;
     }
     let image = image(64);
-    let mut running = begun("job=verify depth=32", &disk(&image, Place::Daemon, "queues=2"));
+    let mut running = begun("job=verify depth=32 until=told", &disk(&image, Place::Daemon, "queues=2"));
     let mut last = 0;
     for _ in 0..12 {
         let back = running.said().matches(BACK).count();
@@ -171,7 +171,7 @@ fn a_daemon_of_somebody_else_is_waited_for_and_comes_back() {
         return;
     }
     let mut served = Served::new();
-    let mut running = begun("job=verify depth=32", &served.option());
+    let mut running = begun("job=verify depth=32 until=told", &served.option());
     for count in 1..=30 {
         sleep(random(Duration::from_millis(20)));
         served.kill();
@@ -191,7 +191,7 @@ fn resets_while_the_daemon_is_away_need_nobody_and_lose_nothing() {
     }
     let mut served = Served::new();
     // A round ends after a while, whether or not anything came back, and with it all that was in flight.
-    let job = "job=reset rounds=20 time=50ms depth=16 ops=2000 stall=60s";
+    let job = "job=reset until=told rounds=20 time=50ms depth=16 ops=2000 stall=60s";
     let mut running = begun(job, &served.option());
     for count in 1..=3 {
         sleep(random(Duration::from_millis(200)));
@@ -247,7 +247,7 @@ fn pitfall_54_a_daemon_that_hangs_is_not_waited_for_for_ever() {
     let image = image(64);
     let disk = disk(&image, Place::Daemon, "queues=2");
     // A while of silence is a pause.
-    let running = begun("job=verify depth=32", &disk);
+    let running = begun("job=verify depth=32 until=told", &disk);
     let daemon = child_after(running.pid(), 0, LIMIT).expect("a daemon is started");
     for _ in 0..3 {
         sleep(random(Duration::from_millis(200)));

@@ -8,6 +8,7 @@ use ringvm_backends::device::{Device, DeviceError, QueueParts, QueueState, RingC
 use ringvm_backends::dirty::QueueLog;
 use ringvm_backends::inflight::InflightArea;
 use ringvm_backends::interrupt::Interrupt;
+use ringvm_backends::net;
 use thiserror::Error;
 use tracing::info;
 use vm_memory::{Bytes, GuestAddress};
@@ -15,8 +16,8 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::descriptor;
 use crate::memory::Memory;
 
-/// Most descriptors of a ring, whatever the device would like: it can't tell the frontend.
-pub(crate) const MAX_SIZE: u16 = 4096;
+/// Most descriptors of a ring, whatever the device would like: it can't tell the frontend. NICs have the longest.
+pub(crate) const MAX_SIZE: u16 = net::MAX_QUEUE_SIZE;
 
 /// Why a ring does not start.
 #[derive(Debug, Error)]

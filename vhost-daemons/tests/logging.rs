@@ -5,7 +5,6 @@ mod common;
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -13,7 +12,8 @@ use common::client::{
     Client, FEATURES, GUEST, MEMORY, Memory, PROTOCOL_FEATURES, Ring, SIZE, USER, event, eventfd, longs, memfd,
     running, words,
 };
-use common::{Daemon, PATIENCE, Random, image, scratch, wait};
+use common::target::Target;
+use common::{Daemon, PATIENCE, Random, scratch, wait};
 use ringvm_backends::driver::Buffer;
 use rustix::fs::MemfdFlags;
 use vhost::vhost_user::message::{FrontendReq, VhostUserHeaderFlag};
@@ -24,39 +24,6 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, MmapRegion,
 const LOG_ALL: u64 = 1 << 26;
 const PAGE: u64 = 4096;
 const LOG_LEN: u64 = 4096;
-
-struct Target {
-    daemon: Daemon,
-    socket: PathBuf,
-    before: (usize, usize),
-    _dir: tempfile::TempDir,
-}
-
-impl Target {
-    fn new() -> Self {
-        let dir = scratch();
-        let socket = dir.path().join("b.sock");
-        let daemon = Daemon::blk(&socket, &format!("path={},queues=2", image(dir.path(), 16 << 20).display()));
-        let before = (daemon.descriptors(), daemon.mappings());
-        Self { daemon, socket, before, _dir: dir }
-    }
-
-    /// The next client is served, and nothing of those before is left.
-    fn is_well(&self) {
-        let (client, memory, mut ring) = running(&self.socket);
-        ring.works(0x5a);
-        drop((client, memory, ring));
-        wait("descriptors and mappings to be gone", || {
-            (self.daemon.descriptors(), self.daemon.mappings()) == self.before
-        });
-        assert_eq!(self.daemon.count("panicked"), 0);
-    }
-
-    fn dropped(&self, text: &str) -> usize {
-        let said = self.daemon.said();
-        said.iter().filter(|line| line.contains("dropping the client") && line.contains(text)).count()
-    }
-}
 
 /// A frontend's log.
 struct Log {
@@ -269,7 +236,7 @@ fn a_running_guest_can_be_copied_over_and_over() {
     }
     drop(client);
     target.is_well();
-    assert_eq!(target.dropped(""), 0);
+    assert_eq!(target.dropped_for(""), 0);
 }
 
 #[test]
@@ -431,7 +398,7 @@ fn pitfall_46_logs_that_can_not_be_are_refused() {
         ring.works(1);
         client.send(FrontendReq::SET_LOG_BASE, &longs(&[size, offset]), file.as_slice());
         assert!(client.is_dropped(), "{size} bytes at {offset}");
-        wait("one line about it", || target.dropped("SET_LOG_BASE") == count);
+        wait("one line about it", || target.dropped_for("SET_LOG_BASE") == count);
     }
     let (mut client, _memory, _ring) = running(&target.socket);
     assert!(!client.try_tell(FrontendReq::SET_LOG_FD, &[], &[]));
@@ -484,7 +451,7 @@ fn pitfall_52_a_log_that_is_cut_short_ends_the_connection_only() {
     ring.driver.publish();
     ring.kick();
     assert!(client.is_dropped());
-    wait("the line", || target.dropped("cut its memory short") == 1);
+    wait("the line", || target.dropped_for("cut its memory short") == 1);
     target.is_well();
     // Where it can be sealed it can't be cut.
     let file = memfd(4096, MemfdFlags::ALLOW_SEALING);

@@ -23,7 +23,7 @@ use crate::reactor::ReactorPool;
 use crate::stats::DeviceStats;
 use control::{Control, ControlHandler, RxMode};
 use frame::{HEADER_LEN, MAX_FRAME};
-pub use options::{Mac, NetOptions, OpenError};
+pub use options::{MAX_QUEUE_SIZE, Mac, NetOptions, OpenError};
 use receive::ReceiveSource;
 use state::NetState;
 use transmit::TransmitHandler;

@@ -98,8 +98,8 @@ pub struct Options {
     pub time_ms: Option<u64>,
     /// How many operations are done, or frames sent.
     pub ops: Option<u64>,
-    /// Whether the operations, rounds or time are a minimum, and the job goes on until a byte comes in over the serial port
-    /// (verify, reset, net-tx).
+    /// Whether the operations, rounds or time are a minimum, and the job goes on until a byte comes in over the serial port:
+    /// verify, net-tx, and reset, whose rounds are limited to some thousands by the memory of their rings.
     pub until_told: bool,
     /// How long is run before a measurement.
     pub warm_ms: u64,
@@ -341,6 +341,11 @@ pub fn parse(command_line: &str) -> Vec<Options> {
     }
     if jobs.is_empty() {
         jobs.push(common);
+    }
+    for job in jobs.iter().filter(|job| job.until_told) {
+        if !matches!(job.kind, Kind::Verify | Kind::Reset | Kind::Net(Traffic::Transmit)) {
+            power::fail(format_args!("command-line where=until expected=verify,reset,net-tx got={}", job.name));
+        }
     }
     jobs
 }

@@ -1,20 +1,27 @@
-//! The warm L1 machines of a test binary: as many as the host has CPUs and memory for, each started when a test finds none
+//! The warm L1 machines of a test binary: as many as the host has CPUs, memory and room for, each started when a test finds none
 //! idle, and each serving one test after another.
 
+use std::collections::VecDeque;
 use std::fs;
-use std::path::PathBuf;
+use std::ops::{Deref, DerefMut};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
+
+use rustix::fs::statvfs;
 
 use super::Lab;
 use super::payload::Payload;
 use crate::{Error, Result, host, paths};
 
-/// What a machine's memory, its share of the page cache and QEMU take, in KiB.
-const MEMORY: u64 = 5 << 20;
+/// What a machine's memory, its share of the page cache and QEMU take.
+const MEMORY: u64 = 5 << 30;
+/// What its disk comes to hold.
+const DISK: u64 = 4 << 30;
 
-static MACHINES: Mutex<Machines> = Mutex::new(Machines { parts: None, started: 0, most: 0, idle: Vec::new() });
+static MACHINES: Mutex<Machines> =
+    Mutex::new(Machines { parts: None, started: 0, most: usize::MAX, idle: VecDeque::new() });
 static FREED: Condvar = Condvar::new();
 
 struct Machines {
@@ -22,61 +29,91 @@ struct Machines {
     parts: Option<std::result::Result<Arc<Parts>, String>>,
     started: usize,
     most: usize,
-    idle: Vec<Lab>,
+    /// The one that has been idle for longest comes first.
+    idle: VecDeque<Lab>,
 }
 
 struct Parts {
     payload: Arc<Payload>,
     folder: PathBuf,
+    most: usize,
     /// Held as long as the process lives: the lab's folder serves one at a time.
     _lock: fs::File,
 }
 
-/// A machine for a test: an idle one, or one more, or the next that is given back.
-pub(super) fn take() -> std::result::Result<Lab, String> {
-    let mut machines = lock();
-    let parts = match machines.parts.get_or_insert_with(|| prepare().map(Arc::new).map_err(|e| e.to_string())) {
-        Ok(parts) => Arc::clone(parts),
-        Err(why) => return Err(why.clone()),
-    };
-    if machines.most == 0 {
-        machines.most = most();
+/// A machine while a test has it. Dropped, it is there for the next.
+pub(super) struct Lease(Option<Lab>);
+
+impl Deref for Lease {
+    type Target = Lab;
+
+    fn deref(&self) -> &Lab {
+        self.0.as_ref().expect("it is there until the lease ends")
     }
+}
+
+impl DerefMut for Lease {
+    fn deref_mut(&mut self) -> &mut Lab {
+        self.0.as_mut().expect("it is there until the lease ends")
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        lock().idle.extend(self.0.take());
+        FREED.notify_one();
+    }
+}
+
+/// A start that has not succeeded. Dropped, there are fewer machines from then on.
+struct Start;
+
+impl Drop for Start {
+    fn drop(&mut self) {
+        let mut machines = lock();
+        machines.started -= 1;
+        machines.most = machines.started;
+        FREED.notify_all();
+    }
+}
+
+/// A machine for a test: an idle one, or one more, or the next that is given back.
+pub(super) fn take() -> std::result::Result<Lease, String> {
+    let mut machines = lock();
     loop {
-        if let Some(lab) = machines.idle.pop() {
-            return Ok(lab);
+        let parts = match machines.parts.get_or_insert_with(|| prepare().map(Arc::new).map_err(|e| e.to_string())) {
+            Ok(parts) => Arc::clone(parts),
+            Err(why) => return Err(why.clone()),
+        };
+        machines.most = machines.most.min(parts.most);
+        if let Some(lab) = machines.idle.pop_front() {
+            return Ok(Lease(Some(lab)));
         }
         if machines.started < machines.most {
             machines.started += 1;
             let folder = parts.folder.join(format!("machine{}", machines.started));
             drop(machines);
-            let started = Lab::start(Arc::clone(&parts.payload), &folder).map_err(|e| e.to_string());
-            let why = match started {
-                Ok(lab) => return Ok(lab),
-                Err(why) => why,
+            let start = Start;
+            let why = match Lab::start(Arc::clone(&parts.payload), &folder) {
+                Ok(lab) => {
+                    std::mem::forget(start);
+                    return Ok(Lease(Some(lab)));
+                }
+                Err(e) => e.to_string(),
             };
+            drop(start);
             machines = lock();
-            machines.started -= 1;
-            machines.most = machines.started;
             if machines.most == 0 {
-                machines.parts = Some(Err(why.clone()));
-                FREED.notify_all();
-                return Err(why);
+                machines.parts = Some(Err(why));
+            } else {
+                host::say(&format!("lab: going on with {} machines, as one more did not start: {why}", machines.most));
             }
-            host::say(&format!("lab: going on with {} machines, as one more did not start: {why}", machines.most));
+        } else if machines.most == 0 {
+            return Err("a machine could not be started for another test".into());
         } else {
             machines = FREED.wait(machines).unwrap_or_else(PoisonError::into_inner);
-            if let Some(Err(why)) = &machines.parts {
-                return Err(why.clone());
-            }
         }
     }
-}
-
-/// Gives a machine back for the next test.
-pub(super) fn give_back(lab: Lab) {
-    lock().idle.push(lab);
-    FREED.notify_one();
 }
 
 fn lock() -> MutexGuard<'static, Machines> {
@@ -86,16 +123,23 @@ fn lock() -> MutexGuard<'static, Machines> {
 fn prepare() -> Result<Parts> {
     let lock = claim()?;
     let folder = paths::lab().join("run");
-    Ok(Parts { payload: Arc::new(Payload::build(&folder)?), folder, _lock: lock })
+    let payload = Arc::new(Payload::build(&folder)?);
+    let most = most(&folder);
+    Ok(Parts { payload, folder, most, _lock: lock })
 }
 
-/// A CPU for each, as an L1 has one, and memory.
-fn most() -> usize {
-    let free = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+/// How many machines the host has CPUs, memory and room for, one at least: an L1 has one CPU.
+fn most(folder: &Path) -> usize {
+    let number = |path: &str| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
+    let info = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let free =
-        free.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.split_whitespace().next()?.parse().ok());
-    let room = free.map_or(1, |free: u64| usize::try_from(free / MEMORY).unwrap_or(usize::MAX));
-    available_parallelism().map_or(1, usize::from).min(room).max(1)
+        info.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.split_whitespace().next()?.parse().ok());
+    // A container may be given less than the host has; "max" is no number.
+    let limit = number("/sys/fs/cgroup/memory.max").unwrap_or(u64::MAX);
+    let memory = free.map_or(0, |kib: u64| kib << 10).min(limit) / MEMORY;
+    let disk = statvfs(folder).map_or(0, |disk| disk.f_bavail * disk.f_frsize) / DISK;
+    let cpus = available_parallelism().map_or(1, usize::from);
+    cpus.min(usize::try_from(memory.min(disk)).unwrap_or(usize::MAX)).max(1)
 }
 
 /// One test process at a time uses the lab's folder.

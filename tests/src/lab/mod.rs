@@ -1,6 +1,5 @@
 //! The nested lab: QEMU's TCG emulates AMD SVM for a stock Debian kernel (L1), in which ringvm boots a stock Debian kernel
-//! (L2). A warm L1 serves one test after another, and there
-//! are as many as the host has CPUs and memory for:
+//! (L2). A warm L1 serves one test after another, and there are as many as the host has CPUs and memory for:
 //!
 //! ```no_run
 //! use ringvm_tests::lab::{disk, lab, vm};
@@ -62,7 +61,7 @@ pub fn lab(test: impl FnOnce(&mut Lab) -> Result<()>) {
     let outcome = catch_unwind(AssertUnwindSafe(|| lab.begin(&name).and_then(|()| test(&mut lab))));
     let failed = !matches!(outcome, Ok(Ok(())));
     let kept = lab.end(failed);
-    machines::give_back(lab);
+    drop(lab);
     host::say(&format!("lab: {name}: {:.1} s", begun.elapsed().as_secs_f32()));
     match outcome {
         Ok(Ok(())) => {}

@@ -12,14 +12,15 @@ const LIMIT: Duration = Duration::from_secs(240);
 const HOST: &str = "10.9.0.1";
 const GUEST: &str = "10.9.0.2";
 
-/// Starts work in the guest, kills the daemon so many times meanwhile, each time once it serves again, and lets the work come to
-/// its end, which must be a success. Gives what it printed when it was done for the last time.
-fn through_kills(lab: &Lab, guest: &mut Guest, daemon: &str, kills: usize, work: &str) -> Result<String> {
+/// Starts work in the guest, kills the daemon so many times meanwhile, each time once it serves again and `busy` succeeds in the
+/// guest, and lets the work come to its end, which must be a success. Gives what it printed when it was done for the last time.
+fn through_kills(lab: &Lab, guest: &mut Guest, daemon: &str, kills: usize, work: &str, busy: &str) -> Result<String> {
     let told = |guest: &Guest, what: &str| guest.stderr().matches(what).count();
     let before = told(guest, " is back");
     guest.run(&ongoing::start(work))?;
     for kill in 1..=kills {
         guest.listen(Duration::from_millis(700))?;
+        guest.run(&format!("until {busy}; do {{ {}; }} || exit 1; sleep 0.1; done", ongoing::GOES_ON))?;
         guest.run(ongoing::GOES_ON)?;
         lab.run(&format!("kill -9 $(pidof {daemon})"))?;
         for _ in 0..300 {
@@ -45,7 +46,7 @@ fn pitfall_51_fio_verifies_through_kills_of_the_daemon() {
                    --ioengine=libaio --iodepth=16 --iomem_align=4k --thread --numjobs=2 --cpus_allowed=0,1 \
                    --cpus_allowed_policy=split --size=24M --offset_increment=64M --fsync=32 --verify=crc32c --do_verify=1 \
                    --verify_fatal=1 --randrepeat=0";
-        let said = through_kills(lab, &mut guest, "ringvm-blk", 5, fio)?;
+        let said = through_kills(lab, &mut guest, "ringvm-blk", 5, fio, "pidof fio")?;
         assert_eq!(said.matches("err= 0").count(), 2, "both jobs without errors:\n{said}");
         assert_eq!(guest.power_off()?, Exit::Code(0));
         Ok(())
@@ -62,7 +63,7 @@ fn pitfall_51_a_file_system_is_whole_after_kills_of_the_daemon() {
         // Copies that each reach the disk, and are read back from it.
         let work = "for n in 1 2; do rm -rf /mnt/$n && mkdir /mnt/$n && cp -a /bin /lib /modules /mnt/$n/ && sync && \
                     echo 3 >/proc/sys/vm/drop_caches || exit 1; done";
-        through_kills(lab, &mut guest, "ringvm-blk", 4, work)?;
+        through_kills(lab, &mut guest, "ringvm-blk", 4, work, "true")?;
         let sums = "find bin lib modules -type f -exec md5sum {} + | sort -k 2 | md5sum";
         let whole = guest.run_for(LIMIT, &format!("cd / && {sums}"))?;
         for copy in 1..=2 {
@@ -87,8 +88,12 @@ fn pitfall_51_iperf3_goes_on_through_kills_of_the_daemon_with_one_and_two_queue_
             lab.run("iperf3 -s -D -I /run/iperf3.pid")?;
             for direction in ["", "-R"] {
                 // The server may not know yet that the client before it has gone.
-                let iperf3 = format!("sleep 1; iperf3 -c {HOST} -t 6 -f m -P {pairs} {direction}");
-                let said = through_kills(lab, &mut guest, "ringvm-net", 3, &iperf3)?;
+                // Each time something must arrive.
+                let iperf3 = format!(
+                    "sleep 1; iperf3 -c {HOST} -t 6 -f m -P {pairs} {direction} >/tmp/iperf3; code=$?; cat /tmp/iperf3; \
+                     [ $code = 0 ] && grep receiver /tmp/iperf3 | grep -v -q ' 0.00 Mbits/sec'"
+                );
+                let said = through_kills(lab, &mut guest, "ringvm-net", 3, &iperf3, "pidof iperf3")?;
                 let received = said.lines().rfind(|line| line.trim_end().ends_with("receiver"));
                 println!("{pairs} pairs: {}", received.unwrap_or_else(|| panic!("no receiver in {said}")));
             }

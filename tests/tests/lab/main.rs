@@ -1,5 +1,5 @@
-//! Tests in the nested lab: a stock Debian kernel under real AMD SVM. They share one L1 and run one after the other; one
-//! file per capability.
+//! Tests in the nested lab: a stock Debian kernel under real AMD SVM. One file per
+//! capability.
 
 mod bench;
 mod boot;

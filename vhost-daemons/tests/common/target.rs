@@ -40,6 +40,12 @@ impl Target {
         self.daemon.count("dropping the client")
     }
 
+    /// How many of them with a line that says `text`.
+    pub(crate) fn dropped_for(&self, text: &str) -> usize {
+        let said = self.daemon.said();
+        said.iter().filter(|line| line.contains("dropping the client") && line.contains(text)).count()
+    }
+
     /// The next client is served, and nothing of those before is left.
     pub(crate) fn is_well(&self) {
         let (client, memory, mut ring) = running(&self.socket);
