@@ -237,8 +237,8 @@ fn a_gibibyte_of_random_data_arrives_intact_both_ways() {
             let after: u64 = guest.run(&packets)?.parse().expect("a number");
             let mean = STREAM / (after - before).max(1);
             println!("the guest {verb}s {} MiB: {rate:.1} MiB/s, {mean} bytes per frame", STREAM >> 20);
-            // With segments cut by nobody on the way, frames are longer than the MTU, and how long depends on the rate.
-            assert!(mean > 2 * 1500, "{mean} bytes per frame: segmentation is not offloaded");
+            // With segments cut by nobody on the way, frames are many times as long as the MTU.
+            assert!(mean > 4 * 1500, "{mean} bytes per frame: segmentation is not offloaded");
         }
         assert_eq!(guest.power_off()?, Exit::Code(0));
         Ok(())
