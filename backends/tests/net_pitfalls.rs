@@ -633,7 +633,7 @@ fn pitfall_42_no_feature_makes_either_direction_collapse() {
     sets.push(("all that can be off".to_owned(), !(1 << 32 | control)));
     let mut rates: Vec<f64> = sets.iter().map(|(_, off)| rate(!off)).collect();
     let best = rates.iter().copied().fold(0.0, f64::max);
-    let enough = best / 100.0;
+    let enough = best / 20.0;
     for (rate_of, (_, off)) in rates.iter_mut().zip(&sets) {
         // A machine may be busy for a moment; a feature that collapses does so each time.
         for _ in 0..5 {
