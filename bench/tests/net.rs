@@ -96,8 +96,8 @@ fn a_guest_that_sleeps_sends_too() {
     }
 }
 
-/// Asserts that the guest was halted, and that no tick of its timer had to find what an interrupt should have announced. An
-/// I/O thread that loses its CPU in the middle of announcing makes one of the few that may be.
+/// Asserts that the guest was halted, and that no tick of its timer had to find what an interrupt should have announced: one
+/// in a hundred may come in between.
 fn assert_slept(line: &str) {
     let number = |key| fields(line)[key].parse::<u64>().unwrap();
     assert!(number("irqs") > 0 && number("halts") > 0, "{line}");
