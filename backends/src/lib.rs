@@ -9,6 +9,7 @@ pub mod block;
 pub mod device;
 pub mod dirty;
 pub mod driver;
+pub mod event;
 pub mod guest_io;
 pub mod histogram;
 pub mod inflight;

@@ -77,6 +77,8 @@ pub(crate) enum Refused {
     Inflight(io::Error),
     #[error("the log of written pages: {0}")]
     Log(io::Error),
+    #[error("its descriptor: {0}")]
+    Event(io::Error),
     #[error(transparent)]
     State(#[from] StateError),
 }
@@ -235,21 +237,24 @@ impl<'a> Backend<'a> {
                 let (index, file) = self.vring_file(&message, files.next())?;
                 let file =
                     file.ok_or_else(|| malformed("a ring without a kick would have to be polled; give it one"))?;
+                if !descriptor::is_eventfd(file.as_fd()) {
+                    return Err(malformed("its descriptor is not an eventfd"));
+                }
                 self.stop_ring(index);
                 self.rings[index].kick = Some(file);
                 self.settle()?;
             }
             FrontendReq::SET_VRING_CALL => {
-                let (index, file) = self.vring_file(&message, files.next())?;
+                let (index, call) = self.vring_interrupt(&message, files.next())?;
                 // What was raised before nobody may have seen: the queue starts again and interrupts once.
                 self.stop_ring(index);
-                self.rings[index].call = file;
+                self.rings[index].call = call;
                 self.settle()?;
             }
             FrontendReq::SET_VRING_ERR => {
-                let (index, file) = self.vring_file(&message, files.next())?;
+                let (index, err) = self.vring_interrupt(&message, files.next())?;
                 self.stop_ring(index);
-                self.rings[index].err = file;
+                self.rings[index].err = err;
                 self.settle()?;
             }
             FrontendReq::SET_VRING_ENABLE => {
@@ -287,9 +292,8 @@ impl<'a> Backend<'a> {
             }
             FrontendReq::SET_LOG_BASE => return self.set_log_base(&payload(&message)?, files.next()),
             FrontendReq::SET_LOG_FD => {
-                let file = files.next().filter(|file| descriptor::is_eventfd(file.as_fd()));
-                let file = file.ok_or_else(|| malformed("it needs an eventfd"))?;
-                let event = descriptor::interrupt(&file).map_err(Refused::Log)?;
+                let file = files.next().ok_or_else(|| malformed("its descriptor is missing"))?;
+                let event = descriptor::interrupt(file).map_err(Refused::Event)?;
                 self.change_logging(|logging| logging.set_event(event))?;
             }
             FrontendReq::SET_DEVICE_STATE_FD => {
@@ -485,12 +489,16 @@ impl<'a> Backend<'a> {
         match (said & VRING_NO_FD != 0, &file) {
             (true, Some(_)) => return Err(malformed("a descriptor came, and that there is none")),
             (false, None) => return Err(malformed("its descriptor is missing")),
-            (false, Some(file)) if !descriptor::is_eventfd(file.as_fd()) => {
-                return Err(malformed("its descriptor is not an eventfd"));
-            }
             _ => {}
         }
         Ok((index as usize, file))
+    }
+
+    /// The ring, and what the descriptor of a message is to tell its driver.
+    fn vring_interrupt(&mut self, message: &Message, file: Option<OwnedFd>) -> Result<(usize, Interrupt), Refused> {
+        let (index, file) = self.vring_file(message, file)?;
+        let interrupt = file.map(descriptor::interrupt).transpose().map_err(Refused::Event)?;
+        Ok((index, interrupt.unwrap_or_default()))
     }
 
     fn get_config(&self, message: &Message) -> Result<Answer, Refused> {

@@ -2,12 +2,11 @@
 #![allow(unsafe_code, reason = "descriptors by number have no owner yet")]
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
+use ringvm_backends::event::SharedEvent;
 use ringvm_backends::interrupt::Interrupt;
-use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::fs::OFlags;
 use vmm_sys_util::eventfd::EventFd;
 
 /// Whether it is an eventfd. Without /proc nobody can tell, and then it is taken for one.
@@ -16,27 +15,19 @@ pub(crate) fn is_eventfd(fd: BorrowedFd<'_>) -> bool {
     link.map_or(true, |link| link.as_os_str() == "anon_inode:[eventfd]")
 }
 
-/// Another handle to the same eventfd.
-pub(crate) fn event_fd(fd: &OwnedFd) -> io::Result<EventFd> {
+/// A line that raises an event of the client's: an eventfd, a pipe or a socket.
+///
+/// # Errors
+/// When it is something else, or the host has no descriptor or memory left.
+pub(crate) fn interrupt(fd: OwnedFd) -> io::Result<Interrupt> {
+    Ok(Interrupt::Shared(Arc::new(SharedEvent::new(fd)?)))
+}
+
+/// The client's doorbell, which is only ever polled.
+pub(crate) fn doorbell(fd: &OwnedFd) -> io::Result<EventFd> {
     let copy = fd.try_clone()?;
     // SAFETY: the descriptor is open, and given away.
     Ok(unsafe { EventFd::from_raw_fd(copy.into_raw_fd()) })
-}
-
-/// A line that raises the eventfd and never blocks, whatever the other side has made of it.
-pub(crate) fn interrupt(fd: &OwnedFd) -> io::Result<Interrupt> {
-    if rustix::fs::fcntl_getfl(fd)?.contains(OFlags::NONBLOCK) {
-        return Ok(Interrupt::Event(Arc::new(event_fd(fd)?)));
-    }
-    // The flag belongs to the other side as well, which may read it blocking. A full counter is looked for instead.
-    let fd = fd.try_clone()?;
-    Ok(Interrupt::Call(Arc::new(move || {
-        let mut fds = [PollFd::new(&fd, PollFlags::OUT)];
-        let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
-        if rustix::event::poll(&mut fds, Some(&at_once)) == Ok(1) {
-            let _ = rustix::io::write(fd.as_fd(), &1u64.to_ne_bytes());
-        }
-    })))
 }
 
 /// Takes a descriptor that this process was started with.

@@ -48,9 +48,9 @@ pub(crate) struct Vring {
     /// The next entry of the available ring to look at, while the ring does not run.
     pub(crate) base: u16,
     pub(crate) kick: Option<OwnedFd>,
-    /// Absent for a driver that polls.
-    pub(crate) call: Option<OwnedFd>,
-    pub(crate) err: Option<OwnedFd>,
+    /// `None` for a driver that polls.
+    pub(crate) call: Interrupt,
+    pub(crate) err: Interrupt,
     pub(crate) enabled: bool,
     running: bool,
 }
@@ -96,10 +96,9 @@ impl Vring {
             self.base = next_used;
         }
         let taken = |source| VringError::Descriptor { index, source };
-        let line = |fd: &Option<OwnedFd>| fd.as_ref().map_or(Ok(Interrupt::None), descriptor::interrupt).map_err(taken);
-        let (call, err, broken) = (line(&self.call)?, line(&self.err)?, Arc::clone(broken));
+        let (err, broken) = (self.err.clone(), Arc::clone(broken));
         let parts = QueueParts {
-            call: call.clone(),
+            call: self.call.clone(),
             fault: Interrupt::Call(Arc::new(move || {
                 broken.store(true, Ordering::Release);
                 err.raise();
@@ -108,11 +107,11 @@ impl Vring {
             inflight: inflight.and_then(|area| area.table(index)),
             log,
             in_order: inflight.is_none(),
-            ..QueueParts::new(ring, mem, descriptor::event_fd(kick).map_err(taken)?)
+            ..QueueParts::new(ring, mem, descriptor::doorbell(kick).map_err(taken)?)
         };
         device.start_queue(index, parts)?;
         self.running = true;
-        call.raise();
+        self.call.raise();
         Ok(())
     }
 

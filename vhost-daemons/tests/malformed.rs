@@ -124,7 +124,7 @@ fn regions_beyond_the_slots_are_refused() {
 }
 
 #[test]
-fn descriptors_that_are_no_eventfds_are_refused_as_kick_and_call() {
+fn descriptors_that_can_not_be_raised_are_refused_as_kick_and_call() {
     let target = Target::new();
     let mut client = target.connect();
     client.negotiate(FEATURES);

@@ -64,19 +64,6 @@ pub trait Platform: Send + Sync {
     fn detach_doorbell(&self, address: u64, event: &EventFd) -> io::Result<()>;
 }
 
-/// Whether `event` was signalled and not consumed yet; looks without consuming.
-#[must_use]
-pub fn is_pending(event: &EventFd) -> bool {
-    use std::os::fd::{AsRawFd, BorrowedFd};
-
-    use rustix::event::{PollFd, PollFlags, Timespec, poll};
-    // SAFETY: the descriptor is open for as long as `event`, which outlives this call.
-    #[allow(unsafe_code, reason = "EventFd does not offer AsFd")]
-    let fd = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
-    let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
-    matches!(poll(&mut fds, Some(&Timespec::default())), Ok(1))
-}
-
 #[cfg(test)]
 pub(crate) mod fake {
     //! A platform without a hypervisor that remembers what it was told.

@@ -1,19 +1,17 @@
 //! The control queue (virtio 1.3, section 5.1.6.5): a class, a command, its data, and an answer of one byte.
 
-use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, VIRTIO_NET_CTRL_GUEST_OFFLOADS,
     VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET, VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_ADDR_SET,
     VIRTIO_NET_CTRL_MAC_TABLE_SET, VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_CTRL_RX,
     VIRTIO_NET_CTRL_RX_ALLMULTI, VIRTIO_NET_CTRL_RX_PROMISC, VIRTIO_NET_ERR, VIRTIO_NET_OK,
 };
-use vmm_sys_util::eventfd::EventFd;
 
 use super::features;
+use crate::event::SharedEvent;
 use crate::guest_io::GuestIo;
 use crate::io::Io;
 use crate::port::{Filter, Port};
@@ -35,7 +33,7 @@ pub(super) struct Control {
     /// What the driver takes unfinished now, as feature bits: what was negotiated, until it says otherwise.
     pub(super) guest_offloads: Arc<AtomicU64>,
     /// Doorbells of the receive queues that run, by pair.
-    pub(super) receivers: Mutex<Vec<Option<EventFd>>>,
+    pub(super) receivers: Mutex<Vec<Option<SharedEvent>>>,
     /// The driver shall tell the network where it is, and has not said yet that it did.
     pub(super) announce: AtomicBool,
     /// What was asked for, in the driver's terms.
@@ -70,10 +68,7 @@ impl Control {
         }
         self.active.store(count, Ordering::Release);
         for kick in self.receivers.lock().unwrap_or_else(PoisonError::into_inner).iter().flatten() {
-            // One that would make us wait is rung already.
-            if is_writable(kick) {
-                drop(kick.write(1));
-            }
+            kick.raise();
         }
         Ok(())
     }
@@ -98,15 +93,6 @@ impl Control {
             tracing::info!(port = self.port.name(), %error, "the port does not filter, the guest receives every frame");
         }
     }
-}
-
-/// Whether a write to an eventfd goes through at once: whoever shares it may have filled it, and may have it wait.
-#[allow(unsafe_code, reason = "eventfds of this crate show their descriptor as a number only")]
-fn is_writable(event: &EventFd) -> bool {
-    // SAFETY: the event owns its descriptor, and is borrowed for as long.
-    let fd = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
-    let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::OUT)];
-    poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
 }
 
 /// Serves the control queue.

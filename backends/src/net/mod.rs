@@ -15,6 +15,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP};
 
 use crate::device::{Device, DeviceError, DeviceInfo, QueueParts, QueueState};
+use crate::event::SharedEvent;
 use crate::interrupt::Interrupt;
 use crate::port::Port;
 use crate::queue::{RING_FEATURES, avail_index};
@@ -267,8 +268,8 @@ impl Device for NetDevice {
         let role = role.ok_or_else(|| DeviceError::Queue { device: self.info.name.clone(), index, reason })?;
         match role {
             Role::Receive(pair) => {
-                let kick =
-                    parts.kick.try_clone().map_err(|source| self.host_error("duplicating a doorbell", source))?;
+                let kick = SharedEvent::of(&parts.kick);
+                let kick = kick.map_err(|source| self.host_error("duplicating a doorbell", source))?;
                 let source = self.receive_source(pair);
                 let in_use = !self.control_runs || avail_index(&parts.mem, &parts.ring).is_some_and(|index| index != 0);
                 self.queues.start_receiver(index, parts, self.features, move || source)?;

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 
 pub(crate) mod client;
+pub(crate) mod honest;
 pub(crate) mod target;
 
 use std::io::{BufRead, BufReader};

@@ -6,11 +6,12 @@
 use std::io;
 use std::sync::Arc;
 
+use ringvm_backends::event;
 use tracing::warn;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::config::ConfigSpace;
-use crate::platform::{MsiMessage, MsiRoute, Platform, is_pending};
+use crate::platform::{MsiMessage, MsiRoute, Platform};
 use crate::quota::Quota;
 
 /// Capability ID.
@@ -108,8 +109,7 @@ impl Msix {
         for vector in &self.vectors {
             // An open route is consumed by the hypervisor.
             if vector.open.is_none() {
-                // EAGAIN: nothing is pending.
-                drop(vector.event.read());
+                event::take(event::borrow(&vector.event));
             }
         }
     }
@@ -151,7 +151,7 @@ impl Msix {
                 .filter(|bit| {
                     self.vectors
                         .get(at * 8 + bit)
-                        .is_some_and(|vector| vector.open.is_none() && is_pending(&vector.event))
+                        .is_some_and(|vector| vector.open.is_none() && event::is_raised(event::borrow(&vector.event)))
                 })
                 .fold(0, |bits, bit| bits | 1 << bit);
         }

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::fs::File;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -15,6 +16,7 @@ use ringvm_backends::block::{BlockDevice, BlockOptions, StorageKind};
 use ringvm_backends::device::{
     Device, DeviceError, DeviceInfo, GuestMemory, Place, QueueParts, QueueState, RingConfig, Suspended,
 };
+use ringvm_backends::event::SharedEvent;
 use ringvm_backends::interrupt::Interrupt;
 use ringvm_backends::reactor::{ReactorOptions, ReactorPool};
 use ringvm_backends::stats::DeviceStats;
@@ -88,6 +90,8 @@ struct Placed {
     running: BTreeMap<u16, Kept>,
     /// What was counted in other places.
     past: DeviceStats,
+    /// A daemon was given the interrupts, and may keep them.
+    lent: bool,
 }
 
 /// What a queue needs to start again.
@@ -100,14 +104,25 @@ struct Kept {
 }
 
 impl Kept {
-    fn parts(&self, end: Suspended) -> std::io::Result<QueueParts> {
+    fn parts(&self, end: Suspended, call: Interrupt) -> io::Result<QueueParts> {
         Ok(QueueParts {
-            call: self.call.clone(),
+            call,
             fault: self.fault.clone(),
             from: end.state,
             left: end.left,
             ..QueueParts::new(self.ring, Arc::clone(&self.mem), self.kick.try_clone()?)
         })
+    }
+}
+
+/// The interrupt of a queue as a place may use it. One that was lent to a daemon is raised with care from then on; a daemon is
+/// given the event itself.
+fn interrupt(call: &Interrupt, lent: bool, place: Place) -> io::Result<Interrupt> {
+    match call {
+        Interrupt::Event(event) if lent && place == Place::Process => {
+            Ok(Interrupt::Shared(Arc::new(SharedEvent::of(event)?)))
+        }
+        other => Ok(other.clone()),
     }
 }
 
@@ -141,6 +156,7 @@ impl PlacedDisk {
             config_changed: Interrupt::None,
             running: BTreeMap::new(),
             past: DeviceStats::default(),
+            lent: options.place == Place::Daemon,
         }));
         Ok((Self { info, shared: Arc::clone(&shared) }, Mover(shared)))
     }
@@ -244,13 +260,16 @@ impl Placed {
         {
             return Err(PlaceError::Away { device: self.name.clone() });
         }
+        self.lent |= place == Place::Daemon;
+        let lent = self.lent;
         let start = Instant::now();
         let indices: Vec<u16> = self.running.keys().copied().collect();
         let ends = self.server.device().suspend(&indices);
         let ends: Vec<Suspended> = ends.into_iter().map(Option::unwrap_or_default).collect();
         let mut failure = None;
         for (index, end) in indices.iter().zip(&ends) {
-            let parts = self.running[index].parts(end.clone());
+            let kept = &self.running[index];
+            let parts = interrupt(&kept.call, lent, place).and_then(|call| kept.parts(end.clone(), call));
             let result = parts
                 .map_err(|source| DeviceError::Host {
                     device: self.name.clone(),
@@ -266,7 +285,9 @@ impl Placed {
             // Back to where it was; nothing was lost.
             let back = next.device().suspend(&indices);
             for ((index, there), here) in indices.into_iter().zip(back).zip(ends) {
-                if let Ok(parts) = self.running[&index].parts(there.unwrap_or(here)) {
+                let kept = &self.running[&index];
+                let parts = interrupt(&kept.call, lent, self.place);
+                if let Ok(parts) = parts.and_then(|call| kept.parts(there.unwrap_or(here), call)) {
                     self.server.device().start_queue(index, parts)?;
                 }
             }
@@ -274,7 +295,7 @@ impl Placed {
         }
         for kept in self.running.values() {
             // What the old place has said last may not have been heard (PITFALLS 48).
-            kept.call.raise();
+            interrupt(&kept.call, lent, Place::Process).unwrap_or_default().raise();
         }
         let pause = start.elapsed();
         self.past.merge(&self.server.device().stats());
@@ -322,7 +343,7 @@ impl Device for PlacedDisk {
         Ok(())
     }
 
-    fn start_queue(&mut self, index: u16, parts: QueueParts) -> Result<(), DeviceError> {
+    fn start_queue(&mut self, index: u16, mut parts: QueueParts) -> Result<(), DeviceError> {
         let mut placed = self.lock();
         let QueueParts { ring, mem, kick, call, fault, .. } = &parts;
         let kick = kick.try_clone().map_err(|source| DeviceError::Host {
@@ -331,6 +352,11 @@ impl Device for PlacedDisk {
             source,
         })?;
         let kept = Kept { ring: *ring, mem: Arc::clone(mem), kick, call: call.clone(), fault: fault.clone() };
+        parts.call = interrupt(call, placed.lent, placed.place).map_err(|source| DeviceError::Host {
+            device: placed.name.clone(),
+            what: "duplicating an interrupt",
+            source,
+        })?;
         placed.server.device().start_queue(index, parts)?;
         placed.running.insert(index, kept);
         Ok(())

@@ -10,7 +10,6 @@ pub mod peer;
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -18,6 +17,7 @@ use std::time::{Duration, Instant};
 use ringvm_backends::device::{
     Device, DeviceError, DeviceInfo, GuestMemory, QueueParts, QueueState, RingConfig, Suspended,
 };
+use ringvm_backends::event::{SharedEvent, borrow, take};
 use ringvm_backends::interrupt::Interrupt;
 use ringvm_backends::queue::{RING_FEATURES, used_index};
 use ringvm_backends::stats::DeviceStats;
@@ -111,6 +111,8 @@ struct Ring {
     ring: RingConfig,
     kick: EventFd,
     call: Arc<EventFd>,
+    /// Raises the two, which every daemon that was here holds as well.
+    again: [SharedEvent; 2],
     /// Where calls go that can't go straight.
     relay: Option<Interrupt>,
     err: EventFd,
@@ -122,12 +124,6 @@ struct Ring {
 
 fn event() -> io::Result<EventFd> {
     EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
-}
-
-#[allow(unsafe_code, reason = "eventfds of this crate show their descriptor as a number only")]
-fn borrow(event: &EventFd) -> BorrowedFd<'_> {
-    // SAFETY: the event owns its descriptor, and is borrowed for as long.
-    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
 impl VhostUserDevice {
@@ -397,14 +393,14 @@ impl Shared {
         }
         for (index, err, call) in &rings {
             if next()
-                && err.read().is_ok()
+                && take(borrow(err))
                 && let Some(ring) = &state.rings[*index]
             {
                 ring.fault.raise();
             }
             if let Some(call) = call
                 && next()
-                && call.read().is_ok()
+                && take(borrow(call))
                 && let Some(relay) = state.rings[*index].as_ref().and_then(|ring| ring.relay.clone())
             {
                 relay.raise();
@@ -472,8 +468,7 @@ impl Shared {
             start(state, link, index as u16)?;
             let ring = state.rings[index].as_ref().expect("it was there just now");
             // Whatever was said while nobody listened is said again (PITFALLS 48).
-            let _ = ring.kick.write(1);
-            let _ = ring.call.write(1);
+            ring.again.iter().for_each(SharedEvent::raise);
         }
         Ok(())
     }
@@ -563,11 +558,14 @@ impl Device for VhostUserDevice {
             other => (Arc::new(event().map_err(|error| host("making an event", error))?), Some(other)),
         };
         let err = event().map_err(|error| host("making an event", error))?;
+        let again = [SharedEvent::of(&kick), SharedEvent::of(&call)];
+        let [kick_again, call_again] = again.map(|event| event.map_err(|error| host("duplicating an event", error)));
+        let again = [kick_again?, call_again?];
         if state.memory.as_ref().is_none_or(|known| !Arc::ptr_eq(known, &mem)) {
             state.shown = false;
             state.memory = Some(mem);
         }
-        state.rings[usize::from(index)] = Some(Ring { ring, kick, call, relay, err, fault, from, left });
+        state.rings[usize::from(index)] = Some(Ring { ring, kick, call, again, relay, err, fault, from, left });
         self.shared.try_with(&mut state, |state, link| start(state, link, index));
         // The keeper watches one more ring.
         self.shared.wake();

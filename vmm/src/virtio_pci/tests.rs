@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 
 use bolero::TypeGenerator;
 use ringvm_backends::device::{DeviceError, QueueParts, QueueState, RingConfig};
+use ringvm_backends::event::{borrow, is_raised};
 use ringvm_backends::interrupt::Interrupt;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::*;
 use crate::pci::reg;
 use crate::platform::fake::FakePlatform;
-use crate::platform::is_pending;
 
 const BAR: u64 = 0x1_0000_0000;
 const OFFERED: u64 = 1 << 32 | 1 << 29 | 1 << 5;
@@ -242,7 +242,7 @@ fn pitfall_16_a_driver_that_follows_the_specification_gets_its_queues_gaps_and_a
     told.running[&2].call.raise();
     drop(told);
     let event = lock(&bench.function).msix.event(3).unwrap();
-    assert!(is_pending(&event));
+    assert!(is_raised(borrow(&event)));
     assert_eq!(bench.read(0x12, 2), u64::from(QUEUES));
     assert_eq!(bench.read(DEVICE, 8), u64::from_le_bytes(*b"ringvm!!"));
 }
@@ -256,18 +256,18 @@ fn pitfall_18_a_change_of_configuration_is_told_once_and_only_to_a_driver() {
     let generation = bench.read(GENERATION, 1);
     changed.raise();
     assert_eq!(bench.read(GENERATION, 1), generation + 1);
-    assert!(!is_pending(&event), "no driver is there to be interrupted");
+    assert!(!is_raised(borrow(&event)), "no driver is there to be interrupted");
     bench.negotiate(VERSION_1);
     bench.write(0x10, &0_u16.to_le_bytes());
     bench.set_queue(0, 1);
     bench.set_status(ALL);
-    assert!(!is_pending(&event), "nothing has changed since");
+    assert!(!is_raised(borrow(&event)), "nothing has changed since");
     assert_eq!(bench.read(GENERATION, 1), generation + 1, "reading and starting change nothing");
     changed.raise();
-    assert!(is_pending(&event));
+    assert!(is_raised(borrow(&event)));
     assert_eq!(bench.read(GENERATION, 1), generation + 2);
     // The queues' interrupts are others.
-    assert!(!is_pending(&lock(&bench.function).msix.event(1).unwrap()));
+    assert!(!is_raised(borrow(&lock(&bench.function).msix.event(1).unwrap())));
 }
 
 #[test]
@@ -395,11 +395,11 @@ fn a_broken_queue_asks_for_a_reset_and_the_others_go_on() {
     assert_eq!(bench.status(), ALL | 0x40, "a queue that can't start");
     assert_eq!(bench.running(), [0]);
     let event = lock(&bench.function).msix.event(0).unwrap();
-    assert!(is_pending(&event), "a configuration change is signalled");
+    assert!(is_raised(borrow(&event)), "a configuration change is signalled");
 
     bench.told.lock().unwrap().refuse = None;
     bench.set_status(0);
-    assert!(!is_pending(&event), "nothing is pending after a reset");
+    assert!(!is_raised(borrow(&event)), "nothing is pending after a reset");
     bench.drive(&[0, 1]);
     bench.told.lock().unwrap().running[&1].fault.raise();
     assert_eq!(bench.status(), ALL | 0x40, "a queue that broke later");

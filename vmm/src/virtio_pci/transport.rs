@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use ringvm_backends::device::{Device, GuestMemory, QueueParts, QueueState, RingConfig};
+use ringvm_backends::event::SharedEvent;
 use ringvm_backends::interrupt::Interrupt;
 use tracing::debug;
 use vmm_sys_util::eventfd::EventFd;
@@ -40,27 +41,31 @@ struct Queue {
     enabled: bool,
     vector: u16,
     kick: EventFd,
+    /// Rings the same doorbell: a daemon that serves the queue holds it as well.
+    doorbell: SharedEvent,
     running: bool,
     /// Where it goes on, or starts.
     from: QueueState,
 }
 
 impl Queue {
-    fn new(max_size: u16, kick: EventFd) -> Self {
-        Self {
+    fn new(max_size: u16) -> std::io::Result<Self> {
+        let kick = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        Ok(Self {
             max_size,
             ring: RingConfig { size: max_size, ..Default::default() },
             enabled: false,
             vector: NO_VECTOR,
+            doorbell: SharedEvent::of(&kick)?,
             kick,
             running: false,
             from: QueueState::default(),
-        }
+        })
     }
 
     fn reset(&mut self) {
-        // Destructured so that no field is forgotten; the kick is the doorbell's and stays.
-        let Self { max_size, ring, enabled, vector, kick: _, running, from } = self;
+        // Destructured so that no field is forgotten; the doorbell stays.
+        let Self { max_size, ring, enabled, vector, kick: _, doorbell: _, running, from } = self;
         *ring = RingConfig { size: *max_size, ..Default::default() };
         (*enabled, *vector, *running, *from) = (false, NO_VECTOR, false, QueueState::default());
     }
@@ -87,12 +92,7 @@ impl Transport {
         memory: GuestMemory,
         signals: Arc<Signals>,
     ) -> std::io::Result<Self> {
-        let queues = device
-            .info()
-            .queue_sizes
-            .iter()
-            .map(|&size| Ok(Queue::new(size, EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?)))
-            .collect::<std::io::Result<_>>()?;
+        let queues = device.info().queue_sizes.iter().map(|&size| Queue::new(size)).collect::<std::io::Result<_>>()?;
         let changed = Arc::clone(&signals);
         device.on_config_change(Interrupt::Call(Arc::new(move || changed.space_changed())));
         Ok(Self {
@@ -121,8 +121,7 @@ impl Transport {
     /// A doorbell that did not go through the kernel.
     pub(super) fn kick(&self, index: usize) {
         if let Some(queue) = self.queues.get(index) {
-            // EAGAIN: it is rung already.
-            drop(queue.kick.write(1));
+            queue.doorbell.raise();
         }
     }
 
@@ -290,7 +289,18 @@ impl Transport {
     }
 
     fn update_config_interrupt(&self, vectors: &dyn Vectors) {
-        self.signals.set_config_interrupt(self.interrupt(self.config_vector, ISR_CONFIG, vectors));
+        let interrupt = match self.interrupt(self.config_vector, ISR_CONFIG, vectors) {
+            // The vector may be that of a queue too, whose daemon holds the event as well.
+            Interrupt::Event(event) => SharedEvent::of(&event).map_or_else(
+                |error| {
+                    self.signals.warn(format_args!("the driver won't hear of configuration changes: {error}"));
+                    Interrupt::None
+                },
+                |event| Interrupt::Shared(Arc::new(event)),
+            ),
+            other => other,
+        };
+        self.signals.set_config_interrupt(interrupt);
     }
 
     /// Starts or stops the queues, as the driver and the bus have it now.
