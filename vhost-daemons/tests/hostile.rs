@@ -53,10 +53,8 @@ impl House {
 
 /// Has reads and writes of an event wait, for everybody who holds it, with no room left in its counter.
 fn clog(event: &impl std::os::fd::AsFd) {
-    for more in [u64::MAX - 1, 1] {
-        // Full is what it shall be.
-        let _ = rustix::io::write(event, &more.to_ne_bytes());
-    }
+    let _ = rustix::io::read(event, &mut [0; 8]);
+    rustix::io::write(event, &(u64::MAX - 1).to_ne_bytes()).unwrap();
     let flags = rustix::fs::fcntl_getfl(event).unwrap();
     rustix::fs::fcntl_setfl(event, flags - OFlags::NONBLOCK).unwrap();
 }
