@@ -1,9 +1,12 @@
 //! What the programs around the devices do alike, whichever of them has the guest: their log, and the signals they hear.
 
+mod log_budget;
+
 use std::env;
 use std::io::{self, IsTerminal};
 use std::thread::{self, JoinHandle};
 
+use log_budget::LogBudget;
 use signal_hook::iterator::{Handle, Signals};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt as _;
@@ -12,11 +15,12 @@ use tracing_subscriber::{fmt, registry};
 
 const STACK: usize = 64 << 10;
 
-/// Starts the log on standard error: warnings, and more for each `-v`. RUST_LOG overrides it.
+/// Starts the log on standard error: warnings, and more for each `-v`. RUST_LOG overrides it. Lines that repeat without end are
+/// held back, up to those of `-v`.
 pub fn start_tracing(verbose: u8) {
     let targets = targets(env::var("RUST_LOG").ok().as_deref(), verbose);
     let lines = fmt::layer().with_writer(io::stderr).with_ansi(io::stderr().is_terminal()).with_target(false);
-    registry().with(targets).with(lines).init();
+    registry().with(targets).with(LogBudget::default()).with(lines).init();
 }
 
 /// Levels by module only: the filter that also looks at fields brings an engine for regular expressions.

@@ -17,7 +17,6 @@ pub mod machine;
 pub mod pci;
 pub mod placement;
 pub mod platform;
-pub mod quota;
 pub mod run;
 pub mod signals;
 pub mod vhost_user;

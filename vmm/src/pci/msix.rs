@@ -12,7 +12,6 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::config::ConfigSpace;
 use crate::platform::{MsiMessage, MsiRoute, Platform};
-use crate::quota::Quota;
 
 /// Capability ID.
 const CAPABILITY: u8 = 0x11;
@@ -51,7 +50,6 @@ pub struct Msix {
     capability: u16,
     enabled: bool,
     function_masked: bool,
-    warnings: Quota,
 }
 
 impl Msix {
@@ -74,7 +72,7 @@ impl Msix {
         body.extend(pba.to_le_bytes());
         let writable = (CONTROL_ENABLE | CONTROL_MASK).to_le_bytes();
         let capability = space.add_capability(CAPABILITY, &body, &writable);
-        Ok(Self { vectors, capability, enabled: false, function_masked: false, warnings: Quota::default() })
+        Ok(Self { vectors, capability, enabled: false, function_masked: false })
     }
 
     /// Takes note of a write to configuration space. Returns whether MSI-X was switched on or off.
@@ -169,9 +167,7 @@ impl Msix {
             Ok(()) => wanted,
             Err(error) => {
                 // The guest wrote a message that the hypervisor does not take: the vector is as good as masked.
-                if self.warnings.take("MSI-X") {
-                    warn!(vector = index, message = ?wanted, %error, "MSI-X: setting a vector's route");
-                }
+                warn!(vector = index, message = ?wanted, %error, "MSI-X: setting a vector's route");
                 None
             }
         };

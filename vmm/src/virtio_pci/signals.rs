@@ -8,7 +8,6 @@ use ringvm_backends::interrupt::Interrupt;
 use tracing::warn;
 
 use crate::platform::IrqLine;
-use crate::quota::Quota;
 
 /// ISR: a queue has used buffers.
 pub(super) const ISR_QUEUE: u8 = 1;
@@ -24,7 +23,6 @@ const DRIVER_OK: u8 = 4;
 pub(super) struct Signals {
     /// Name of the device.
     name: String,
-    warnings: Quota,
     status: AtomicU8,
     /// How often the configuration space has changed by itself.
     generation: AtomicUsize,
@@ -49,7 +47,6 @@ impl Signals {
     pub(super) fn new(name: &str, line: Arc<dyn IrqLine>) -> Arc<Self> {
         Arc::new(Self {
             name: name.to_owned(),
-            warnings: Quota::default(),
             status: AtomicU8::new(0),
             generation: AtomicUsize::new(0),
             intx: Mutex::new(Intx { isr: 0, disabled: false, line }),
@@ -75,11 +72,9 @@ impl Signals {
         }
     }
 
-    /// Logs what the guest did, unless it does so all the time.
+    /// Logs what the guest did. The log has a budget for what a guest does all the time.
     pub(super) fn warn(&self, what: std::fmt::Arguments<'_>) {
-        if self.warnings.take(&self.name) {
-            warn!(device = self.name, "{what}");
-        }
+        warn!(device = self.name, "{what}");
     }
 
     /// What `config_generation` reads as.
