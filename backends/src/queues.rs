@@ -96,9 +96,9 @@ impl Queues {
         self.end(indices, End::Suspended)
     }
 
-    /// Stops every queue.
+    /// Stops every queue, and forgets what it has in flight.
     pub(crate) fn stop_all(&mut self) {
-        self.end(&(0..self.places.len() as u16).collect::<Vec<_>>(), End::Drained);
+        self.end(&(0..self.places.len() as u16).collect::<Vec<_>>(), End::Suspended);
     }
 
     /// Stops queues. All are told before one is waited for: what is in flight in each ends meanwhile.

@@ -64,11 +64,42 @@ pub struct ReactorOptions {
     pub poll: Duration,
     /// Whether the kernel holds guest memory for I/O, all of which is allocated and locked by that (registered buffers).
     pub hold_memory: bool,
+    /// Told when a thread dies by a bug of ours: its queues are never served again.
+    pub on_panic: OnPanic,
+}
+
+/// What is done when an I/O thread has panicked, with its number. By default nothing but a line in the log.
+#[derive(Clone, Default)]
+pub struct OnPanic(Option<Arc<dyn Fn(usize) + Send + Sync>>);
+
+impl OnPanic {
+    /// Calls `tell` on the thread itself.
+    pub fn new(tell: impl Fn(usize) + Send + Sync + 'static) -> Self {
+        Self(Some(Arc::new(tell)))
+    }
+
+    fn tell(&self, thread: usize) {
+        if let Some(tell) = &self.0 {
+            tell(thread);
+        }
+    }
+}
+
+impl std::fmt::Debug for OnPanic {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(if self.0.is_some() { "OnPanic" } else { "OnPanic(nothing)" })
+    }
 }
 
 impl Default for ReactorOptions {
     fn default() -> Self {
-        Self { count: 1, affinity: Vec::new(), poll: Duration::from_micros(50), hold_memory: false }
+        Self {
+            count: 1,
+            affinity: Vec::new(),
+            poll: Duration::from_micros(50),
+            hold_memory: false,
+            on_panic: OnPanic::default(),
+        }
     }
 }
 
@@ -147,7 +178,7 @@ impl Reactor {
         let (commands, inbox) = mpsc::unbounded_channel();
         let (ready, started) = reply::channel();
         let cpu = (!options.affinity.is_empty()).then(|| options.affinity[index % options.affinity.len()]);
-        let (poll, hold_memory) = (options.poll, options.hold_memory);
+        let (poll, hold_memory, on_panic) = (options.poll, options.hold_memory, options.on_panic.clone());
         let thread = std::thread::Builder::new().name(format!("io{index}")).stack_size(512 << 10).spawn(move || {
             let core = match Core::new(cpu, poll, hold_memory) {
                 Ok(core) => core,
@@ -159,6 +190,7 @@ impl Reactor {
                 drop(ready.send(Ok(())));
                 if let Err(panicked) = run.await {
                     tracing::error!(thread = index, error = %panicked, "I/O thread died, its queues need a reset");
+                    on_panic.tell(index);
                 }
             });
         })?;
@@ -653,6 +685,20 @@ mod tests {
             let error = ReactorPool::new(&options).unwrap_err().to_string();
             assert!(error.contains(&format!("CPU {cpu}")), "{error}");
         }
+    }
+
+    #[test]
+    fn the_death_of_a_thread_is_told() {
+        let (tell, told) = reply::channel();
+        let options = ReactorOptions {
+            count: 2,
+            on_panic: OnPanic::new(move |thread| tell.send(thread).expect("the test waits")),
+            ..ReactorOptions::default()
+        };
+        let pool = ReactorPool::new(&options).unwrap();
+        let kick = EventFd::new(0).unwrap();
+        pool.get(1).unwrap().attach(kick, |_| panic!("a bug, as this test has it")).unwrap_err();
+        assert_eq!(told.recv_timeout(Duration::from_secs(60)), Ok(1));
     }
 
     #[test]

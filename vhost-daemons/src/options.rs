@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser};
-use ringvm_backends::reactor::ReactorOptions;
+use ringvm_backends::reactor::{OnPanic, ReactorOptions};
 
 use crate::source::{Source, SourceError};
 
@@ -92,6 +92,7 @@ impl ServeOptions {
             affinity: self.io_affinity.clone(),
             poll: self.poll_us.map_or(default.poll, Duration::from_micros),
             hold_memory: self.hold_memory,
+            on_panic: OnPanic::default(),
         })
     }
 }

@@ -461,6 +461,7 @@ impl Config {
             poll: self.poll_us.map_or(default.poll, Duration::from_micros),
             // Pages that are held can't be merged.
             hold_memory: self.memory.prefault && !self.memory.ksm,
+            ..default
         }
     }
 }

@@ -6,19 +6,21 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::thread;
+use std::time::Duration;
 
-use crossbeam_channel::Receiver;
+use crossbeam_channel::{Receiver, Sender, bounded};
 use ringvm_backends::block::OpenError;
-use ringvm_backends::device::{Device, DeviceError, Place};
+use ringvm_backends::device::{Device, Place};
 use ringvm_backends::net::{self, NetDevice};
-use ringvm_backends::reactor::ReactorPool;
+use ringvm_backends::reactor::{OnPanic, ReactorOptions, ReactorPool};
 use ringvm_backends::rng::RngDevice;
 use ringvm_backends::summary::summary;
 use rustix::stdio::{stdin, stdout};
 use rustix::termios::isatty;
 use rustix::thread::CpuSet;
 use thiserror::Error;
-use tracing::{info, warn};
+use tracing::info;
 use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET};
 
 use crate::advice::advice;
@@ -29,6 +31,7 @@ use crate::exit::Exit;
 use crate::kvm::{Kvm, KvmError};
 use crate::legacy::console::{Console, Streams};
 use crate::legacy::terminal::{RawMode, is_interactive};
+use crate::machine::ending::{Stopped, flush};
 use crate::machine::{Blueprint, Machine, MachineError, Running};
 use crate::placement::{Moved, Mover, PlaceError, PlacedDisk, nic_in_daemon};
 use crate::signals;
@@ -96,9 +99,9 @@ pub enum RunError {
     /// The machine can't be built or stopped.
     #[error(transparent)]
     Machine(#[from] MachineError),
-    /// A disk could not be flushed at the end.
-    #[error("at the end: {0}; what the guest wrote last may be lost")]
-    Flush(DeviceError),
+    /// Something did not end in time, or could not be flushed.
+    #[error("at the end: {0}")]
+    Unfinished(String),
     /// The guest crashed.
     #[error("{0}")]
     GuestCrash(String),
@@ -129,7 +132,7 @@ impl RunError {
             Self::Machine(MachineError::Kvm(KvmError::Cpus { .. })) => Exit::Configuration,
             Self::Machine(MachineError::Bus(_)) | Self::Internal(_) => Exit::Internal,
             Self::Reactor { .. } | Self::Kvm(_) | Self::Machine(_) | Self::Host { .. } => Exit::Host,
-            Self::Flush(_) | Self::HostFailure(_) => Exit::Host,
+            Self::Unfinished(_) | Self::HostFailure(_) => Exit::Host,
             Self::GuestCrash(_) => Exit::GuestCrash,
         }
     }
@@ -164,8 +167,8 @@ pub fn run(config: &Config) -> Result<Exit, RunError> {
     let initramfs = config.initramfs.as_deref().map(Initramfs::open).transpose()?;
     let kvm = Kvm::open()?;
     check_cpus(config, &kvm)?;
-    let (devices, movers) = open_devices(config)?;
     let (events, receiver) = Events::channel();
+    let (devices, movers) = open_devices(config, &events)?;
     let console = open_console(config, &events)?;
     let blueprint = Blueprint {
         kvm: &kvm,
@@ -203,11 +206,10 @@ fn run_machines(
 ) -> Result<Exit, RunError> {
     loop {
         let running = machine.start()?;
-        let ending = wait(&running, receiver, movers);
+        let ending = wait(&running, receiver, movers)?;
         info!(?ending, "the machine stops");
-        let stats = config.stats.then(|| running.stats());
-        let mut devices = running.stop()?;
-        if restarts(config, &ending) {
+        let Stopped { devices, stats, mut abandoned } = running.stop();
+        if restarts(config, &ending) && abandoned.is_empty() {
             // A signal that came meanwhile must not be lost.
             let signal = receiver
                 .try_iter()
@@ -218,26 +220,80 @@ fn run_machines(
                 continue;
             }
         }
-        if let Some(stats) = stats {
+        if config.stats {
             eprint!("{}", summary(&stats));
         }
-        let flushed = flush(&mut devices);
+        abandoned.extend(flush(devices));
         let exit = conclude(config, ending)?;
-        flushed.map_err(RunError::Flush)?;
-        return Ok(exit);
+        return if abandoned.is_empty() { Ok(exit) } else { Err(RunError::Unfinished(abandoned.join("; "))) };
     }
 }
 
 /// Waits for the machine's end.
-fn wait(running: &Running, receiver: &Receiver<Event>, movers: &[Mover]) -> Ending {
+fn wait(running: &Running, receiver: &Receiver<Event>, movers: &[Mover]) -> Result<Ending, RunError> {
+    let operator = Operator::start(running, movers)
+        .map_err(|source| RunError::Host { what: "starting the operator's thread", source })?;
     for event in receiver {
         match event {
-            Event::End(ending) => return ending,
-            Event::Statistics => eprint!("{}", summary(&running.stats())),
-            Event::Move => movers.iter().for_each(change_place),
+            Event::End(ending) => {
+                operator.finish();
+                return Ok(ending);
+            }
+            Event::Statistics => operator.ask(Request::Statistics),
+            Event::Move => operator.ask(Request::Move),
         }
     }
-    Ending::Panic("nobody is left to report the end of the machine".into())
+    Ok(Ending::Panic("nobody is left to report the end of the machine".into()))
+}
+
+/// What an operator may ask for while the machine runs.
+#[derive(Clone, Copy)]
+enum Request {
+    Statistics,
+    Move,
+}
+
+/// A thread that does what the operator asks for. It may have to wait for a device, and the end of the machine does not wait
+/// for that.
+struct Operator {
+    requests: Sender<Request>,
+    /// Disconnected when the thread has ended.
+    ended: Receiver<()>,
+}
+
+/// Most requests that may wait.
+const REQUESTS: usize = 16;
+/// How long the end of the machine waits for what was asked for before.
+const OPERATOR_LIMIT: Duration = Duration::from_millis(500);
+
+impl Operator {
+    fn start(running: &Running, movers: &[Mover]) -> io::Result<Self> {
+        let (requests, asked) = bounded(REQUESTS);
+        let (busy, ended) = bounded::<()>(0);
+        let (devices, movers) = (running.statistics(), movers.to_vec());
+        thread::Builder::new().name("operator".into()).spawn(move || {
+            let _busy = busy;
+            for request in asked {
+                match request {
+                    Request::Statistics => eprint!("{}", summary(&devices.collect())),
+                    Request::Move => movers.iter().for_each(change_place),
+                }
+            }
+        })?;
+        Ok(Self { requests, ended })
+    }
+
+    fn ask(&self, request: Request) {
+        if self.requests.try_send(request).is_err() {
+            eprintln!("ringvm: {REQUESTS} requests wait for a device already; ask again later");
+        }
+    }
+
+    fn finish(self) {
+        drop(self.requests);
+        // A disconnect. A thread that still waits for a device is left behind.
+        let _ = self.ended.recv_timeout(OPERATOR_LIMIT);
+    }
 }
 
 /// Moves a disk to the place where it is not, and says how it went.
@@ -280,18 +336,6 @@ fn conclude(config: &Config, ending: Ending) -> Result<Exit, RunError> {
     }
 }
 
-/// Flushes every device, and returns the first failure.
-fn flush(devices: &mut [Box<dyn Device>]) -> Result<(), DeviceError> {
-    let mut result = Ok(());
-    for device in devices {
-        if let Err(error) = device.flush() {
-            warn!("{error}");
-            result = result.and(Err(error));
-        }
-    }
-    result
-}
-
 fn check_memory(config: &Config) -> Result<(), RunError> {
     let system = rustix::system::sysinfo();
     let total = (system.totalram as u64).saturating_mul(u64::from(system.mem_unit));
@@ -323,8 +367,12 @@ fn check_cpus(config: &Config, kvm: &Kvm) -> Result<(), KvmError> {
 
 type Devices = Vec<Box<dyn Device>>;
 
-fn open_devices(config: &Config) -> Result<(Devices, Vec<Mover>), RunError> {
-    let reactors = config.reactor_options();
+fn open_devices(config: &Config, events: &Events) -> Result<(Devices, Vec<Mover>), RunError> {
+    let events = events.clone();
+    let on_panic = OnPanic::new(move |thread| {
+        events.end(Ending::Panic(format!("I/O thread {thread} panicked, the devices it served are lost")));
+    });
+    let reactors = ReactorOptions { on_panic, ..config.reactor_options() };
     let pool = (config.queues_here() > 0).then(|| ReactorPool::new(&reactors)).transpose();
     let pool = pool.map_err(|source| RunError::Reactor { source })?;
     let here = || pool.as_ref().ok_or_else(|| RunError::Internal("there are no I/O threads".into()));

@@ -6,9 +6,11 @@ use ringvm_backends::program::SignalThread;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 
 use crate::events::{Ending, Events};
+use crate::exit::Exit;
+use crate::legacy::terminal;
 
-/// Starts to listen: SIGTERM, SIGINT, SIGQUIT and SIGHUP end the machine, SIGUSR1 asks for statistics, SIGUSR2 for disks to
-/// change their place.
+/// Starts to listen: SIGTERM, SIGINT, SIGQUIT and SIGHUP end the machine, and the second of them the process at once. SIGUSR1 asks
+/// for statistics, SIGUSR2 for disks to change their place.
 ///
 /// # Errors
 /// When the host has no thread or descriptor left.
@@ -18,13 +20,22 @@ pub fn listen(events: Events) -> io::Result<SignalThread> {
         // nohup(1) means that it shall go on.
         wanted.push(SIGHUP);
     }
-    SignalThread::start(&wanted, move |signal| match signal {
-        SIGUSR1 => events.statistics(),
-        SIGUSR2 => events.change_places(),
-        SIGINT => events.end(Ending::Signal("SIGINT")),
-        SIGQUIT => events.end(Ending::Signal("SIGQUIT")),
-        SIGHUP => events.end(Ending::Signal("SIGHUP")),
-        _ => events.end(Ending::Signal("SIGTERM")),
+    let mut ends = false;
+    SignalThread::start(&wanted, move |signal| {
+        let name = match signal {
+            SIGUSR1 => return events.statistics(),
+            SIGUSR2 => return events.change_places(),
+            SIGINT => "SIGINT",
+            SIGQUIT => "SIGQUIT",
+            SIGHUP => "SIGHUP",
+            _ => "SIGTERM",
+        };
+        if std::mem::replace(&mut ends, true) {
+            terminal::restore();
+            eprintln!("ringvm: a second signal, {name}, ends it at once; what the guest wrote last may be lost");
+            std::process::exit(Exit::Host as i32);
+        }
+        events.end(Ending::Signal(name));
     })
 }
 

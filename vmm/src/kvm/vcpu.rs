@@ -19,8 +19,8 @@ use crate::events::{Ending, Events};
 
 /// Exits need little stack.
 const STACK: usize = 256 << 10;
-/// How long a vCPU may take to stop: an exit may have to wait for a disk to drain.
-const STOP_LIMIT: Duration = Duration::from_secs(60);
+/// How long vCPUs may take to stop: an exit may have to wait for a device.
+const STOP_LIMIT: Duration = Duration::from_secs(1);
 /// A signal that came before the thread was ready is repeated after this.
 const KICK_INTERVAL: Duration = Duration::from_millis(50);
 
@@ -89,7 +89,7 @@ impl Vcpus {
             match spawned {
                 Ok(thread) => threads.push(VcpuThread { id, thread, commands, ended }),
                 Err(source) => {
-                    VcpuThread::stop_all(threads)?;
+                    VcpuThread::stop_all(threads);
                     return Err(KvmError::Call { what: format!("starting the thread of vCPU {id}"), source });
                 }
             }
@@ -108,29 +108,28 @@ pub struct VcpuThread {
 }
 
 impl VcpuThread {
-    /// Stops vCPUs and waits for their threads.
-    ///
-    /// # Errors
-    /// When one does not stop in time.
-    pub fn stop_all(threads: Vec<Self>) -> Result<(), KvmError> {
+    /// Stops vCPUs and waits for their threads. Returns the numbers of those that do not stop in time; they run no guest any more
+    /// once the end of the machine was reported.
+    pub fn stop_all(threads: Vec<Self>) -> Vec<u32> {
         for thread in &threads {
             // Full: it was told before. Disconnected: it has ended.
             drop(thread.commands.try_send(Command::Stop));
             signal::kick(&thread.thread);
         }
         let deadline = Instant::now() + STOP_LIMIT;
-        for VcpuThread { id, thread, ended, .. } in threads {
+        let mut late = Vec::new();
+        'threads: for VcpuThread { id, thread, ended, .. } in threads {
             while let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(KICK_INTERVAL) {
                 if Instant::now() > deadline {
-                    let source = io::Error::from(io::ErrorKind::TimedOut);
-                    return Err(KvmError::Call { what: format!("stopping vCPU {id}"), source });
+                    late.push(id);
+                    continue 'threads;
                 }
                 signal::kick(&thread);
             }
             // A panic was reported as an event already.
             drop(thread.join());
         }
-        Ok(())
+        late
     }
 }
 

@@ -66,7 +66,7 @@ pub fn is_interactive() -> bool {
 }
 
 /// Puts the terminal back. Two system calls at most and no lock: safe in a signal handler.
-fn restore() {
+pub(crate) fn restore() {
     if let Some(found) = FOUND.get() {
         // Nothing can be done if the terminal is gone.
         let _ = tcsetattr(stdin(), OptionalActions::Now, found);

@@ -3,6 +3,7 @@
 //! Devices outlive the machine. A reboot stops it, takes its devices back, reset, and builds the next one around them, so
 //! a disk keeps its lock and its statistics.
 
+pub mod ending;
 pub mod layout;
 pub mod memory;
 
@@ -28,6 +29,7 @@ use crate::legacy::serial::SerialPort;
 use crate::pci::{BarWindow, ConfigPorts, Ecam, HostBridge, PciBus, PciError};
 use crate::platform::Platform;
 use crate::virtio_pci::{self, BAR_SIZE, Place, VirtioPci};
+use ending::Functions;
 use layout::{AddressMap, ECAM, LayoutError, MMIO32, PORT_ACPI, PORT_CMOS, PORT_COM1, PORT_I8042, PORT_PCI, PORT_POST};
 use memory::MemoryError;
 
@@ -82,7 +84,7 @@ pub struct Blueprint<'a> {
 pub struct Machine {
     vcpus: Vcpus,
     buses: Arc<Buses>,
-    functions: Vec<Arc<Mutex<VirtioPci>>>,
+    functions: Functions,
     events: Events,
 }
 
@@ -112,7 +114,7 @@ impl Machine {
             let function = VirtioPci::new(device, Arc::clone(&memory), place, &buses, &platform)
                 .map_err(|source| MachineError::Host { what: format!("{name}: putting it on the PCI bus"), source })?;
             pci.insert(slot, Arc::clone(&function) as _);
-            functions.push(function);
+            functions.push((name, function));
         }
         let pci = Arc::new(pci);
 
@@ -154,22 +156,25 @@ impl Machine {
 /// A machine whose guest runs.
 pub struct Running {
     threads: Vec<VcpuThread>,
-    functions: Vec<Arc<Mutex<VirtioPci>>>,
+    functions: Functions,
+}
+
+/// Asks a machine's devices for their statistics, from any thread. A device that drains keeps it waiting.
+#[derive(Clone)]
+pub struct Statistics(Functions);
+
+impl Statistics {
+    /// What every device has done, in the order of their slots.
+    #[must_use]
+    pub fn collect(&self) -> Vec<DeviceStats> {
+        self.0.iter().map(|(_, function)| virtio_pci::lock(function).stats()).collect()
+    }
 }
 
 impl Running {
-    /// What every device has done, in the order of their slots.
+    /// A handle on the devices' statistics.
     #[must_use]
-    pub fn stats(&self) -> Vec<DeviceStats> {
-        self.functions.iter().map(|function| virtio_pci::lock(function).stats()).collect()
-    }
-
-    /// Stops the guest, then the devices once nothing of theirs is in flight, and takes them back.
-    ///
-    /// # Errors
-    /// When a vCPU does not stop. The devices are lost then.
-    pub fn stop(self) -> Result<Vec<Box<dyn Device>>, MachineError> {
-        VcpuThread::stop_all(self.threads)?;
-        Ok(self.functions.iter().filter_map(|function| virtio_pci::lock(function).take_device()).collect())
+    pub fn statistics(&self) -> Statistics {
+        Statistics(self.functions.clone())
     }
 }

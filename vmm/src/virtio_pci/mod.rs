@@ -143,13 +143,6 @@ impl VirtioPci {
         self.transport.as_ref().map(|transport| transport.device().stats()).unwrap_or_default()
     }
 
-    /// Stops every queue and waits for what is in flight. The guest must not run any more.
-    pub fn quiesce(&mut self) {
-        if let Some(transport) = &mut self.transport {
-            transport.stop_queues();
-        }
-    }
-
     /// Takes the device back out, reset. The guest must not run any more.
     pub fn take_device(&mut self) -> Option<Box<dyn Device>> {
         self.unmap();

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use ringvm_backends::device::{Device, GuestMemory, QueueParts, QueueState, RingConfig};
+use ringvm_backends::device::{Device, GuestMemory, QueueParts, RingConfig, Suspended};
 use ringvm_backends::event::SharedEvent;
 use ringvm_backends::interrupt::Interrupt;
 use tracing::debug;
@@ -44,8 +44,8 @@ struct Queue {
     /// Rings the same doorbell: a daemon that serves the queue holds it as well.
     doorbell: SharedEvent,
     running: bool,
-    /// Where it goes on, or starts.
-    from: QueueState,
+    /// Where it goes on, or starts, and what it took and did not give back.
+    from: Suspended,
 }
 
 impl Queue {
@@ -59,7 +59,7 @@ impl Queue {
             doorbell: SharedEvent::of(&kick)?,
             kick,
             running: false,
-            from: QueueState::default(),
+            from: Suspended::default(),
         })
     }
 
@@ -67,7 +67,7 @@ impl Queue {
         // Destructured so that no field is forgotten; the doorbell stays.
         let Self { max_size, ring, enabled, vector, kick: _, doorbell: _, running, from } = self;
         *ring = RingConfig { size: *max_size, ..Default::default() };
-        (*enabled, *vector, *running, *from) = (false, NO_VECTOR, false, QueueState::default());
+        (*enabled, *vector, *running, *from) = (false, NO_VECTOR, false, Suspended::default());
     }
 }
 
@@ -331,7 +331,8 @@ impl Transport {
             fault: Interrupt::Call(Arc::new(move || {
                 signals.need_reset(&format!("the driver broke the ring of queue {index}"));
             })),
-            from: queue.from,
+            from: queue.from.state,
+            left: queue.from.left.clone(),
             ..QueueParts::new(queue.ring, Arc::clone(&self.memory), kick)
         });
         let started = match parts {
@@ -339,23 +340,29 @@ impl Transport {
             Err(error) => Err(format!("duplicating the doorbell of queue {index}: {error}")),
         };
         match started {
-            Ok(()) => queue.running = true,
+            Ok(()) => {
+                queue.running = true;
+                queue.from.left.clear();
+            }
             Err(error) => self.signals.need_reset(&error),
         }
     }
 
-    /// Stops what runs and remembers where it stands.
+    /// Suspends what runs, all queues at once, and remembers where each stands: what can be cancelled is not waited for, and is
+    /// served when the queue goes on.
     pub(super) fn stop_queues(&mut self) {
-        for (index, queue) in (0..).zip(&mut self.queues) {
-            if std::mem::take(&mut queue.running)
-                && let Some(state) = self.device.stop_queue(index)
-            {
-                queue.from = state;
+        let running: Vec<u16> = (0..)
+            .zip(&mut self.queues)
+            .filter_map(|(index, queue)| std::mem::take(&mut queue.running).then_some(index))
+            .collect();
+        for (&index, end) in running.iter().zip(self.device.suspend(&running)) {
+            if let Some(end) = end {
+                self.queues[usize::from(index)].from = end;
             }
         }
     }
 
-    /// Returns to the state after power-on; what is in flight is waited for.
+    /// Returns to the state after power-on. What is in flight is cancelled, and waited for where it can't be.
     pub(super) fn reset(&mut self) {
         self.stop_queues();
         self.device.reset();

@@ -1,0 +1,143 @@
+//! The end of a machine: the guest is stopped, its devices are taken back and flushed, all at once, and nothing is waited for
+//! without a limit. A disk whose storage never answers must not keep the other disks from being flushed.
+
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, unbounded};
+use ringvm_backends::device::Device;
+use ringvm_backends::stats::DeviceStats;
+use tracing::warn;
+
+use super::Running;
+use crate::kvm::VcpuThread;
+use crate::virtio_pci::{self, VirtioPci};
+
+/// How long devices may take to end what they have in flight, most of which is cancelled.
+const DEVICE_LIMIT: Duration = Duration::from_secs(3);
+/// How long the host may take to make durable what was written. A device that still works is worth waiting for.
+const FLUSH_LIMIT: Duration = Duration::from_secs(60);
+/// How long a flushed device may take to go, with its daemon.
+const FAREWELL_LIMIT: Duration = Duration::from_secs(5);
+
+/// What is left of a machine.
+#[derive(Default)]
+pub struct Stopped {
+    /// Its devices, reset, in the order of their slots.
+    pub devices: Vec<Box<dyn Device>>,
+    /// What each has done.
+    pub stats: Vec<DeviceStats>,
+    /// What did not end in time, a line each. It is left behind, for the process to take along when it exits.
+    pub abandoned: Vec<String>,
+}
+
+impl Running {
+    /// Stops the guest, then the devices, and takes them back.
+    #[must_use]
+    pub fn stop(self) -> Stopped {
+        let mut stopped = Stopped::default();
+        for id in VcpuThread::stop_all(self.threads) {
+            stopped.abandoned.push(format!("vCPU {id} did not stop, it waits for a device"));
+        }
+        let taken = self.functions.into_iter().map(|(name, function)| (name, move || take(&function)));
+        for (name, taken) in all_within(DEVICE_LIMIT, taken.collect()) {
+            match taken {
+                Some((device, stats)) => {
+                    stopped.devices.extend(device);
+                    stopped.stats.push(stats);
+                }
+                None => stopped.abandoned.push(format!(
+                    "{name}: what is in flight did not end within {} s, what the guest wrote last may be lost",
+                    DEVICE_LIMIT.as_secs()
+                )),
+            }
+        }
+        stopped
+    }
+}
+
+fn take(function: &Mutex<VirtioPci>) -> (Option<Box<dyn Device>>, DeviceStats) {
+    let mut function = virtio_pci::lock(function);
+    let stats = function.stats();
+    (function.take_device(), stats)
+}
+
+/// Makes what the devices were given durable, and lets them go. Returns a line for each that failed or took too long.
+#[must_use]
+pub fn flush(devices: Vec<Box<dyn Device>>) -> Vec<String> {
+    let (gone, all_gone) = unbounded::<()>();
+    let flushes = devices.into_iter().map(|mut device| {
+        let gone = gone.clone();
+        (device.info().name.clone(), move || {
+            let flushed = device.flush();
+            // It goes while others are flushed; its daemon may take its time.
+            let going = thread::Builder::new().name("farewell".into()).spawn(move || drop((device, gone)));
+            if let Err(error) = going {
+                warn!(%error, "starting a thread");
+            }
+            flushed
+        })
+    });
+    let flushed = all_within(FLUSH_LIMIT, flushes.collect());
+    drop(gone);
+    // A disconnect: the last one has gone. One that has not is left to the end of the process.
+    let _ = all_gone.recv_timeout(FAREWELL_LIMIT);
+    let failed = flushed.into_iter().filter_map(|(name, flushed)| match flushed {
+        Some(Ok(())) => None,
+        Some(Err(error)) => Some(error.to_string()),
+        None => Some(format!("{name}: flushing did not end within {} s", FLUSH_LIMIT.as_secs())),
+    });
+    failed.map(|what| format!("{what}, what the guest wrote last may be lost")).collect()
+}
+
+/// Does all at once, each on a thread of its own. Of those that take longer than `limit` there is no result.
+fn all_within<T: Send + 'static>(
+    limit: Duration,
+    work: Vec<(String, impl FnOnce() -> T + Send + 'static)>,
+) -> Vec<(String, Option<T>)> {
+    let started: Vec<(String, Receiver<T>)> = work
+        .into_iter()
+        .map(|(name, work)| {
+            let (done, result) = unbounded();
+            let thread = thread::Builder::new().name(format!("end-{name}"));
+            let spawned = thread.spawn(move || {
+                // Nobody waits any more.
+                drop(done.send(work()));
+            });
+            if let Err(error) = spawned {
+                warn!(device = name, %error, "starting a thread");
+            }
+            (name, result)
+        })
+        .collect();
+    let deadline = Instant::now() + limit;
+    let wait = |(name, result): (String, Receiver<T>)| {
+        let result = match result.recv_deadline(deadline) {
+            Ok(result) => Some(result),
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
+        };
+        (name, result)
+    };
+    started.into_iter().map(wait).collect()
+}
+
+/// The functions of a machine, by the names of their devices.
+pub(super) type Functions = Vec<(String, Arc<Mutex<VirtioPci>>)>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_that_never_ends_keeps_nobody_from_a_result() {
+        let (never, silence) = unbounded::<()>();
+        let wait = |receiver: Receiver<()>| move || receiver.recv().is_ok();
+        let (quick, news) = unbounded();
+        quick.send(()).unwrap();
+        let work = vec![("stuck".to_owned(), wait(silence)), ("quick".to_owned(), wait(news))];
+        let results = all_within(Duration::from_millis(200), work);
+        assert_eq!(results, [("stuck".to_owned(), None), ("quick".to_owned(), Some(true))]);
+        drop(never);
+    }
+}
