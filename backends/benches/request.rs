@@ -46,7 +46,7 @@ fn run(bencher: Bencher<'_, '_>, request: Request, mut look: impl FnMut(&mut Cha
 
 /// What a device does with a transfer before it turns to its storage.
 fn transfer(chain: &mut Chain) -> Result<u64, Refusal> {
-    assert!(chain.writable.take_last().is_some(), "there is room for a status");
+    assert!(chain.writable.take_last(), "there is room for a status");
     let header = Header::take(&mut chain.readable).ok_or(IOERR)?;
     let data = if header.kind == Kind::Read { &chain.writable } else { &chain.readable };
     LIMITS.transfer(header.sector, data.len())
@@ -70,7 +70,7 @@ fn write(bencher: Bencher<'_, '_>) {
 #[divan::bench]
 fn flush(bencher: Bencher<'_, '_>) {
     run(bencher, Request::new(VIRTIO_BLK_T_FLUSH, 0), |chain| {
-        assert!(chain.writable.take_last().is_some(), "there is room for a status");
+        assert!(chain.writable.take_last(), "there is room for a status");
         assert!(Header::take(&mut chain.readable).is_some_and(|header| header.kind == Kind::Flush));
     });
 }
@@ -80,7 +80,7 @@ fn write_zeroes(bencher: Bencher<'_, '_>, segments: u64) {
     let mut list = Vec::new();
     let header = 16 + 16 * segments as u32;
     run(bencher, Request { header, ..Request::new(VIRTIO_BLK_T_WRITE_ZEROES, 0) }, |chain| {
-        assert!(chain.writable.take_last().is_some(), "there is room for a status");
+        assert!(chain.writable.take_last(), "there is room for a status");
         let header = Header::take(&mut chain.readable).expect("a header");
         assert_eq!(LIMITS.segments(header.kind, &mut chain.readable, &mut list), Ok(()));
     });

@@ -1,35 +1,72 @@
 //! I/O vectors over guest memory, in host addresses.
 //!
-//! A [`GuestIo`] is filled by the queue and handed to the kernel as it is. The addresses in it stay
-//! valid because whoever owns the queue owns its guest memory too, and because the data ring waits for every operation in
-//! flight before either is dropped (see [`crate::ring`]). The guest may change the bytes at any moment, so they are only
-//! ever copied, never borrowed.
+//! A [`GuestIo`] is filled by the queue and handed to the kernel as it is. It keeps the guest memory mapped that its addresses
+//! lie in, so it may be moved and kept at will; only an operation in flight asks for more (see [`crate::ring`]).
+//!
+//! The model: guest memory is no memory of this program. The guest's CPUs, the kernel and other I/O threads write to it at any
+//! moment, in any size, and a guest may lay buffers and rings of several queues over each other. So no reference to its bytes is
+//! ever made and no value in it is read twice. Bytes are copied out and in, by volatile accesses or by calls that the compiler
+//! does not look through; ring indices, which order other accesses, are atomics. Rust has no name for mixed accesses of this
+//! kind; like everybody else's, this program relies on the compiler treating them as it treats memory of a device.
 #![allow(unsafe_code, reason = "host pointers into guest memory, checked when they are made by the queue")]
+
+use std::ptr;
+use std::sync::Arc;
 
 use vm_memory::VolatileSlice;
 
+use crate::device::GuestMemory;
+
 /// A list of host-mapped pieces of guest memory, consumed from either end as a request is parsed and served.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct GuestIo {
     iov: Vec<libc::iovec>,
     /// Pieces before this index are used up.
     first: usize,
     /// Bytes left in all pieces.
     len: u64,
+    /// The byte that was taken off the end last, or null.
+    last: *mut u8,
+    /// What the pieces lie in.
+    mem: Option<GuestMemory>,
+}
+
+impl Default for GuestIo {
+    fn default() -> Self {
+        Self { iov: Vec::new(), first: 0, len: 0, last: ptr::null_mut(), mem: None }
+    }
 }
 
 impl GuestIo {
+    /// Empties the list, for pieces of this memory. The allocation is kept.
+    #[inline]
+    pub(crate) fn reset(&mut self, mem: &GuestMemory) {
+        self.clear();
+        let same = self.mem.as_ref().is_some_and(|kept| Arc::ptr_eq(kept, mem));
+        if !same {
+            self.change_memory(mem);
+        }
+    }
+
+    #[cold]
+    fn change_memory(&mut self, mem: &GuestMemory) {
+        self.mem = Some(Arc::clone(mem));
+    }
+
     /// Empties the list and keeps its allocation.
+    #[inline]
     pub(crate) fn clear(&mut self) {
         self.iov.clear();
         self.first = 0;
         self.len = 0;
+        self.last = ptr::null_mut();
     }
 
     /// Appends a piece. Empty ones are left out.
     ///
     /// # Safety
-    /// `base..base + len` must be mapped, and stay so for as long as this list is used.
+    /// `base..base + len` must be mapped, and stay so for as long as the memory of the last [`Self::reset`] does or, without
+    /// one, for as long as this list is used.
     pub(crate) unsafe fn push(&mut self, base: *mut u8, len: usize) {
         if len > 0 {
             self.iov.push(libc::iovec { iov_base: base.cast(), iov_len: len });
@@ -37,8 +74,13 @@ impl GuestIo {
         }
     }
 
-    /// Appends what is left of another list.
+    /// Appends what is left of another list, all of which lies in one guest's memory.
     pub(crate) fn append(&mut self, other: &Self) {
+        if let Some(mem) = &other.mem
+            && self.mem.as_ref().is_none_or(|kept| !Arc::ptr_eq(kept, mem))
+        {
+            self.change_memory(mem);
+        }
         self.iov.extend_from_slice(other.pieces());
         self.len += other.len;
     }
@@ -107,18 +149,27 @@ impl GuestIo {
         }
     }
 
-    /// Takes the last byte off, to be written when its value is known; `None` if there is none left.
+    /// Takes the last byte off, for [`Self::set_last`] once its value is known. Returns whether there was one.
     #[inline]
-    pub fn take_last(&mut self) -> Option<GuestByte> {
-        let piece = self.iov.get_mut(self.first..)?.last_mut()?;
+    pub fn take_last(&mut self) -> bool {
+        let Some(piece) = self.iov.get_mut(self.first..).and_then(<[_]>::last_mut) else { return false };
         self.len -= 1;
         piece.iov_len -= 1;
         // SAFETY: no piece is empty, so this was the last byte of its.
-        let byte = GuestByte(unsafe { piece.iov_base.cast::<u8>().add(piece.iov_len) });
+        self.last = unsafe { piece.iov_base.cast::<u8>().add(piece.iov_len) };
         if piece.iov_len == 0 {
             self.iov.pop();
         }
-        Some(byte)
+        true
+    }
+
+    /// Writes the byte that [`Self::take_last`] took off last, if it took one.
+    #[inline]
+    pub fn set_last(&self, value: u8) {
+        if !self.last.is_null() {
+            // SAFETY: it was the end of a piece, which is mapped for as long as the list is.
+            unsafe { self.last.write_volatile(value) }
+        }
     }
 
     /// Copies bytes from the front out of guest memory without consuming them; returns how many there were.
@@ -196,23 +247,12 @@ impl GuestIo {
         }
     }
 
+    /// Not inlined: the compiler may not find out that it can read guest memory once more instead of the copy.
     #[cold]
+    #[inline(never)]
     fn peek_at_several<const N: usize>(&self) -> Option<[u8; N]> {
         let mut bytes = [0; N];
         (self.copy_to(&mut bytes) == N).then_some(bytes)
-    }
-}
-
-/// One byte of guest memory, for as long as that of the list it comes from.
-#[derive(Clone, Copy, Debug)]
-pub struct GuestByte(*mut u8);
-
-impl GuestByte {
-    /// Writes it.
-    #[inline]
-    pub fn set(self, value: u8) {
-        // SAFETY: mapped, as the piece that it was the end of.
-        unsafe { self.0.write_volatile(value) }
     }
 }
 
@@ -236,14 +276,14 @@ pub(crate) unsafe fn read_once<const N: usize>(from: *const u8) -> [u8; N] {
             word.copy_from_slice(&value.to_ne_bytes());
         }
     } else {
-        // SAFETY: promised by the caller; the compiler can't look inside a volatile slice's copy to repeat it.
-        unsafe { VolatileSlice::new(from.cast_mut(), N) }.copy_to(&mut bytes);
+        // SAFETY: promised by the caller, and an array of bytes may lie anywhere.
+        bytes = unsafe { from.cast::<[u8; N]>().read_volatile() };
     }
     bytes
 }
 
 fn slice(piece: &libc::iovec) -> VolatileSlice<'_> {
-    // SAFETY: `push` was promised that the piece is mapped for as long as the list is used; nobody borrows its bytes.
+    // SAFETY: `push` was promised that the piece is mapped for as long as the list, which is borrowed; nobody borrows its bytes.
     unsafe { VolatileSlice::new(piece.iov_base.cast(), piece.iov_len) }
 }
 
@@ -265,15 +305,18 @@ mod tests {
         let mut buffers = [vec![1, 2, 3], vec![], vec![4, 5], vec![6, 7, 8]];
         let mut io = over(&mut buffers);
         assert_eq!(io.len(), 8);
-        let last: Vec<_> = (0..4).map(|_| io.take_last().unwrap()).collect();
+        io.set_last(99);
+        for value in 10..14 {
+            assert!(io.take_last());
+            io.set_last(value);
+        }
         assert_eq!(io.take::<3>(), Some([1, 2, 3]));
         assert_eq!(io.take::<2>(), None, "one byte is left and stays");
         assert_eq!(io.take::<1>(), Some([4]));
         assert!(io.is_empty());
-        assert!(io.take_last().is_none());
+        assert!(!io.take_last());
         assert_eq!(io.take::<1>(), None);
         assert_eq!(io.take::<0>(), Some([]));
-        last.iter().zip(10..).for_each(|(byte, value)| byte.set(value));
         drop(io);
         assert_eq!(buffers, [vec![1, 2, 3], vec![], vec![4, 13], vec![12, 11, 10]]);
     }

@@ -486,8 +486,8 @@ impl Queue {
     #[inline]
     fn follow(&self, head: u16, chain: &mut Chain) -> Result<(), RingError> {
         chain.head = head;
-        chain.readable.clear();
-        chain.writable.clear();
+        chain.readable.reset(&self.mem);
+        chain.writable.reset(&self.mem);
         chain.unmapped = false;
         let mut walk = Walk { chain, mem: &self.mem, near: &self.near, broken_piece: false };
         let mut index = head;

@@ -9,7 +9,6 @@ use virtio_bindings::virtio_blk::VIRTIO_BLK_S_OK;
 
 use super::options::SERIAL_LEN;
 use super::request::{Header, IOERR, KINDS, Kind, Limits, Refusal, Segment, UNSUPP};
-use crate::guest_io::GuestByte;
 use crate::io::Io;
 use crate::queue::Chain;
 use crate::storage::{Progress, Storage};
@@ -30,8 +29,6 @@ pub(crate) struct BlockHandler<S> {
 /// A block request in flight.
 pub(crate) struct Request<O> {
     kind: Kind,
-    /// The last writable byte of the chain, of every request that was begun.
-    status: Option<GuestByte>,
     /// Payload bytes.
     len: u64,
     op: O,
@@ -41,7 +38,7 @@ pub(crate) struct Request<O> {
 
 impl<O: Default> Default for Request<O> {
     fn default() -> Self {
-        Self { kind: Kind::Other, status: None, len: 0, op: O::default(), segments: Vec::new(), next_segment: 0 }
+        Self { kind: Kind::Other, len: 0, op: O::default(), segments: Vec::new(), next_segment: 0 }
     }
 }
 
@@ -125,9 +122,7 @@ impl<S: Storage> BlockHandler<S> {
                 status
             }
         };
-        if let Some(byte) = request.status {
-            byte.set(status);
-        }
+        chain.writable.set_last(status);
         let ok = status == VIRTIO_BLK_S_OK as u8;
         // The used length counts from the first writable byte on: data that was not read is not claimed.
         let read = if ok && matches!(request.kind, Kind::Read | Kind::GetId) { request.len } else { 0 };
@@ -157,8 +152,7 @@ impl<S: Storage> Handler for BlockHandler<S> {
 
     #[inline]
     fn start(&mut self, chain: &mut Chain, request: &mut Self::Request, io: &mut Io<'_>) -> Step {
-        request.status = chain.writable.take_last();
-        if request.status.is_none() {
+        if !chain.writable.take_last() {
             return Step::Fault("no room for a status");
         }
         let progress = self.begin(chain, request, io);

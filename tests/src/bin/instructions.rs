@@ -91,7 +91,7 @@ fn run(part: Part, request: &Request, count: u32) -> io::Result<()> {
                 replay.offer(CHAINS);
                 while queue.pop(&mut chain).map_err(io::Error::other)? {
                     let status = chain.writable.take_last();
-                    let header = Header::take(&mut chain.readable).filter(|_| status.is_some());
+                    let header = Header::take(&mut chain.readable).filter(|_| status);
                     let header = header.ok_or_else(|| io::Error::other("a request without header or status"))?;
                     let offset = LIMITS.transfer(header.sector, chain.writable.len());
                     std::hint::black_box(offset).map_err(|_| io::Error::other("a request beyond the end"))?;
