@@ -219,6 +219,53 @@ fn pitfall_19_a_total_past_the_end_is_refused() {
 }
 
 #[test]
+fn a_request_of_more_than_a_gibibyte_is_refused() {
+    const MIB: u32 = 1 << 20;
+    let null = |options: &mut BlockOptions| {
+        (options.storage, options.path, options.size) = (StorageKind::Null, None, Some(1 << 40));
+    };
+    let mut rig = Rig::new(8, null);
+    for (kind, last, expected) in [
+        (T_IN, MIB, OK),
+        (T_OUT, MIB, OK),
+        (T_IN, MIB + 512, IOERR),
+        (T_OUT, MIB + 512, IOERR),
+        (T_IN, u32::MAX - 511, IOERR),
+    ] {
+        rig.write_header(HEADERS, kind, 0);
+        // The same memory again and again.
+        let data = (0..1024).map(|i| if i == 1023 { last } else { MIB });
+        let data = data.map(|len| Buffer { addr: DATA, len: len.min(6 * MIB), writable: kind == T_IN });
+        let header = Buffer { addr: HEADERS, len: 16, writable: false };
+        let status = Buffer { addr: HEADERS + 16, len: 1, writable: true };
+        let chain: Vec<_> = std::iter::once(header).chain(data).chain([status]).collect();
+        rig.queues[0].driver.add_indirect(0x7_0000, &chain).unwrap();
+        rig.kick(0);
+        let (_, used) = rig.next_used(0);
+        let read = if kind == T_IN && expected == OK { 1 << 30 } else { 0 };
+        assert_eq!((rig.status(HEADERS), used), (expected, read + 1), "kind {kind}, {last}");
+    }
+}
+
+#[test]
+fn no_driver_that_reads_its_configuration_sends_more_than_is_served() {
+    for queue_size in [4, 256, 1024] {
+        let rig = Rig::new(8, |options| options.queue_size = queue_size);
+        let field = |at| {
+            let mut bytes = [0; 4];
+            rig.device.read_config(at, &mut bytes);
+            u64::from(u32::from_le_bytes(bytes))
+        };
+        let (size_max, seg_max) = (field(8), field(12));
+        assert!(size_max >= 64 << 10 && size_max * seg_max <= 1 << 30, "{size_max} {seg_max}");
+        for at in [36, 48] {
+            let (sectors, segments) = (field(at), field(at + 4));
+            assert!(sectors * segments * 512 <= 1 << 30, "{sectors} sectors in each of {segments} segments");
+        }
+    }
+}
+
+#[test]
 fn pitfall_20_discard_gives_space_back_within_bounds() {
     let mut rig = Rig::new(4096, |_| {});
     rig.fill(1, 1 << 20);

@@ -1,8 +1,9 @@
 //! The configuration space of a block device (`struct virtio_blk_config`, virtio 1.3, section 5.2.4).
 
+use crate::ring::MAX_PIECES;
 use crate::storage::Geometry;
 
-use super::request::{Limits, SECTOR};
+use super::request::{Limits, MAX_TRANSFER, SECTOR};
 
 /// Bytes of the configuration space, up to and with the write-zeroes fields.
 pub(crate) const CONFIG_LEN: usize = 60;
@@ -10,8 +11,16 @@ pub(crate) const CONFIG_LEN: usize = 60;
 /// The one field that a driver may write.
 pub(crate) const WRITEBACK: usize = 32;
 
-/// Longest single buffer that a driver should use, in bytes.
-const SIZE_MAX: u32 = 4 << 20;
+/// Longest single buffer that a driver should use, in bytes. With as many of them as one request may have, it moves no more than
+/// is served.
+const SIZE_MAX: u32 = 1 << 20;
+/// Most sectors of a discard or write-zeroes segment: 32 MiB. The host can't end one once it has begun, and may have to write it.
+pub(super) const MAX_SEGMENT_SECTORS: u32 = 1 << 16;
+/// Most segments of a discard or write-zeroes request.
+pub(super) const MAX_SEGMENTS: u32 = 32;
+
+const _: () = assert!(SIZE_MAX as u64 * MAX_PIECES as u64 <= MAX_TRANSFER);
+const _: () = assert!(MAX_SEGMENT_SECTORS as u64 * SECTOR * MAX_SEGMENTS as u64 <= MAX_TRANSFER);
 
 /// The configuration space at reset.
 pub(crate) fn config_space(geometry: &Geometry, limits: &Limits, seg_max: u32, queues: u16) -> [u8; CONFIG_LEN] {

@@ -32,10 +32,6 @@ use options::SERIAL_LEN;
 pub use options::{BlockOptions, OpenError, StorageKind};
 use request::{Limits, SECTOR};
 
-/// Most sectors of a discard or write-zeroes segment: 2 GiB, so that one request can't hold a queue for long.
-const MAX_SEGMENT_SECTORS: u32 = 1 << 22;
-/// Most segments of a discard or write-zeroes request.
-const MAX_SEGMENTS: u32 = 32;
 /// The layout of a disk's state: the driver's choice of a cache mode.
 const STATE_VERSION: u32 = 1;
 
@@ -132,8 +128,8 @@ impl BlockDevice {
             readonly: geometry.readonly,
             discard: false,
             write_zeroes: false,
-            max_segment_sectors: MAX_SEGMENT_SECTORS,
-            max_segments: MAX_SEGMENTS,
+            max_segment_sectors: config::MAX_SEGMENT_SECTORS,
+            max_segments: config::MAX_SEGMENTS,
         };
         // Header and status need a descriptor each, also in a driver that has no indirect ones.
         let seg_max = u32::from(options.queue_size - 2).min(MAX_PIECES as u32);

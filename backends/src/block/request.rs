@@ -11,6 +11,11 @@ use crate::guest_io::GuestIo;
 /// Unit of addresses and lengths in requests, in bytes, whatever the block size.
 pub const SECTOR: u64 = 512;
 
+/// Most bytes that one request moves, discards or zeroes. Without a limit it would be every byte of the disk once for each
+/// descriptor. Drivers that honour the configuration space stay below it ([`super::config`]); firmware does not look there: OVMF
+/// reads a boot image in one piece of up to this size, which is where it draws the line itself.
+pub const MAX_TRANSFER: u64 = 1 << 30;
+
 const HEADER_LEN: usize = 16;
 const SEGMENT_LEN: usize = 16;
 /// Flag of a write-zeroes segment: its space may be given back.
@@ -108,9 +113,9 @@ impl Limits {
     /// The byte offset of a read or write of `len` bytes.
     ///
     /// # Errors
-    /// When it is not whole sectors or reaches beyond the end.
+    /// When it is not whole sectors, more than [`MAX_TRANSFER`] or reaches beyond the end.
     pub fn transfer(&self, sector: u64, len: u64) -> Result<u64, Refusal> {
-        if !len.is_multiple_of(SECTOR) {
+        if !len.is_multiple_of(SECTOR) || len > MAX_TRANSFER {
             return Err(IOERR);
         }
         self.range(sector, len / SECTOR).map(|(offset, _)| offset)
