@@ -16,6 +16,7 @@ use std::sync::Arc;
 use vm_memory::VolatileSlice;
 
 use crate::device::GuestMemory;
+use crate::ring::MAX_BYTES;
 
 /// A list of host-mapped pieces of guest memory, consumed from either end as a request is parsed and served.
 #[derive(Debug)]
@@ -123,6 +124,26 @@ impl GuestIo {
     #[must_use]
     pub fn pieces(&self) -> &[libc::iovec] {
         &self.iov[self.first..]
+    }
+
+    /// The pieces of one operation: all that are left or, if these are too many bytes, as many from the front as are not, but one
+    /// at least, of which the ring takes as much as it may.
+    #[inline]
+    pub(crate) fn next_pieces(&self) -> &[libc::iovec] {
+        if self.len <= MAX_BYTES { self.pieces() } else { self.first_pieces() }
+    }
+
+    #[cold]
+    fn first_pieces(&self) -> &[libc::iovec] {
+        let pieces = self.pieces();
+        let mut room = MAX_BYTES;
+        let fit = pieces.iter().take_while(|piece| {
+            let left = room.checked_sub(piece.iov_len as u64);
+            room = left.unwrap_or(0);
+            left.is_some()
+        });
+        let count = fit.count();
+        &pieces[..count.max(1)]
     }
 
     /// Whether every piece starts at a multiple of `base` and has a multiple of `len` bytes, both powers of two.
@@ -348,6 +369,24 @@ mod tests {
         assert_eq!(io.copy_from_at(5, &[1]), 0);
         drop(io);
         assert_eq!(buffers, [vec![9, 9, 7], vec![7, 8]]);
+    }
+
+    #[test]
+    fn one_operation_has_no_more_than_it_may() {
+        let most = MAX_BYTES as usize;
+        let pieces = |lens: &[usize]| {
+            // Nothing looks at the bytes.
+            let mut io = GuestIo::default();
+            // SAFETY: as above.
+            lens.iter().for_each(|&len| unsafe { io.push(ptr::dangling_mut(), len) });
+            io.next_pieces().len()
+        };
+        assert_eq!(pieces(&[]), 0);
+        assert_eq!(pieces(&[most]), 1);
+        assert_eq!(pieces(&[512, most - 512]), 2);
+        assert_eq!(pieces(&[512, most - 512, 1, 1]), 2);
+        assert_eq!(pieces(&[512, most, 512]), 1);
+        assert_eq!(pieces(&[usize::MAX >> 8, 1]), 1);
     }
 
     #[test]

@@ -111,9 +111,9 @@ enum State {
 
 /// A queue and the source that fills it.
 pub struct Receiver<S: Source> {
-    service: Service,
-    source: S,
+    stock: Stock<S>,
     state: State,
+    /// The kernel is told where their rooms are, so they stay here whatever happens.
     reads: Vec<Read>,
     in_flight: usize,
     /// Reads of the next burst.
@@ -127,6 +127,12 @@ pub struct Receiver<S: Source> {
     strikes: u8,
     /// Reads wait for frames, for want of those that don't.
     patient: bool,
+}
+
+/// What reads take their chains from, and where these go when the reads have ended.
+struct Stock<S: Source> {
+    service: Service,
+    source: S,
     /// Chains without a frame yet, in the driver's order.
     held: VecDeque<Chain>,
     /// Those that the burst in flight gives back.
@@ -137,12 +143,10 @@ pub struct Receiver<S: Source> {
 impl<S: Source> Receiver<S> {
     /// A receiver for the queue of `service`.
     pub(crate) fn new(service: Service, source: S) -> Self {
-        let reads = (0..MOST_BURST).map(|_| Read::default()).collect();
         Self {
-            service,
-            source,
+            stock: Stock { service, source, held: VecDeque::new(), returned: Vec::new(), spare: Vec::new() },
             state: State::Ready,
-            reads,
+            reads: (0..MOST_BURST).map(|_| Read::default()).collect(),
             in_flight: 0,
             burst: LEAST_BURST,
             brought: 0,
@@ -150,12 +154,55 @@ impl<S: Source> Receiver<S> {
             refused: None,
             strikes: 0,
             patient: false,
-            held: VecDeque::new(),
-            returned: Vec::new(),
-            spare: Vec::new(),
         }
     }
 
+    fn burst_ended(&mut self, ring: &mut Ring) {
+        for chain in self.stock.returned.drain(..).rev() {
+            self.stock.held.push_front(chain);
+        }
+        match self.refused.take() {
+            Some(errno) if self.state != State::Away => {
+                self.strikes += 1;
+                if self.strikes >= MAX_STRIKES {
+                    self.die(errno);
+                }
+            }
+            _ => self.strikes = 0,
+        }
+        if matches!(self.state, State::Dead | State::Away) || !self.stock.service.is_running() {
+            return;
+        }
+        self.state = State::Ready;
+        let brought = std::mem::take(&mut self.brought);
+        self.burst = (brought * 2).clamp(LEAST_BURST, MOST_BURST);
+        if std::mem::take(&mut self.empty) {
+            self.state = State::Polling;
+            self.in_flight = 1;
+            let mut io = Io::new(ring, Token { task: self.stock.service.task(), slot: POLL });
+            #[allow(unsafe_code)]
+            // SAFETY: the source keeps its descriptor for as long as the receiver lives.
+            unsafe {
+                io.wait_readable(self.stock.source.fd());
+            }
+        }
+    }
+
+    fn die(&mut self, errno: i32) {
+        if self.state != State::Dead {
+            let error = std::io::Error::from_raw_os_error(errno);
+            tracing::warn!(queue = %self.stock.service.name(), %error, "what frames come from is gone");
+            self.state = State::Dead;
+            self.stock.source.failed();
+        }
+    }
+
+    fn wants_buffers(&self) -> bool {
+        self.stock.service.is_running() && self.state == State::Starved
+    }
+}
+
+impl<S: Source> Stock<S> {
     /// Finds the next chain without a frame; `into` keeps its allocations. Returns whether there was one.
     fn next_chain(&mut self, into: &mut Chain) -> bool {
         if let Some(chain) = self.held.pop_front() {
@@ -276,84 +323,45 @@ impl<S: Source> Receiver<S> {
             }
         }
     }
-
-    fn burst_ended(&mut self, ring: &mut Ring) {
-        for chain in self.returned.drain(..).rev() {
-            self.held.push_front(chain);
-        }
-        match self.refused.take() {
-            Some(errno) if self.state != State::Away => {
-                self.strikes += 1;
-                if self.strikes >= MAX_STRIKES {
-                    self.die(errno);
-                }
-            }
-            _ => self.strikes = 0,
-        }
-        if matches!(self.state, State::Dead | State::Away) || !self.service.is_running() {
-            return;
-        }
-        self.state = State::Ready;
-        let brought = std::mem::take(&mut self.brought);
-        self.burst = (brought * 2).clamp(LEAST_BURST, MOST_BURST);
-        if std::mem::take(&mut self.empty) {
-            self.state = State::Polling;
-            self.in_flight = 1;
-            Io::new(ring, Token { task: self.service.task(), slot: POLL }).wait_readable(self.source.fd());
-        }
-    }
-
-    fn die(&mut self, errno: i32) {
-        if self.state != State::Dead {
-            let error = std::io::Error::from_raw_os_error(errno);
-            tracing::warn!(queue = %self.service.name(), %error, "what frames come from is gone");
-            self.state = State::Dead;
-            self.source.failed();
-        }
-    }
-
-    fn wants_buffers(&self) -> bool {
-        self.service.is_running() && self.state == State::Starved
-    }
 }
 
 impl<S: Source> Task for Receiver<S> {
     fn service(&mut self) -> &mut Service {
-        &mut self.service
+        &mut self.stock.service
     }
 
     fn turn(&mut self, ring: &mut Ring) -> bool {
         let due = match self.state {
             State::Ready => true,
-            State::Starved => self.service.queue.has_avail(),
-            State::Away => self.source.enabled(),
+            State::Starved => self.stock.service.queue.has_avail(),
+            State::Away => self.stock.source.enabled(),
             State::Reading | State::Polling | State::Dead => false,
         };
         // The kernel still uses what the reads in flight point to.
-        if !due || self.in_flight > 0 || !self.service.is_running() {
+        if !due || self.in_flight > 0 || !self.stock.service.is_running() {
             return false;
         }
-        self.service.disable_kicks();
+        self.stock.service.disable_kicks();
         let burst = match self.patient {
             // What a read gathers beyond its frame goes back in front of the next read's only once both have ended.
-            _ if self.service.queue.in_order => 1,
+            _ if self.stock.service.queue.in_order => 1,
             true => PATIENT,
             false => self.burst,
         };
         let mut count = 0;
-        // Not to be looked up again for each.
-        let mut reads = std::mem::take(&mut self.reads);
-        while count < burst && self.gather(&mut reads[count], count) {
-            let mut io = Io::new(ring, Token { task: self.service.task(), slot: count as u32 });
+        // Borrowed, never taken out: what was pushed for the first reads points into them should a later one panic.
+        let reads = self.reads.as_mut_slice();
+        while count < burst && self.stock.gather(&mut reads[count], count) {
+            let mut io = Io::new(ring, Token { task: self.stock.service.task(), slot: count as u32 });
             #[allow(unsafe_code)]
-            // SAFETY: the room stays as it is until the read has completed, and its chains until they are given back.
+            // SAFETY: the room stays as it is until the read has completed, its chains until they are given back, and the source
+            // with its descriptor as long as the receiver.
             unsafe {
-                let (fd, room) = (self.source.fd(), reads[count].room());
-                if self.patient { io.read(fd, room, u64::MAX) } else { io.read_now(fd, room) }
+                let (fd, room) = (self.stock.source.fd(), reads[count].room());
+                if self.patient { io.read_next(fd, room) } else { io.read_now(fd, room) }
             }
             count += 1;
         }
-        self.reads = reads;
         self.in_flight = count;
         self.state = if count > 0 { State::Reading } else { State::Starved };
         count > 0
@@ -370,9 +378,7 @@ impl<S: Source> Task for Receiver<S> {
         match result {
             1.. => {
                 self.brought += 1;
-                let mut reads = std::mem::take(&mut self.reads);
-                self.deliver(&mut reads[slot as usize], result as u64);
-                self.reads = reads;
+                self.stock.deliver(&mut self.reads[slot as usize], result as u64);
             }
             _ => {
                 match -result {
@@ -380,22 +386,20 @@ impl<S: Source> Task for Receiver<S> {
                     libc::EINTR | libc::ECANCELED => {}
                     libc::EOPNOTSUPP if !self.patient => self.patient = true,
                     // The rest of the burst that found it out.
-                    libc::EOPNOTSUPP if !self.returned.is_empty() => {}
-                    libc::EBADFD if !self.source.enabled() => self.state = State::Away,
+                    libc::EOPNOTSUPP if !self.stock.returned.is_empty() => {}
+                    libc::EBADFD if !self.stock.source.enabled() => self.state = State::Away,
                     // A frame that the kernel could not hand over; the next may be sound.
                     libc::EINVAL | libc::EIO | libc::EMSGSIZE | libc::ENOBUFS => {
-                        self.service.stats.count(DELIVERED, 0, false);
+                        self.stock.service.stats.count(DELIVERED, 0, false);
                         // Not at once again: if it is the source that fails, its poll says so.
                         self.empty = true;
                     }
                     // A datagram of nothing.
-                    0 => self.service.stats.count(DELIVERED, 0, false),
+                    0 => self.stock.service.stats.count(DELIVERED, 0, false),
                     errno => self.refused = Some(errno),
                 }
-                let mut reads = std::mem::take(&mut self.reads);
-                let chains = self.take(&mut reads[slot as usize]);
-                self.returned.extend(chains);
-                self.reads = reads;
+                let chains = self.stock.take(&mut self.reads[slot as usize]);
+                self.stock.returned.extend(chains);
             }
         }
         if self.in_flight == 0 {
@@ -404,19 +408,19 @@ impl<S: Source> Task for Receiver<S> {
     }
 
     fn ready(&self) -> bool {
-        self.wants_buffers() && self.service.queue.has_avail()
+        self.wants_buffers() && self.stock.service.queue.has_avail()
     }
 
     fn arm(&mut self) -> bool {
-        self.wants_buffers() && self.service.enable_kicks()
+        self.wants_buffers() && self.stock.service.enable_kicks()
     }
 
     fn files(&self, with: &mut dyn FnMut(BorrowedFd<'_>)) {
-        with(self.source.fd());
+        with(self.stock.source.fd());
     }
 
     fn stop(&mut self, ring: &mut Ring) {
-        let mut cancel = |slot| ring.cancel(Token { task: self.service.task(), slot });
+        let mut cancel = |slot| ring.cancel(Token { task: self.stock.service.task(), slot });
         match self.state {
             State::Polling => cancel(POLL),
             State::Reading if self.patient => (0..PATIENT as u32).for_each(cancel),
@@ -430,14 +434,14 @@ impl<S: Source> Task for Receiver<S> {
 
     fn give_back(&mut self) {
         // Older than whatever was not looked at, and as empty.
-        while let Some(head) = self.service.queue.take_replay() {
-            self.held.push_back(Chain { head, ..Chain::default() });
+        while let Some(head) = self.stock.service.queue.take_replay() {
+            self.stock.held.push_back(Chain { head, ..Chain::default() });
         }
-        while let Some(chain) = self.held.pop_back() {
+        while let Some(chain) = self.stock.held.pop_back() {
             // A frame may have overtaken an empty read, so that later chains are used already; drivers take an empty
             // buffer for a frame too short.
-            if !self.service.queue.unpop(chain.head) {
-                self.service.queue.complete(chain.head, 0);
+            if !self.stock.service.queue.unpop(chain.head) {
+                self.stock.service.queue.complete(chain.head, 0);
             }
         }
     }

@@ -16,7 +16,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::time::Duration;
 
-use io_uring::{IoUring, opcode, squeue, types};
+use io_uring::{IoUring, Submitter, opcode, squeue, types};
 
 use self::memory::HeldMemory;
 use crate::device::GuestMemory;
@@ -27,6 +27,14 @@ const ENTRIES: u32 = 1024;
 /// Most pieces of one vector that the kernel takes (IOV_MAX).
 pub const MAX_PIECES: usize = 1024;
 
+/// Most bytes of one operation. A read that finds all of them in the page cache copies them within the system call, which so
+/// many delay by some tenths of a millisecond; storage needs no more at a time, and a request of a megabyte is still one operation.
+pub const MAX_BYTES: u64 = 2 << 20;
+
+/// Most kernel threads of a kind (for files and block devices, for all else) that do for an I/O thread what would make it wait.
+/// They are how many operations are under way at once on file systems that know no other way, such as NFS.
+const MAX_WORKERS: u32 = 64;
+
 /// Whose completion it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Token {
@@ -36,7 +44,7 @@ pub struct Token {
     pub slot: u32,
 }
 
-/// Whose completion it is that an operation was cancelled: nobody's.
+/// The token of a cancellation itself: its completion belongs to no request.
 const CANCEL: Token = Token { task: u32::MAX, slot: u32::MAX };
 
 impl Token {
@@ -62,8 +70,6 @@ pub struct Ring {
     /// Free places in the kernel's table of them; `None` if it has none.
     places: Option<Vec<u32>>,
     memory: HeldMemory,
-    /// What timeouts point to until they are submitted; a fixed length, so that it never moves.
-    pause: Box<types::Timespec>,
 }
 
 /// A file that the kernel holds.
@@ -99,6 +105,7 @@ impl Ring {
             wish(&mut builder);
             match builder.build(ENTRIES) {
                 Ok(ring) => {
+                    bound_workers(&ring.submitter());
                     return Ok(Self {
                         ring,
                         backlog: VecDeque::new(),
@@ -107,7 +114,6 @@ impl Ring {
                         held: Vec::new(),
                         places: None,
                         memory: HeldMemory::default(),
-                        pause: Box::new(types::Timespec::new()),
                     });
                 }
                 Err(e) if e.raw_os_error() == Some(libc::EINVAL) => last = Some(e),
@@ -195,10 +201,11 @@ impl Ring {
         }
     }
 
-    /// Reads at `offset` into the pieces, at most [`MAX_PIECES`] of them.
+    /// Reads at `offset` into the pieces, at most [`MAX_PIECES`] of them, and of a single one at most [`MAX_BYTES`].
     ///
     /// # Safety
-    /// The pieces must stay mapped, and the list in place, until the completion for `token` was reaped or the ring dropped.
+    /// The pieces must stay mapped, the list in place and `fd` open until the completion for `token` was reaped or the ring
+    /// dropped.
     pub unsafe fn read(&mut self, token: Token, fd: BorrowedFd<'_>, pieces: &[libc::iovec], offset: u64) {
         let (fd, flags) = self.name(fd);
         let entry = self.entry_for_read(fd, pieces, offset, 0);
@@ -257,27 +264,28 @@ impl Ring {
     }
 
     /// Makes the file's data durable.
-    pub fn sync_data(&mut self, token: Token, fd: BorrowedFd<'_>) {
+    ///
+    /// # Safety
+    /// `fd` must stay open until the completion for `token` was reaped or the ring dropped.
+    pub unsafe fn sync_data(&mut self, token: Token, fd: BorrowedFd<'_>) {
         let (fd, flags) = self.name(fd);
         self.push(token, opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build().flags(flags));
     }
 
     /// Deallocates or zeroes a range; `mode` is that of fallocate(2).
-    pub fn fallocate(&mut self, token: Token, fd: BorrowedFd<'_>, mode: i32, offset: u64, len: u64) {
+    ///
+    /// # Safety
+    /// As for [`Self::sync_data`].
+    pub unsafe fn fallocate(&mut self, token: Token, fd: BorrowedFd<'_>, mode: i32, offset: u64, len: u64) {
         let (fd, flags) = self.name(fd);
         self.push(token, opcode::Fallocate::new(fd, len).offset(offset).mode(mode).build().flags(flags));
     }
 
-    /// Completes after `pause`, with any result.
-    pub fn sleep(&mut self, token: Token, pause: Duration) {
-        // One timespec serves all: the kernel copies it at submission, and every sleeper waits for the same reason.
-        *self.pause = types::Timespec::from(pause);
-        let entry = opcode::Timeout::new(&raw const *self.pause).build();
-        self.push(token, entry);
-    }
-
     /// Completes with the events when any of `events` (poll(2)), an error or a hang-up is there.
-    pub fn poll(&mut self, token: Token, fd: BorrowedFd<'_>, events: u32) {
+    ///
+    /// # Safety
+    /// As for [`Self::sync_data`].
+    pub unsafe fn poll(&mut self, token: Token, fd: BorrowedFd<'_>, events: u32) {
         let (fd, flags) = self.name(fd);
         self.push(token, opcode::PollAdd::new(fd, events).build().flags(flags));
     }
@@ -429,9 +437,21 @@ const ENDS_BY_ITSELF: Duration = Duration::from_secs(1);
 
 const ENTER_GETEVENTS: u32 = 1;
 
-/// A single operation moves at most 2 GiB less a page; what is beyond comes back as a short transfer.
+/// What is beyond comes back as a short transfer.
 fn one_piece(piece: &libc::iovec) -> u32 {
-    piece.iov_len.min(0x7fff_f000) as u32
+    piece.iov_len.min(MAX_BYTES as usize) as u32
+}
+
+/// Bounds the kernel's workers for the calling thread. Of itself the kernel starts up to four for each CPU, and of those that are
+/// not for files as many as there may be processes: a guest decides how many operations wait.
+fn bound_workers(submitter: &Submitter<'_>) {
+    // Zero asks. Kernels before 5.15 answer with an error, and keep limits of their own.
+    let mut limits = [0; 2];
+    if submitter.register_iowq_max_workers(&mut limits).is_ok() {
+        let mut bounded = limits.map(|limit| limit.min(MAX_WORKERS));
+        let set = submitter.register_iowq_max_workers(&mut bounded);
+        debug_assert!(set.is_ok(), "{set:?}");
+    }
 }
 
 #[cfg(test)]
@@ -479,10 +499,13 @@ mod tests {
     }
 
     #[test]
-    fn a_pause_ends_by_itself() {
-        let mut ring = Ring::new().unwrap();
-        ring.sleep(Token { task: 0, slot: 1 }, Duration::from_millis(1));
-        assert_eq!(reap_all(&mut ring), [(Token { task: 0, slot: 1 }, -libc::ETIME)]);
+    fn the_kernel_has_few_workers_for_a_ring() {
+        let ring = Ring::new().unwrap();
+        let mut limits = [0; 2];
+        match ring.ring.submitter().register_iowq_max_workers(&mut limits) {
+            Ok(()) => assert!(limits.iter().all(|limit| (1..=MAX_WORKERS).contains(limit)), "{limits:?}"),
+            Err(e) => assert_eq!(e.raw_os_error(), Some(libc::EINVAL), "only old kernels have no such limits"),
+        }
     }
 
     #[test]
@@ -600,9 +623,11 @@ mod tests {
         let mut ring = Ring::new().unwrap();
         // SAFETY: the event outlives the ring.
         let fd = unsafe { BorrowedFd::borrow_raw(never.as_raw_fd()) };
-        ring.poll(Token { task: 0, slot: 0 }, fd, libc::POLLIN as u32);
+        // SAFETY: as above.
+        unsafe { ring.poll(Token { task: 0, slot: 0 }, fd, libc::POLLIN as u32) };
         ring.submit().unwrap();
-        ring.poll(Token { task: 0, slot: 1 }, fd, libc::POLLIN as u32);
+        // SAFETY: as above.
+        unsafe { ring.poll(Token { task: 0, slot: 1 }, fd, libc::POLLIN as u32) };
         drop(ring);
     }
 

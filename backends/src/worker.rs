@@ -32,8 +32,24 @@ pub trait Handler {
     /// Goes on after the operation pushed last has ended with `result` (as of io_uring: a count or a negated errno).
     fn resume(&mut self, chain: &mut Chain, request: &mut Self::Request, result: i32, io: &mut Io<'_>) -> Step;
 
-    /// Forgets a request whose operation was cancelled. Somebody else starts it anew.
+    /// Forgets a request that has come as far as [`Step::Pending`], with nothing under way for it. Somebody else starts it anew.
     fn abandon(&mut self, _request: &mut Self::Request) {}
+
+    /// Whether a pending request waits for others instead of an operation. It is resumed with 0 when [`Self::next_woken`] has
+    /// named it.
+    fn is_waiting(&self, _request: &Self::Request) -> bool {
+        false
+    }
+
+    /// While any request waits for others: what becomes readable when another thread has woken one.
+    fn wakes(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// The next request that need not wait any more, by its number ([`Token::slot`]). Asked whenever one has ended.
+    fn next_woken(&mut self) -> Option<u32> {
+        None
+    }
 
     /// Calls `with` for every file that its operations name again and again.
     fn files(&self, _with: &mut dyn FnMut(BorrowedFd<'_>)) {}
@@ -47,7 +63,7 @@ pub trait Handler {
 /// How far a request has come.
 #[derive(Debug)]
 pub enum Step {
-    /// One operation was pushed; its result comes to [`Handler::resume`].
+    /// One operation was pushed, and its result comes to [`Handler::resume`]; or it waits for others, see [`Handler::is_waiting`].
     Pending,
     /// The chain can be given back.
     Done(Outcome),
@@ -82,12 +98,17 @@ pub struct Worker<H: Handler> {
     free: Vec<u32>,
     /// Taken in this turn and not begun.
     taken: Vec<u32>,
+    /// Whether [`Handler::wakes`] is polled.
+    listening: bool,
 }
+
+/// The slot of that poll, beyond those of requests.
+const WAKES: u32 = u32::MAX;
 
 impl<H: Handler> Worker<H> {
     /// A worker for the queue of `service`.
     pub(crate) fn new(service: Service, handler: H) -> Self {
-        Self { service, handler, slots: Vec::new(), free: Vec::new(), taken: Vec::new() }
+        Self { service, handler, slots: Vec::new(), free: Vec::new(), taken: Vec::new(), listening: false }
     }
 
     fn in_flight(&self) -> usize {
@@ -103,10 +124,71 @@ impl<H: Handler> Worker<H> {
 
     /// Requests end by themselves, but for those of a bounded window: they may wait for another side, which may never come.
     /// Nobody waits for those of a queue that is suspended, if it can be helped.
-    fn end_waiting(&self, index: u32, ring: &mut Ring) {
-        if self.handler.window() != usize::MAX || self.service.is_suspending() {
+    fn end_waiting(&mut self, index: u32, ring: &mut Ring) {
+        if self.service.is_suspending() && self.handler.is_waiting(&self.slots[index as usize].request) {
+            self.leave(index);
+        } else if self.handler.window() != usize::MAX || self.service.is_suspending() {
             ring.cancel(Token { task: self.service.task(), slot: index });
         }
+    }
+
+    /// Goes on with those that others need not wait for any more, and sees to it that those to come are heard of.
+    #[cold]
+    fn wake(&mut self, now: Instant, ring: &mut Ring) {
+        while let Some(index) = self.handler.next_woken() {
+            self.resume(index, 0, now, ring);
+        }
+        if let (false, Some(event)) = (self.listening, self.handler.wakes()) {
+            #[allow(unsafe_code)]
+            // SAFETY: the handler keeps its event, and goes only when nothing is in flight or the ring has gone.
+            unsafe {
+                ring.poll(Token { task: self.service.task(), slot: WAKES }, event, libc::POLLIN as u32);
+            }
+            self.listening = true;
+        }
+        self.end_listening(ring);
+    }
+
+    /// Ends the poll of a queue that is being left, once nobody is there to be woken.
+    fn end_listening(&mut self, ring: &mut Ring) {
+        if self.listening && !self.service.is_running() && self.in_flight() == 0 {
+            ring.cancel(Token { task: self.service.task(), slot: WAKES });
+        }
+    }
+
+    /// Lets go of a request of a suspended queue, with nothing under way for it: its head is among those that are left.
+    fn leave(&mut self, index: u32) {
+        self.handler.abandon(&mut self.slots[index as usize].request);
+        self.free.push(index);
+    }
+
+    /// An operation of a suspended queue has ended. If that ends the request it is answered; for a further step it would need
+    /// there is no time, however many were to come.
+    #[cold]
+    fn completed_last(&mut self, index: u32, result: i32, now: Instant) {
+        if matches!(-result, libc::ECANCELED | libc::EINTR) {
+            return self.leave(index);
+        }
+        let slot = &mut self.slots[index as usize];
+        let mut io = Io::nowhere(Token { task: self.service.task(), slot: index });
+        match self.handler.resume(&mut slot.chain, &mut slot.request, result, &mut io) {
+            Step::Pending => self.leave(index),
+            step => self.settle(index, step, now),
+        }
+    }
+
+    #[inline(always)]
+    fn resume(&mut self, index: u32, result: i32, now: Instant, ring: &mut Ring) {
+        if self.service.is_suspending() {
+            return self.completed_last(index, result, now);
+        }
+        let slot = &mut self.slots[index as usize];
+        let mut io = Io::new(ring, Token { task: self.service.task(), slot: index });
+        let step = self.handler.resume(&mut slot.chain, &mut slot.request, result, &mut io);
+        if matches!(step, Step::Pending) && !self.service.is_running() {
+            self.end_waiting(index, ring);
+        }
+        self.settle(index, step, now);
     }
 
     #[inline]
@@ -160,22 +242,21 @@ impl<H: Handler> Task for Worker<H> {
             self.settle(index, step, now);
         }
         self.taken = taken;
+        if self.handler.wakes().is_some() {
+            self.wake(now, ring);
+        }
         true
     }
 
     fn completed(&mut self, index: u32, result: i32, now: Instant, ring: &mut Ring) {
-        let slot = &mut self.slots[index as usize];
-        if self.service.is_suspending() && matches!(-result, libc::ECANCELED | libc::EINTR) {
-            self.handler.abandon(&mut slot.request);
-            self.free.push(index);
-            return;
+        if index == WAKES {
+            self.listening = false;
+        } else {
+            self.resume(index, result, now, ring);
         }
-        let mut io = Io::new(ring, Token { task: self.service.task(), slot: index });
-        let step = self.handler.resume(&mut slot.chain, &mut slot.request, result, &mut io);
-        if matches!(step, Step::Pending) && !self.service.is_running() {
-            self.end_waiting(index, ring);
+        if self.listening || self.handler.wakes().is_some() {
+            self.wake(now, ring);
         }
-        self.settle(index, step, now);
     }
 
     fn ready(&self) -> bool {
@@ -192,14 +273,15 @@ impl<H: Handler> Task for Worker<H> {
     }
 
     fn stop(&mut self, ring: &mut Ring) {
-        for index in 0..self.slots.len() as u32 {
-            if !self.free.contains(&index) {
-                self.end_waiting(index, ring);
-            }
+        let mut busy = vec![true; self.slots.len()];
+        self.free.iter().for_each(|&index| busy[index as usize] = false);
+        for (index, _) in (0..).zip(busy).filter(|(_, busy)| *busy) {
+            self.end_waiting(index, ring);
         }
+        self.end_listening(ring);
     }
 
     fn is_idle(&self) -> bool {
-        self.in_flight() == 0 && self.service.owes_nothing()
+        self.in_flight() == 0 && !self.listening && self.service.owes_nothing()
     }
 }

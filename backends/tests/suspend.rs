@@ -1,6 +1,8 @@
 //! A queue that is stopped without waiting for its requests: whoever goes on with it answers each of them, once.
+#![allow(unsafe_code, reason = "storage that waits for descriptors of its own")]
 
 use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -18,8 +20,6 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Long enough for any machine; only a hang takes it.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// Longer than any test waits.
-const FOR_EVER: Duration = Duration::from_secs(3600);
 const GEOMETRY: Geometry =
     Geometry { capacity: 1 << 20, logical_block: 512, physical_block: 512, readonly: false, discard: true };
 const REQUESTS: u16 = 5;
@@ -31,7 +31,19 @@ const DATA: u64 = 0x3_0000;
 #[derive(Clone)]
 struct Slow {
     value: u8,
+    /// What reads of the first sector wait for, again and again.
+    event: Arc<EventFd>,
+    waits: Arc<AtomicUsize>,
     abandoned: Arc<AtomicUsize>,
+}
+
+impl Slow {
+    fn wait(&self, io: &mut Io<'_>) -> Progress {
+        self.waits.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the event is open for as long as the storage lives, which is longer than any request.
+        unsafe { io.wait_readable(BorrowedFd::borrow_raw(self.event.as_raw_fd())) };
+        Progress::Pending
+    }
 }
 
 impl Storage for Slow {
@@ -43,8 +55,7 @@ impl Storage for Slow {
 
     fn read(&mut self, (): &mut (), offset: u64, data: &mut GuestIo, io: &mut Io<'_>) -> Progress {
         if offset == 0 {
-            io.sleep(FOR_EVER);
-            return Progress::Pending;
+            return self.wait(io);
         }
         data.copy_from(&vec![self.value; data.len() as usize]);
         Progress::Done(Ok(()))
@@ -66,8 +77,11 @@ impl Storage for Slow {
         Progress::Done(Ok(()))
     }
 
-    fn resume(&mut self, (): &mut (), _: &mut GuestIo, _: i32, _: &mut Io<'_>) -> Progress {
-        Progress::Done(Err(io::Error::other("nobody waits so long")))
+    fn resume(&mut self, (): &mut (), _: &mut GuestIo, result: i32, io: &mut Io<'_>) -> Progress {
+        match result {
+            0.. => self.wait(io),
+            _ => Progress::Done(Err(io::Error::from_raw_os_error(-result))),
+        }
     }
 
     fn abandon(&mut self, (): &mut ()) {
@@ -80,6 +94,8 @@ struct Rig {
     mem: GuestMemory,
     driver: Driver,
     kick: EventFd,
+    event: Arc<EventFd>,
+    waits: Arc<AtomicUsize>,
     abandoned: Arc<AtomicUsize>,
 }
 
@@ -101,11 +117,14 @@ impl Rig {
         }
         driver.publish();
         let pool = ReactorPool::new(&ReactorOptions::default()).unwrap();
-        Self { pool, mem, driver, kick: EventFd::new(EFD_NONBLOCK).unwrap(), abandoned: Arc::default() }
+        let event = || EventFd::new(EFD_NONBLOCK).unwrap();
+        let (waits, abandoned) = Default::default();
+        Self { pool, mem, driver, kick: event(), event: Arc::new(event()), waits, abandoned }
     }
 
     fn device(&self, value: u8) -> BlockDevice {
-        let slow = Slow { value, abandoned: Arc::clone(&self.abandoned) };
+        let [waits, abandoned] = [&self.waits, &self.abandoned].map(Arc::clone);
+        let slow = Slow { value, event: Arc::clone(&self.event), waits, abandoned };
         let mut device = BlockDevice::over("disk0", slow, &BlockOptions::default(), &self.pool);
         device.ack_features(1 << 32).unwrap();
         device
@@ -191,6 +210,32 @@ fn what_a_suspended_queue_leaves_is_in_its_table() {
     let mut second = rig.device(2);
     // Whoever has the table needs to know no more.
     second.start_queue(0, parts(Suspended::default())).unwrap();
+    rig.wait_for_used(REQUESTS);
+    drop(second);
+    rig.assert_answered([2, 1, 2, 1, 2]);
+}
+
+#[test]
+fn a_suspended_request_takes_no_further_step() {
+    let rig = Rig::new();
+    let mut first = rig.device(1);
+    first.start_queue(0, rig.parts(Suspended::default())).unwrap();
+    // Each step ends at once now, with a result.
+    rig.event.write(1).unwrap();
+    let start = Instant::now();
+    while rig.waits.load(Ordering::Relaxed) < 100 {
+        assert!(start.elapsed() < PATIENCE, "the requests do not go on");
+        std::thread::yield_now();
+    }
+    // On a thread of its own: should it never return, the test does.
+    let (send, suspended) = std::sync::mpsc::channel();
+    std::thread::spawn(move || send.send(first.suspend(&[0]).remove(0).unwrap()));
+    let end = suspended.recv_timeout(PATIENCE).expect("a request goes on and on");
+    assert_eq!((end.state.next_avail, end.left.len()), (REQUESTS, 3));
+    assert_eq!(rig.abandoned.load(Ordering::Relaxed), 3);
+    rig.move_to_second_sector();
+    let mut second = rig.device(2);
+    second.start_queue(0, rig.parts(end)).unwrap();
     rig.wait_for_used(REQUESTS);
     drop(second);
     rig.assert_answered([2, 1, 2, 1, 2]);

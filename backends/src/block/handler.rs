@@ -126,7 +126,7 @@ impl<S: Storage> BlockHandler<S> {
         let ok = status == VIRTIO_BLK_S_OK as u8;
         // The used length counts from the first writable byte on: data that was not read is not claimed.
         let read = if ok && matches!(request.kind, Kind::Read | Kind::GetId) { request.len } else { 0 };
-        let written = u32::try_from(read + 1).unwrap_or(u32::MAX);
+        let written = read as u32 + 1;
         Step::Done(Outcome { op: request.kind as usize, written, bytes: request.len, ok })
     }
 
@@ -161,6 +161,19 @@ impl<S: Storage> Handler for BlockHandler<S> {
 
     fn abandon(&mut self, request: &mut Self::Request) {
         self.storage.abandon(&mut request.op);
+    }
+
+    fn is_waiting(&self, request: &Self::Request) -> bool {
+        self.storage.is_waiting(&request.op)
+    }
+
+    #[inline]
+    fn wakes(&self) -> Option<BorrowedFd<'_>> {
+        self.storage.wakes()
+    }
+
+    fn next_woken(&mut self) -> Option<u32> {
+        self.storage.next_woken()
     }
 
     fn resume(&mut self, chain: &mut Chain, request: &mut Self::Request, result: i32, io: &mut Io<'_>) -> Step {

@@ -84,8 +84,9 @@ impl Handler for TransmitHandler {
             // SAFETY: the header is boxed in the request, which outlives the operation.
             unsafe { request.pieces.push(request.header.as_mut_ptr(), HEADER_LEN) };
         }
-        // In one piece with its frame a header stays where it is: the kernel takes one buffer for less than two, and whoever
-        // reads it behind the port checks it as we did, so that a guest which changes it meanwhile gains nothing.
+        // A header in one piece with its frame stays where it is: the kernel takes one buffer for less than two. The guest may
+        // then change it after the check. Another VM behind the port checks its own copy again; a tap's kernel checks what it
+        // needs to be safe and no more, so such a guest can have frames segmented in ways that were not negotiated.
         request.pieces.append(&chain.readable);
         self.send(request, io)
     }
@@ -106,7 +107,8 @@ impl Handler for TransmitHandler {
             _ => match -result {
                 libc::EAGAIN => {
                     request.waiting = true;
-                    io.wait_writable(self.ends.tx.as_fd());
+                    // SAFETY: the port's ends stay open for as long as the handler has them.
+                    unsafe { io.wait_writable(self.ends.tx.as_fd()) };
                     Step::Pending
                 }
                 libc::EINTR => self.send(request, io),

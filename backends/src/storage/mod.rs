@@ -1,11 +1,12 @@
 //! What holds the bytes of a disk, behind one trait with static dispatch.
 //!
-//! A storage is a set of state machines over the data ring: each operation has at most one ring operation outstanding and
-//! keeps its state in [`Storage::Op`], which lives in the request's slot. So a request costs no allocation and no task,
+//! A storage is a set of state machines over the data ring: each operation has at most one ring operation outstanding, or waits for
+//! another one of the storage, and keeps its state in [`Storage::Op`], which lives in the request's slot. So a request costs no allocation and no task,
 //! and a format that needs several steps (tables before data) is a longer machine of the same shape.
 
 pub mod null;
 pub mod raw;
+mod share;
 mod spot;
 
 use std::io;
@@ -33,7 +34,8 @@ pub struct Geometry {
 #[derive(Debug)]
 #[must_use]
 pub enum Progress {
-    /// A ring operation is outstanding; its result goes to [`Storage::resume`].
+    /// A ring operation is outstanding, and its result goes to [`Storage::resume`]; or it waits for others, see
+    /// [`Storage::is_waiting`].
     Pending,
     /// The operation has ended.
     Done(io::Result<()>),
@@ -43,6 +45,8 @@ pub enum Progress {
 ///
 /// Ranges are checked against the capacity by whoever calls and once more here: a storage never reaches beyond its end.
 /// An operation that was started is resumed until it is done, or abandoned, before its `Op` and `data` are used for another.
+/// One that takes long goes in steps of a bounded size ([`Io`] sees to that for reads and writes), between which its queue may be
+/// told to leave: what is pushed then goes nowhere, and the operation is abandoned.
 pub trait Storage {
     /// The state of an operation in flight.
     type Op: Default;
@@ -78,8 +82,24 @@ pub trait Storage {
     /// at for operations without.
     fn resume(&mut self, op: &mut Self::Op, data: &mut GuestIo, result: i32, io: &mut Io<'_>) -> Progress;
 
-    /// Forgets an operation whose ring operation was cancelled.
+    /// Forgets an operation that is pending, with nothing under way for it in the ring.
     fn abandon(&mut self, _op: &mut Self::Op) {}
+
+    /// Whether a pending operation waits for others instead of the ring. It is resumed with 0 when [`Self::next_woken`] has named
+    /// its request.
+    fn is_waiting(&self, _op: &Self::Op) -> bool {
+        false
+    }
+
+    /// While any operation of this queue waits for others: what becomes readable when another thread has woken one.
+    fn wakes(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// The next request whose operation need not wait any more, by its number at the queue. Asked whenever one has ended.
+    fn next_woken(&mut self) -> Option<u32> {
+        None
+    }
 
     /// Calls `with` for every file that its operations name again and again.
     fn files(&self, _with: &mut dyn FnMut(BorrowedFd<'_>)) {}

@@ -8,20 +8,17 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
+use super::share::{Part, Wait, Want};
 use super::spot::{self, Spot};
 use super::{Geometry, Progress, Storage};
 use crate::guest_io::GuestIo;
 use crate::io::Io;
 
-/// Most bytes that one request bounces at once. A guest may have as many requests in flight as its queues have descriptors,
-/// and with misaligned buffers makes each hold this much of the host's memory.
+/// Most bytes that one request bounces, or zeroes by writing, at once.
 const MAX_BOUNCE: u64 = 128 << 10;
-
-/// How long a write waits before it looks again whether the block it shares with another is free.
-const CONFLICT_PAUSE: Duration = Duration::from_micros(100);
 
 /// What O_DIRECT asks of an operation, in bytes, powers of two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,9 +29,6 @@ pub struct DirectAlign {
     pub offset: u32,
 }
 
-/// The ranges being rewritten block by block, shared by all queues of a disk.
-type Gate = Mutex<Vec<(u64, u64)>>;
-
 /// An open image, shared by the queues of its disk.
 #[derive(Clone, Debug)]
 pub struct Raw {
@@ -42,9 +36,13 @@ pub struct Raw {
     geometry: Geometry,
     /// `Some` under O_DIRECT.
     align: Option<DirectAlign>,
-    /// `Some` where a guest may write less than the file takes at once.
-    gate: Option<Arc<Gate>>,
+    /// Whether a guest may write less than the file takes at once: then each write has its blocks for itself.
+    exclusive: bool,
+    /// What is written where zeroes have to be, of the disk.
+    zeroes: Arc<OnceLock<Bounce>>,
     /// Of this queue.
+    part: Part,
+    /// Likewise.
     spot: Spot,
 }
 
@@ -53,8 +51,8 @@ impl Raw {
     #[must_use]
     pub fn new(file: Arc<File>, geometry: Geometry, align: Option<DirectAlign>) -> Self {
         // Requests come in sectors of 512 bytes; only a larger unit can be written in part.
-        let gate = align.filter(|align| align.offset > 512 && !geometry.readonly).map(|_| Arc::default());
-        Self { file, geometry, align, gate, spot: Spot::new() }
+        let exclusive = !geometry.readonly && align.is_some_and(|align| align.offset > 512);
+        Self { file, geometry, align, exclusive, zeroes: Arc::default(), part: Part::default(), spot: Spot::new() }
     }
 
     fn begin(&mut self, op: &mut RawOp, kind: Kind, offset: u64, len: u64, durable: bool) -> io::Result<()> {
@@ -81,7 +79,8 @@ impl Raw {
             Kind::Write | Kind::Zeroes => self.push_write(op, data, io),
             Kind::Discard | Kind::Punch { .. } => self.push_fallocate(op, io),
             Kind::Sync => {
-                io.sync_data(self.file.as_fd());
+                // SAFETY: the file stays open for as long as the storage, which is longer than any operation.
+                unsafe { io.sync_data(self.file.as_fd()) };
                 Progress::Pending
             }
         }
@@ -95,9 +94,14 @@ impl Raw {
         })
     }
 
+    /// What offsets and lengths are multiples of, and addresses.
+    fn units(&self) -> (u64, usize) {
+        self.align.map_or((1, 1), |align| (align.offset.into(), align.memory as usize))
+    }
+
     /// The blocks that hold the next part of the operation.
     fn blocks(&self, op: &RawOp) -> (u64, u64) {
-        let unit = self.align.map_or(1, |align| u64::from(align.offset));
+        let (unit, _) = self.units();
         let start = op.offset - op.offset % unit;
         (start, (op.offset + op.left.min(MAX_BOUNCE)).next_multiple_of(unit))
     }
@@ -105,46 +109,69 @@ impl Raw {
     fn push_read(&mut self, op: &mut RawOp, data: &GuestIo, io: &mut Io<'_>) -> Progress {
         if self.is_aligned(op, data) {
             op.stage = Stage::Direct;
-            // SAFETY: `data` belongs to the request that is resumed with it.
+            // SAFETY: `data` belongs to the request that is resumed with it, and the file is the storage's.
             unsafe { io.read(self.file.as_fd(), data, op.offset) };
-        } else {
-            op.stage = Stage::Bounced;
-            self.push_bounce_read(op, io);
+            return Progress::Pending;
         }
+        if let Some(progress) = self.take_bounce(op, io) {
+            return progress;
+        }
+        op.stage = Stage::Bounced;
+        self.push_bounce_read(op, self.blocks(op), io);
         Progress::Pending
     }
 
-    fn push_bounce_read(&mut self, op: &mut RawOp, io: &mut Io<'_>) {
-        let (start, end) = self.blocks(op);
-        op.bounce = Bounce::new(start, (end - start) as usize, self.align.map_or(1, |align| align.memory as usize));
-        // SAFETY: the buffer is kept in the operation's state until it is resumed.
-        unsafe { io.read_buf(self.file.as_fd(), op.bounce.bytes_mut(), start) };
+    fn push_bounce_read(&mut self, op: &mut RawOp, blocks: (u64, u64), io: &mut Io<'_>) {
+        op.bounce.stand_for(blocks);
+        // SAFETY: the buffer is kept in the operation's state until it is resumed, and the file is the storage's.
+        unsafe { io.read_buf(self.file.as_fd(), op.bounce.bytes_mut(), blocks.0) };
     }
 
     fn push_write(&mut self, op: &mut RawOp, data: &mut GuestIo, io: &mut Io<'_>) -> Progress {
-        let aligned = matches!(op.kind, Kind::Write) && self.is_aligned(op, data);
-        let range = if aligned { (op.offset, op.offset + op.left) } else { self.blocks(op) };
-        if !self.claim(op, range, io) {
-            return Progress::Pending;
+        if matches!(op.kind, Kind::Write) && self.is_aligned(op, data) {
+            return self.push_direct_write(op, data, io);
         }
-        if aligned {
-            op.stage = Stage::Direct;
-            if let Some(progress) = self.write_on_the_spot(op, data, io) {
-                return progress;
-            }
-            // SAFETY: `data` belongs to the request that is resumed with it.
-            unsafe { io.write(self.file.as_fd(), data, op.offset, op.durable) };
-            return Progress::Pending;
+        let blocks @ (start, end) = self.blocks(op);
+        let whole = start == op.offset && end <= op.offset + op.left;
+        let zeroes = whole && matches!(op.kind, Kind::Zeroes);
+        if let Some(progress) = if zeroes { None } else { self.take_bounce(op, io) } {
+            return progress;
         }
-        let (start, end) = self.blocks(op);
-        if start == op.offset && end <= op.offset + op.left {
-            op.bounce = Bounce::new(start, (end - start) as usize, self.align.map_or(1, |a| a.memory as usize));
+        if let Some(progress) = self.claim(op, blocks, io) {
+            return progress;
+        }
+        if zeroes {
+            self.push_zeroes(op, blocks, io);
+        } else if whole {
+            op.bounce.stand_for(blocks);
             self.push_bounce_write(op, data, io);
         } else {
             op.stage = Stage::ReadFirst;
-            self.push_bounce_read(op, io);
+            self.push_bounce_read(op, blocks, io);
         }
         Progress::Pending
+    }
+
+    fn push_direct_write(&mut self, op: &mut RawOp, data: &mut GuestIo, io: &mut Io<'_>) -> Progress {
+        if let Some(progress) = self.claim(op, (op.offset, op.offset + op.left), io) {
+            return progress;
+        }
+        op.stage = Stage::Direct;
+        if let Some(progress) = self.write_on_the_spot(op, data, io) {
+            return progress;
+        }
+        // SAFETY: `data` belongs to the request that is resumed with it, and the file is the storage's.
+        unsafe { io.write(self.file.as_fd(), data, op.offset, op.durable) };
+        Progress::Pending
+    }
+
+    fn push_zeroes(&mut self, op: &mut RawOp, (start, end): (u64, u64), io: &mut Io<'_>) {
+        op.stage = Stage::Direct;
+        let (unit, align) = self.units();
+        let zeroes = self.zeroes.get_or_init(|| Bounce::new(MAX_BOUNCE.next_multiple_of(unit) as usize, align));
+        let bytes = &zeroes.bytes()[..(end - start) as usize];
+        // SAFETY: nobody ever writes to these, and they and the file are the storage's.
+        unsafe { io.write_buf(self.file.as_fd(), bytes, start, op.durable) };
     }
 
     /// Does a short write to the page cache without the ring. `None` if it has to go there, all or what is left of it.
@@ -169,7 +196,7 @@ impl Raw {
 
     fn push_bounce_write(&mut self, op: &mut RawOp, data: &GuestIo, io: &mut Io<'_>) {
         let skip = (op.offset - op.bounce.offset) as usize;
-        let count = (op.left as usize).min(op.bounce.len - skip);
+        let count = op.left.min((op.bounce.len - skip) as u64) as usize;
         let part = &mut op.bounce.bytes_mut()[skip..skip + count];
         if matches!(op.kind, Kind::Write) {
             data.copy_to(part);
@@ -177,39 +204,62 @@ impl Raw {
             part.fill(0);
         }
         op.stage = Stage::Bounced;
-        // SAFETY: the buffer is kept in the operation's state until it is resumed.
+        // SAFETY: the buffer is kept in the operation's state until it is resumed, and the file is the storage's.
         unsafe { io.write_buf(self.file.as_fd(), op.bounce.bytes(), op.bounce.offset, op.durable) };
     }
 
-    /// Takes a range for this operation alone where blocks can be written in part. If another has some of it, waits.
-    fn claim(&self, op: &mut RawOp, range: (u64, u64), io: &mut Io<'_>) -> bool {
-        let Some(gate) = &self.gate else { return true };
-        if op.held.is_some() {
-            return true;
+    /// Takes a buffer that the rest of the operation can be bounced in, part by part. Its progress instead, if it has to wait for
+    /// that or can't have it.
+    fn take_bounce(&mut self, op: &mut RawOp, io: &mut Io<'_>) -> Option<Progress> {
+        let (unit, align) = self.units();
+        // A block may be cut at either end.
+        let room = op.left.min(MAX_BOUNCE) + 2 * unit;
+        if op.memory == 0
+            && let Some(progress) = self.take(op, Want::Memory(room + align as u64), io)
+        {
+            return Some(progress);
         }
-        let mut held = gate.lock().unwrap_or_else(PoisonError::into_inner);
-        if held.iter().any(|other| range.0 < other.1 && other.0 < range.1) {
-            op.stage = Stage::Waiting;
-            io.sleep(CONFLICT_PAUSE);
-            return false;
+        if op.bounce.len == 0 {
+            op.bounce = Bounce::new(room as usize, align);
         }
-        held.push(range);
-        op.held = Some(range);
-        true
+        None
+    }
+
+    /// Takes a range for this operation alone where blocks can be written in part. Its progress instead, as above.
+    fn claim(&mut self, op: &mut RawOp, (start, end): (u64, u64), io: &mut Io<'_>) -> Option<Progress> {
+        if !self.exclusive || op.held.is_some() {
+            return None;
+        }
+        self.take(op, Want::Range(start, end), io)
+    }
+
+    fn take(&mut self, op: &mut RawOp, want: Want, io: &mut Io<'_>) -> Option<Progress> {
+        match self.part.take(want, io.slot()) {
+            Ok(None) => {
+                op.receive(want);
+                None
+            }
+            Ok(wait) => {
+                op.wait = wait;
+                Some(Progress::Pending)
+            }
+            Err(error) => Some(self.end(op, Err(error))),
+        }
     }
 
     fn push_fallocate(&mut self, op: &mut RawOp, io: &mut Io<'_>) -> Progress {
-        let unit = self.align.map_or(1, |align| u64::from(align.offset));
-        let end = (op.offset + op.left).next_multiple_of(unit);
-        if !self.claim(op, (op.offset - op.offset % unit, end), io) {
-            return Progress::Pending;
+        let (unit, _) = self.units();
+        let range = (op.offset - op.offset % unit, (op.offset + op.left).next_multiple_of(unit));
+        if let Some(progress) = self.claim(op, range, io) {
+            return progress;
         }
         op.stage = Stage::Direct;
         let mode = match op.kind {
             Kind::Punch { unmap: false } => libc::FALLOC_FL_ZERO_RANGE,
             _ => libc::FALLOC_FL_PUNCH_HOLE,
         };
-        io.fallocate(self.file.as_fd(), mode | libc::FALLOC_FL_KEEP_SIZE, op.offset, op.left);
+        // SAFETY: the file stays open for as long as the storage, which is longer than any operation.
+        unsafe { io.fallocate(self.file.as_fd(), mode | libc::FALLOC_FL_KEEP_SIZE, op.offset, op.left) };
         Progress::Pending
     }
 
@@ -222,8 +272,8 @@ impl Raw {
     }
 
     fn release(&mut self, op: &mut RawOp) {
-        if let (Some(gate), Some(range)) = (&self.gate, op.held.take()) {
-            gate.lock().unwrap_or_else(PoisonError::into_inner).retain(|other| *other != range);
+        if let Some((start, end)) = op.held.take() {
+            self.part.give_back(Want::Range(start, end));
         }
     }
 
@@ -261,7 +311,6 @@ impl Raw {
                 }
                 self.advance(op, data, count);
             }
-            Stage::Waiting => {}
         }
         self.run(op, data, io)
     }
@@ -295,8 +344,27 @@ impl Storage for Raw {
     type Op = RawOp;
 
     fn abandon(&mut self, op: &mut RawOp) {
+        if let Some(wait) = op.wait.take() {
+            self.part.give_up(wait);
+        }
         self.release(op);
-        op.bounce = Bounce::default();
+        if op.memory > 0 {
+            op.bounce = Bounce::default();
+            self.part.give_back(Want::Memory(std::mem::take(&mut op.memory)));
+        }
+    }
+
+    fn is_waiting(&self, op: &RawOp) -> bool {
+        op.wait.is_some()
+    }
+
+    #[inline]
+    fn wakes(&self) -> Option<BorrowedFd<'_>> {
+        self.part.event()
+    }
+
+    fn next_woken(&mut self) -> Option<u32> {
+        self.part.next_woken()
     }
 
     fn files(&self, with: &mut dyn FnMut(BorrowedFd<'_>)) {
@@ -358,7 +426,12 @@ impl Storage for Raw {
     }
 
     fn resume(&mut self, op: &mut RawOp, data: &mut GuestIo, result: i32, io: &mut Io<'_>) -> Progress {
-        if op.stage == Stage::Waiting || matches!(-result, libc::EAGAIN | libc::EINTR) {
+        if let Some(wait) = op.wait.take() {
+            self.part.went_on();
+            op.receive(wait.want);
+            return self.run(op, data, io);
+        }
+        if matches!(-result, libc::EAGAIN | libc::EINTR) {
             return self.run(op, data, io);
         }
         match op.kind {
@@ -398,8 +471,6 @@ enum Stage {
     Bounced,
     /// The blocks of a partial write are being read.
     ReadFirst,
-    /// Another write holds the blocks.
-    Waiting,
 }
 
 /// An operation on a raw image.
@@ -410,8 +481,22 @@ pub struct RawOp {
     offset: u64,
     left: u64,
     durable: bool,
+    /// What it waits for, with nothing in the ring.
+    wait: Option<Wait>,
+    /// Bytes of the disk's bounce memory that it has.
+    memory: u64,
     bounce: Bounce,
+    /// The range that it has for itself.
     held: Option<(u64, u64)>,
+}
+
+impl RawOp {
+    fn receive(&mut self, wanted: Want) {
+        match wanted {
+            Want::Memory(bytes) => self.memory = bytes,
+            Want::Range(start, end) => self.held = Some((start, end)),
+        }
+    }
 }
 
 /// An aligned buffer that stands for the bytes of the file from `offset` on.
@@ -424,10 +509,15 @@ struct Bounce {
 }
 
 impl Bounce {
-    fn new(offset: u64, len: usize, align: usize) -> Self {
+    fn new(len: usize, align: usize) -> Self {
         let memory = vec![0; len + align - 1];
         let start = memory.as_ptr().align_offset(align);
-        Self { memory, start, len, offset }
+        Self { memory, start, len, offset: 0 }
+    }
+
+    fn stand_for(&mut self, (start, end): (u64, u64)) {
+        self.offset = start;
+        self.len = (end - start) as usize;
     }
 
     fn bytes(&self) -> &[u8] {

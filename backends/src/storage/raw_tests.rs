@@ -5,7 +5,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use proptest::prelude::*;
 
 use super::*;
-use crate::ring::{Ring, Token};
+use crate::ring::{MAX_BYTES, Ring, Token};
+use crate::storage::share::MEMORY;
 
 const SIZE: usize = 64 << 10;
 
@@ -14,6 +15,10 @@ struct Rig {
     raw: Raw,
     ring: Ring,
     model: Vec<u8>,
+    /// Most bytes of bounce memory that were seen in use.
+    most_taken: u64,
+    /// Requests in the order of their ends.
+    order: Vec<usize>,
     _image: tempfile::NamedTempFile,
 }
 
@@ -43,7 +48,14 @@ fn rig(mode: Mode) -> Rig {
     let file = File::options().read(true).write(true).custom_flags(flags).open(image.path()).unwrap();
     let geometry =
         Geometry { capacity: SIZE as u64, logical_block: 512, physical_block: 4096, readonly: false, discard: true };
-    Rig { raw: Raw::new(Arc::new(file), geometry, align), ring: Ring::new().unwrap(), model, _image: image }
+    Rig {
+        raw: Raw::new(Arc::new(file), geometry, align),
+        ring: Ring::new().unwrap(),
+        model,
+        most_taken: 0,
+        order: Vec::new(),
+        _image: image,
+    }
 }
 
 /// Pieces over a buffer of the test's, cut at the given places.
@@ -79,20 +91,24 @@ impl Rig {
         }
         let mut batch = Vec::new();
         while results.iter().any(Option::is_none) {
+            self.most_taken = self.most_taken.max(self.raw.part.taken());
             self.ring.submit().unwrap();
-            if !self.ring.has_completions() {
-                continue;
+            if let Some(slot) = self.raw.next_woken() {
+                batch = vec![(Token { task: 0, slot }, 0)];
+            } else if self.ring.has_completions() {
+                self.ring.reap(&mut batch);
+                batch.iter_mut().for_each(|(_, result)| *result = tamper(*result));
             }
-            self.ring.reap(&mut batch);
-            for (token, result) in batch.clone() {
+            for (token, result) in batch.drain(..) {
                 let slot = token.slot as usize;
                 let mut io = Io::new(&mut self.ring, token);
-                let result = tamper(result);
                 if let Progress::Done(result) = self.raw.resume(&mut ops[slot], &mut data[slot], result, &mut io) {
                     results[slot] = Some(result);
+                    self.order.push(slot);
                 }
             }
         }
+        assert_eq!(self.raw.part.taken(), 0, "memory was not given back");
         results.into_iter().map(Option::unwrap).collect()
     }
 
@@ -266,6 +282,105 @@ fn pitfall_22_writes_that_share_a_block_do_not_undo_each_other() {
         rig.model[4096 + i * 512..][..512].fill(i as u8 + 1);
     }
     assert!(rig.read_all() == rig.model);
+}
+
+#[test]
+fn writes_that_wait_for_a_block_go_on_in_their_order() {
+    const COUNT: usize = 64;
+    let mut rig = rig(Mode::Direct4k);
+    let mut bufs: Vec<[u8; 512]> = (0..COUNT).map(|i| [i as u8 + 1; 512]).collect();
+    let mut data: Vec<GuestIo> = bufs.iter_mut().map(|buf| pieces(buf, &[])).collect();
+    let mut operations = 0;
+    let done = rig.run_all(
+        &mut data,
+        |raw, slot, op, data, io| raw.write(op, 8192 + slot as u64 % 8 * 512, data, false, io),
+        |result| {
+            operations += 1;
+            result
+        },
+    );
+    assert!(done.iter().all(Result::is_ok));
+    assert_eq!(rig.order, (0..COUNT).collect::<Vec<_>>());
+    assert_eq!(operations, 2 * COUNT, "a read and a write each, and nobody looks again and again");
+    for slot in 0..COUNT {
+        rig.model[8192 + slot % 8 * 512..][..512].fill(slot as u8 + 1);
+    }
+    assert!(rig.read_all() == rig.model);
+}
+
+#[test]
+fn bounce_buffers_of_a_disk_are_bounded() {
+    const COUNT: usize = 400;
+    for write in [false, true] {
+        let mut rig = rig(Mode::Direct512);
+        // All read or write the same, through buffers that begin at odd addresses.
+        let mut bufs = vec![vec![0; SIZE + 513]; COUNT];
+        let model = rig.model.clone();
+        let skip = |buf: &[u8]| buf.as_ptr().align_offset(512) + 1;
+        bufs.iter_mut().for_each(|buf| {
+            let at = skip(buf);
+            buf[at..][..SIZE].copy_from_slice(if write { &model } else { &[0; SIZE] });
+        });
+        let mut data: Vec<GuestIo> = bufs
+            .iter_mut()
+            .map(|buf| {
+                let at = skip(buf);
+                pieces(&mut buf[at..][..SIZE], &[])
+            })
+            .collect();
+        let done = rig.run_all(
+            &mut data,
+            |raw, _, op, data, io| if write { raw.write(op, 0, data, false, io) } else { raw.read(op, 0, data, io) },
+            |result| result,
+        );
+        assert!(done.iter().all(Result::is_ok));
+        assert!(rig.most_taken > MEMORY / 2 && rig.most_taken <= MEMORY, "{} bytes at once", rig.most_taken);
+        assert!(bufs.iter().all(|buf| buf[skip(buf)..][..SIZE] == model) && rig.read_all() == model);
+    }
+}
+
+#[test]
+fn zeroes_that_are_written_need_no_memory_of_their_own() {
+    let mut rig = rig(Mode::Cached);
+    let mut data: Vec<GuestIo> = (0..16).map(|_| GuestIo::default()).collect();
+    let mut first = 0;
+    let done = rig.run_all(
+        &mut data,
+        |raw, _, op, _, io| raw.write_zeroes(op, 0, SIZE as u64, false, false, io),
+        |result| {
+            first += 1;
+            if first <= 16 { -libc::EOPNOTSUPP } else { result }
+        },
+    );
+    assert!(done.iter().all(Result::is_ok) && first > 16);
+    assert_eq!(rig.most_taken, 0);
+    assert!(rig.read_all() == [0; SIZE]);
+}
+
+#[test]
+fn a_large_transfer_goes_in_steps() {
+    let mut rig = rig(Mode::Cached);
+    let len = 5 * MAX_BYTES as usize;
+    rig.raw.geometry.capacity = len as u64;
+    let mut written: Vec<u8> = (0..len).map(|i| (i / 512 + i % 249) as u8).collect();
+    let mut read = vec![0; len];
+    for (buf, write) in [(&mut written, true), (&mut read, false)] {
+        // In pieces that are shorter than a step and one that is longer than two.
+        let mut data = [pieces(buf, &[512, MAX_BYTES as usize - 512, 1 << 20, 5 << 20])];
+        let mut steps = Vec::new();
+        let done = rig.run_all(
+            &mut data,
+            |raw, _, op, data, io| if write { raw.write(op, 0, data, false, io) } else { raw.read(op, 0, data, io) },
+            |result| {
+                steps.push(result);
+                result
+            },
+        );
+        assert!(done[0].is_ok());
+        assert!(steps.iter().all(|&step| 0 < step && step <= MAX_BYTES as i32), "{steps:?}");
+        assert_eq!(steps.iter().map(|&step| step as usize).sum::<usize>(), len);
+    }
+    assert!(read == written);
 }
 
 #[test]
