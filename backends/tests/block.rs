@@ -1,6 +1,7 @@
 //! The block device as a driver sees it, over real queues, I/O threads and images.
 
 use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -8,10 +9,12 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use ringvm_backends::block::{BlockDevice, BlockOptions, OpenError, StorageKind};
-use ringvm_backends::device::{Device, GuestMemory, QueueParts, QueueState};
+use ringvm_backends::device::{Device, GuestMemory, QueueParts, QueueState, Suspended};
 use ringvm_backends::driver::{Buffer, Descriptor, Driver};
 use ringvm_backends::interrupt::Interrupt;
 use ringvm_backends::reactor::{ReactorOptions, ReactorPool};
+use ringvm_backends::storage::Geometry;
+use ringvm_backends::storage::raw::{DirectAlign, Raw};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -93,6 +96,10 @@ impl Rig {
     }
 
     fn start_queue(&mut self, index: usize, from: QueueState) {
+        self.start_queue_with(index, from, Vec::new());
+    }
+
+    fn start_queue_with(&mut self, index: usize, from: QueueState, left: Vec<u16>) {
         let queue = &self.queues[index];
         let faults = Arc::clone(&self.faults);
         let parts = QueueParts {
@@ -101,6 +108,7 @@ impl Rig {
                 faults.fetch_add(1, Ordering::SeqCst);
             })),
             from,
+            left,
             ..QueueParts::new(queue.driver.ring(), self.mem.clone(), queue.kick.try_clone().unwrap())
         };
         self.device.start_queue(index as u16, parts).unwrap();
@@ -429,6 +437,97 @@ fn pitfall_4_a_driver_that_refills_does_not_starve_another_queue() {
         }
         answered += usize::from(rig.queues[3].driver.next_used().is_some());
         assert!(start.elapsed() < PATIENCE, "starved after {answered}");
+    }
+}
+
+/// A disk whose storage takes blocks of 4 KiB only, so that the sectors that its driver writes are bounced.
+fn in_blocks(queues: u16) -> Rig {
+    const SECTORS: usize = 1 << 12;
+    let image = image(SECTORS);
+    let direct = libc::O_DIRECT;
+    let file = std::fs::File::options().read(true).write(true).custom_flags(direct).open(image.path()).unwrap();
+    let geometry = Geometry {
+        capacity: (SECTORS * SECTOR) as u64,
+        logical_block: 512,
+        physical_block: 4096,
+        readonly: false,
+        discard: true,
+    };
+    let raw = Raw::new(Arc::new(file), geometry, Some(DirectAlign { memory: 4096, offset: 4096 }));
+    let options = BlockOptions { queues, ..BlockOptions::default() };
+    let device = BlockDevice::over("disk0", raw, &options, &pool(2));
+    let mem = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 8 << 20)]).unwrap());
+    let mut rig = Rig { device, mem, queues: Vec::new(), faults: Arc::default(), image };
+    rig.start(u64::MAX);
+    rig
+}
+
+/// Where the requests that follow are: a header, a status and a data buffer of 512 bytes each.
+const WRITES: u64 = 0x10_0000;
+
+impl Rig {
+    /// Offers a write of one sector that is filled with `fill`.
+    fn offer_sector(&mut self, queue: usize, slot: u64, sector: u64, fill: u8) {
+        let at = WRITES + slot * 1024;
+        self.write_header(at, T_OUT, sector);
+        self.mem.write_slice(&[fill; SECTOR], GuestAddress(at + 512)).unwrap();
+        let chain = [
+            Buffer { addr: at, len: 16, writable: false },
+            Buffer { addr: at + 512, len: SECTOR as u32, writable: false },
+            Buffer { addr: at + 16, len: 1, writable: true },
+        ];
+        self.queues[queue].driver.add(&chain).unwrap();
+    }
+}
+
+#[test]
+fn sectors_of_one_block_are_written_from_two_threads() {
+    let mut rig = in_blocks(2);
+    for round in 0..50 {
+        // Eight sectors of each of four blocks, four in each queue.
+        for slot in 0..32 {
+            rig.offer_sector((slot % 2) as usize, slot, slot, round + slot as u8);
+        }
+        (0..2).for_each(|queue| rig.kick(queue));
+        for slot in 0..32 {
+            rig.next_used(slot % 2);
+        }
+        let contents = rig.contents();
+        for slot in 0..32 {
+            assert_eq!(rig.status(WRITES + slot * 1024), OK);
+            assert_eq!(contents[slot as usize * SECTOR..][..SECTOR], [round + slot as u8; SECTOR], "{round}, {slot}");
+        }
+    }
+}
+
+#[test]
+fn a_queue_is_stopped_while_its_requests_wait_for_those_of_another() {
+    let mut rig = in_blocks(2);
+    for round in 0..40 {
+        // All in one block.
+        for slot in 0..64 {
+            rig.offer_sector((slot % 2) as usize, slot, slot % 8, round);
+        }
+        (0..2).for_each(|queue| rig.kick(queue));
+        let queues: &[u16] = [&[0, 1][..], &[1], &[0]][usize::from(round % 3)];
+        let ends = rig.device.suspend(queues);
+        for (&queue, end) in queues.iter().zip(ends) {
+            let Suspended { state, left } = end.expect("it ran");
+            assert_eq!(state.next_avail.wrapping_sub(state.next_used), left.len() as u16);
+            rig.start_queue_with(queue.into(), state, left);
+        }
+        if round % 2 == 0 {
+            let state = rig.device.stop_queue(1).unwrap();
+            assert_eq!(state.next_used, state.next_avail, "nothing is in flight");
+            rig.start_queue(1, state);
+        }
+        for slot in 0..64 {
+            rig.next_used(slot % 2);
+        }
+        for slot in 0..64 {
+            assert_eq!(rig.status(WRITES + slot * 1024), OK);
+        }
+        assert_eq!(rig.contents()[..8 * SECTOR], [round; 8 * SECTOR]);
     }
 }
 
