@@ -3,7 +3,8 @@
 //!
 //! The kernel writes to guest memory on our behalf, past any bitmap. So a queue remembers, where it takes a chain, what of
 //! it can be written, and marks all of that where it gives the chain back: whoever reads the log takes bits away at any moment
-//! and copies what they stand for, hence a page is marked behind its last write. A queue without a log does none of this.
+//! and copies what they stand for, hence a page is marked behind its last write. The used length does not bound it: a read that
+//! fails half-way has written what nobody claims. A queue without a log does none of this.
 
 use std::fs::File;
 use std::io;
@@ -23,6 +24,13 @@ use crate::interrupt::Interrupt;
 
 /// Bytes of guest memory that a bit stands for, whatever the host's pages are.
 pub const LOG_PAGE: u64 = 4096;
+
+/// Most bytes that any device writes to the front of a chain. Behind them only the last byte is written, a status. A driver may
+/// offer terabytes, by naming the same memory again and again, and each chain would take seconds to mark.
+pub(crate) const MOST_WRITTEN: u64 = 1 << 30;
+
+/// Ranges that are kept room for from one chain to the next.
+const KEPT: usize = 256;
 
 /// A log, shared with whoever reads it.
 #[derive(Debug)]
@@ -132,6 +140,8 @@ pub(crate) struct Writes {
     regions: Vec<(u64, u64, u64)>,
     /// What can be written of the chains in flight, by head: guest-physical addresses and lengths.
     writable: Vec<Vec<(u64, u64)>>,
+    /// Most bytes that are written to the front of one.
+    most: u64,
 }
 
 impl Writes {
@@ -142,26 +152,50 @@ impl Writes {
         };
         let mut regions: Vec<_> = mem.iter().map(place).collect();
         regions.sort_unstable();
-        Self { to, regions, writable: vec![Vec::new(); size.into()] }
+        Self { to, regions, writable: vec![Vec::new(); size.into()], most: MOST_WRITTEN }
+    }
+
+    /// No more than so many bytes are written to the front of a chain.
+    pub(crate) fn at_most(&mut self, bytes: u64) {
+        self.most = self.most.min(bytes);
     }
 
     /// A chain was taken, of which this can be written.
     pub(crate) fn taken(&mut self, head: u16, writable: &GuestIo) {
+        let regions = &self.regions;
+        let place = |piece: &libc::iovec, offset: usize| {
+            let host = piece.iov_base as u64;
+            let behind = regions.partition_point(|&(start, ..)| start <= host);
+            let (start, len, guest) = regions[behind.checked_sub(1).expect("pieces lie in memory")];
+            debug_assert!(host - start + piece.iov_len as u64 <= len, "a piece lies in one region");
+            guest + (host - start) + offset as u64
+        };
         let ranges = &mut self.writable[usize::from(head)];
         ranges.clear();
+        let mut room = self.most;
         for piece in writable.pieces() {
-            let host = piece.iov_base as u64;
-            let behind = self.regions.partition_point(|&(start, ..)| start <= host);
-            let (start, len, guest) = self.regions[behind.checked_sub(1).expect("pieces lie in memory")];
-            debug_assert!(host - start + piece.iov_len as u64 <= len, "a piece lies in one region");
-            ranges.push((guest + (host - start), piece.iov_len as u64));
+            if room == 0 {
+                break;
+            }
+            let len = room.min(piece.iov_len as u64);
+            ranges.push((place(piece, 0), len));
+            room -= len;
+        }
+        if room == 0
+            && let Some(last) = writable.pieces().last()
+        {
+            ranges.push((place(last, last.iov_len - 1), 1));
         }
     }
 
     /// Nothing will be written to a chain any more.
     pub(crate) fn returned(&mut self, head: u16) {
-        for (addr, len) in self.writable[usize::from(head)].drain(..) {
+        let ranges = &mut self.writable[usize::from(head)];
+        for (addr, len) in ranges.drain(..) {
             self.to.log.mark(addr, len);
+        }
+        if ranges.capacity() > KEPT {
+            *ranges = Vec::new();
         }
     }
 

@@ -291,3 +291,30 @@ fn a_used_ring_over_pages_is_marked_where_it_is_written() {
         while driver.next_used().is_some() {}
     }
 }
+
+#[test]
+fn no_more_is_marked_of_a_long_chain_than_can_have_been_written() {
+    const REGION: u64 = 2 << 30;
+    const SECOND: u64 = 4 << 30;
+    let ranges = [(GuestAddress(0), 1 << 20), (GuestAddress(SECOND), REGION as usize)];
+    let mem: GuestMemory = Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap());
+    for (most, pages) in [(u64::MAX, MOST_WRITTEN / LOG_PAGE), (LOG_PAGE, 1)] {
+        let mut driver = Driver::new(Arc::clone(&mem), 0, 16, RING_FEATURES);
+        let ring = driver.ring();
+        let state = QueueState::default();
+        let mut queue = Queue::new(Arc::clone(&mem), &ring, RING_FEATURES, state, Interrupt::None).unwrap();
+        let (log, file) = log_at(0, (SECOND + REGION) / LOG_PAGE / 8);
+        queue.log_writes(QueueLog { log, used: None, marked: Interrupt::None });
+        queue.writes_at_most(most);
+        // All of the region, again and again, and a status.
+        let mut buffers = vec![Buffer { addr: SECOND, len: REGION as u32, writable: true }; 1000];
+        buffers.push(Buffer { addr: 0x8000, len: 1, writable: true });
+        driver.add_indirect(0x1_0000, &buffers).unwrap();
+        driver.publish();
+        let mut chain = Chain::default();
+        assert!(queue.pop(&mut chain).unwrap());
+        queue.complete(chain.head, 1);
+        let first = SECOND / LOG_PAGE;
+        assert_eq!(marked(&file, 0), (first..first + pages).chain([8]).collect());
+    }
+}

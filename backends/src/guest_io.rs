@@ -18,6 +18,9 @@ use vm_memory::VolatileSlice;
 use crate::device::GuestMemory;
 use crate::ring::MAX_BYTES;
 
+/// Pieces that a list keeps room for from one request to the next: as many as there are in requests of a queue of the usual size.
+const KEPT: usize = 256;
+
 /// A list of host-mapped pieces of guest memory, consumed from either end as a request is parsed and served.
 #[derive(Debug)]
 pub struct GuestIo {
@@ -61,6 +64,20 @@ impl GuestIo {
         self.first = 0;
         self.len = 0;
         self.last = ptr::null_mut();
+    }
+
+    /// Gives back memory that only a list of unusually many pieces has needed. What is in it goes.
+    #[inline]
+    pub(crate) fn trim(&mut self) {
+        if self.iov.capacity() > KEPT {
+            self.shrink();
+        }
+    }
+
+    #[cold]
+    fn shrink(&mut self) {
+        self.clear();
+        self.iov = Vec::new();
     }
 
     /// Appends a piece. Empty ones are left out.

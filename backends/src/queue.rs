@@ -23,6 +23,7 @@ use crate::dirty::{QueueLog, Writes};
 use crate::guest_io::{GuestIo, read_once};
 use crate::inflight::{InflightTable, crash_point};
 use crate::interrupt::Interrupt;
+use crate::ring::MAX_PIECES;
 
 /// Feature bits that this ring implements; every device offers them.
 pub const RING_FEATURES: u64 =
@@ -32,6 +33,11 @@ pub const RING_FEATURES: u64 =
 /// vector, and a header and a status. A driver may make a chain as long as the queue (2.7.5.3.1), which bounds the work that one
 /// available entry can cause.
 pub const MAX_INDIRECT: u32 = 1024 + 2;
+
+/// Most pieces of a list that has buffers across several regions of guest memory: as many regions as a buffer touches, it has
+/// pieces, and 256 regions of a page each would make a quarter of a million of a chain. This is two for each segment of the longest
+/// request.
+const MAX_SPREAD: usize = 2 * MAX_PIECES;
 
 const DESC_LEN: u64 = 16;
 
@@ -112,7 +118,7 @@ pub struct Chain {
     pub readable: GuestIo,
     /// Device-writable bytes.
     pub writable: GuestIo,
-    /// A buffer was not (all) in guest memory; the lists hold only those before it and, if it is sound, the last one.
+    /// A buffer was not (all) in guest memory, or in far too many regions of it; the lists hold only those before it and, if it is sound, the last one.
     pub unmapped: bool,
 }
 
@@ -122,6 +128,13 @@ impl Chain {
     pub(crate) fn fetch(&self) {
         self.readable.fetch_front();
         self.writable.fetch_back();
+    }
+
+    /// Gives back memory that only an unusual chain has needed, once the chain is done with.
+    #[inline]
+    pub(crate) fn trim(&mut self) {
+        self.readable.trim();
+        self.writable.trim();
     }
 }
 
@@ -226,6 +239,13 @@ impl Queue {
     /// Notes from now on which pages are written. Before the first `pop`.
     pub(crate) fn log_writes(&mut self, to: QueueLog) {
         self.writes = Some(Box::new(Writes::new(to, &self.mem, self.size)));
+    }
+
+    /// What is served writes no more than so many bytes to the front of a chain, and to its last byte, whatever it offers.
+    pub(crate) fn writes_at_most(&mut self, bytes: u64) {
+        if let Some(writes) = &mut self.writes {
+            writes.at_most(bytes);
+        }
     }
 
     /// Goes on after a predecessor that may have ended at any moment: whatever it popped is either published or in the table,
@@ -610,9 +630,12 @@ fn host_range(mem: &GuestMemory, addr: u64, len: u64) -> Option<*mut u8> {
     region.get_host_address(MemoryRegionAddress(offset)).ok()
 }
 
-/// Appends a guest range, which may span regions, to an I/O vector. `None` if any of it is not memory.
+/// Appends a guest range, which may span regions, to an I/O vector. `None` if any of it is not memory, or there are too many pieces.
 fn translate(mem: &GuestMemory, near: &Cell<Near>, mut addr: u64, mut len: u64, io: &mut GuestIo) -> Option<()> {
     while len > 0 {
+        if io.pieces().len() >= MAX_SPREAD {
+            return None;
+        }
         let region = mem.find_region(GuestAddress(addr))?;
         let offset = addr - region.start_addr().raw_value();
         let count = len.min(region.len() - offset);

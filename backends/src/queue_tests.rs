@@ -72,6 +72,34 @@ fn into(addr: u64, len: u32) -> Buffer {
 }
 
 #[test]
+fn a_chain_over_far_too_many_regions_is_not_all_followed() {
+    const PAGES: u64 = 64;
+    let regions = (0..PAGES).map(|page| (GuestAddress(0x10_0000 + page * 0x1000), 0x1000));
+    let regions: Vec<_> = std::iter::once((GuestAddress(0), 0x1_0000)).chain(regions).collect();
+    let mem = Arc::new(GuestMemoryMmap::from_ranges(&regions).unwrap());
+    let mut rig = rig_in(mem, RING, 8, RING_FEATURES);
+    for (count, spread) in [(MAX_SPREAD / PAGES as usize - 1, false), (1000, true)] {
+        for writable in [false, true] {
+            let all = Buffer { addr: 0x10_0000, len: PAGES as u32 * 0x1000, writable };
+            let mut buffers = vec![all; count];
+            buffers.push(into(0, 1));
+            rig.driver.add_indirect(0x8000, &buffers).unwrap();
+            rig.driver.publish();
+            let mut chain = rig.pop().unwrap().unwrap();
+            assert_eq!(chain.unmapped, spread);
+            let pieces = chain.readable.pieces().len() + chain.writable.pieces().len();
+            assert!(pieces <= MAX_SPREAD + 1, "{pieces} pieces");
+            assert!(chain.writable.take_last(), "it can be answered");
+            rig.queue.complete(chain.head, 1);
+            rig.queue.notify();
+            rig.driver.next_used().unwrap();
+            chain.trim();
+            assert!(rig.pop().unwrap().is_none());
+        }
+    }
+}
+
+#[test]
 fn a_chain_goes_round() {
     let mut rig = rig();
     rig.mem.write_slice(b"hello", GuestAddress(0x4000)).unwrap();

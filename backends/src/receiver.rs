@@ -71,6 +71,9 @@ const POLL: u32 = MOST_BURST as u32;
 /// Reads that wait at once, where they have to: each is woken for every frame.
 const PATIENT: usize = 8;
 
+/// Bytes that no read brings more of, whatever comes: a frame too long is cut by the room for it, but lies there first.
+const MOST_RECEIVED: u64 = 4 << 20;
+
 /// What drivers offer at least per chain: a frame of the usual MTU with its header.
 const PLAIN_BUFFER: u64 = 1530;
 
@@ -142,7 +145,8 @@ struct Stock<S: Source> {
 
 impl<S: Source> Receiver<S> {
     /// A receiver for the queue of `service`.
-    pub(crate) fn new(service: Service, source: S) -> Self {
+    pub(crate) fn new(mut service: Service, source: S) -> Self {
+        service.queue.writes_at_most(source.frame_len().max(MOST_RECEIVED));
         Self {
             stock: Stock { service, source, held: VecDeque::new(), returned: Vec::new(), spare: Vec::new() },
             state: State::Ready,
@@ -206,7 +210,8 @@ impl<S: Source> Stock<S> {
     /// Finds the next chain without a frame; `into` keeps its allocations. Returns whether there was one.
     fn next_chain(&mut self, into: &mut Chain) -> bool {
         if let Some(chain) = self.held.pop_front() {
-            self.spare.push(std::mem::replace(into, chain));
+            let spare = std::mem::replace(into, chain);
+            self.put_by(spare);
             return true;
         }
         // A driver that refills meanwhile what is given back at once waits for the next turn.
@@ -227,6 +232,12 @@ impl<S: Source> Stock<S> {
             self.service.stats.bad_chains += 1;
         }
         false
+    }
+
+    /// Keeps a chain that is done with, for its allocations.
+    fn put_by(&mut self, mut chain: Chain) {
+        chain.trim();
+        self.spare.push(chain);
     }
 
     /// Whether the ring is so short that its driver may wait for frames before it offers more than `room`. Only a frame that
@@ -256,7 +267,7 @@ impl<S: Source> Stock<S> {
         while fits && read.joined.len() < want {
             let mut chain = self.spare.pop().unwrap_or_default();
             if !self.next_chain(&mut chain) {
-                self.spare.push(chain);
+                self.put_by(chain);
                 if index == 0 && self.has_all_there_is(read.joined.len()) {
                     return true;
                 }
@@ -309,7 +320,7 @@ impl<S: Source> Stock<S> {
                         let part = left.min(chain.writable.len());
                         self.service.queue.complete(chain.head, part as u32);
                         left -= part;
-                        self.spare.push(chain);
+                        self.put_by(chain);
                     } else {
                         self.returned.push(chain);
                     }

@@ -158,7 +158,9 @@ impl<H: Handler> Worker<H> {
 
     /// Lets go of a request of a suspended queue, with nothing under way for it: its head is among those that are left.
     fn leave(&mut self, index: u32) {
-        self.handler.abandon(&mut self.slots[index as usize].request);
+        let slot = &mut self.slots[index as usize];
+        self.handler.abandon(&mut slot.request);
+        slot.chain.trim();
         self.free.push(index);
     }
 
@@ -193,7 +195,7 @@ impl<H: Handler> Worker<H> {
 
     #[inline]
     fn settle(&mut self, index: u32, step: Step, now: Instant) {
-        let slot = &self.slots[index as usize];
+        let slot = &mut self.slots[index as usize];
         match step {
             Step::Pending => return,
             Step::Done(outcome) => {
@@ -205,6 +207,7 @@ impl<H: Handler> Worker<H> {
                 self.service.break_off(&RingError::Content { head, what });
             }
         }
+        slot.chain.trim();
         self.free.push(index);
     }
 }

@@ -6,6 +6,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 
+use crate::dirty::MOST_WRITTEN;
 use crate::guest_io::GuestIo;
 
 /// Unit of addresses and lengths in requests, in bytes, whatever the block size.
@@ -15,6 +16,8 @@ pub const SECTOR: u64 = 512;
 /// descriptor. Drivers that honour the configuration space stay below it ([`super::config`]); firmware does not look there: OVMF
 /// reads a boot image in one piece of up to this size, which is where it draws the line itself.
 pub const MAX_TRANSFER: u64 = 1 << 30;
+
+const _: () = assert!(MAX_TRANSFER <= MOST_WRITTEN, "all that a read writes is marked in a log");
 
 const HEADER_LEN: usize = 16;
 const SEGMENT_LEN: usize = 16;
