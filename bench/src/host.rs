@@ -63,6 +63,16 @@ impl Machine {
     }
 }
 
+/// Whether the CPU is AMD's, or one of its descendants.
+pub fn is_amd() -> bool {
+    fs::read_to_string("/proc/cpuinfo").is_ok_and(|cpuinfo| is_amd_by(&cpuinfo))
+}
+
+fn is_amd_by(cpuinfo: &str) -> bool {
+    let vendor = cpuinfo.lines().find_map(|line| line.strip_prefix("vendor_id")).unwrap_or_default();
+    ["AuthenticAMD", "HygonGenuine"].contains(&vendor.trim_start_matches([' ', '\t', ':']).trim_end())
+}
+
 /// The content of a file of one line.
 fn word(path: &str) -> Option<String> {
     let text = fs::read_to_string(path).ok()?.trim().to_owned();
@@ -160,5 +170,12 @@ mod tests {
         assert!(machine.cpus > 0 && machine.memory > 1 << 20 && !machine.kernel.is_empty(), "{machine:?}");
         assert_eq!(chosen("always [madvise] never").as_deref(), Some("madvise"));
         assert_eq!(chosen("none"), None);
+    }
+
+    #[test]
+    fn vendors_are_told_apart() {
+        let cpuinfo = |vendor: &str| format!("processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: X AuthenticAMD\n");
+        assert!(is_amd_by(&cpuinfo("AuthenticAMD")) && is_amd_by(&cpuinfo("HygonGenuine")));
+        assert!(!is_amd_by(&cpuinfo("GenuineIntel")) && !is_amd_by(""));
     }
 }

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 use crate::document::Program;
+use crate::host;
 
 /// A VMM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -194,7 +195,7 @@ impl Contestant {
             Kind::CloudHypervisor => words.extend(commands::cloud_hypervisor(vm)?),
             Kind::Firecracker => words.extend(commands::firecracker(vm, dir, "Sync")?),
             Kind::FirecrackerAsync => words.extend(commands::firecracker(vm, dir, "Async")?),
-            Kind::Qemu => words.extend(commands::qemu(vm, "kvm", "host")),
+            Kind::Qemu => words.extend(commands::qemu(vm, "kvm", commands::qemu_host_cpu(host::is_amd()))),
             Kind::QemuTcg => words.extend(commands::qemu(vm, "tcg", "max")),
         }
         Ok(Launch { daemon: None, vmm: words })
@@ -308,6 +309,17 @@ mod tests {
             (kind, all)
         };
         KINDS.iter().map(command).collect()
+    }
+
+    #[test]
+    fn qemu_leaves_out_arch_capabilities_on_amd() {
+        assert_eq!(commands::qemu_host_cpu(false), "host");
+        assert_eq!(commands::qemu_host_cpu(true), "host,-arch-capabilities");
+        for (kind, all) in commands(&vm(&[], &[])) {
+            let Ok(all) = all else { continue };
+            let expected = kind == Kind::Qemu && host::is_amd();
+            assert_eq!(all.contains("-arch-capabilities"), expected, "{kind:?}: {all}");
+        }
     }
 
     #[test]

@@ -191,6 +191,12 @@ pub(super) fn firecracker(vm: &Vm<'_>, dir: &Path, engine: &str) -> Result<Vec<O
     Ok(words(["--no-api", "--enable-pci", "--level", "Error", "--log-path", &log, "--config-file", &path]))
 }
 
+/// QEMU's name for the host's CPU. On AMD, KVM may offer ARCH_CAPABILITIES, an MSR of Intel's, and refuse it when it is set; QEMU
+/// then aborts. No guest misses it there.
+pub(super) fn qemu_host_cpu(is_amd: bool) -> &'static str {
+    if is_amd { "host,-arch-capabilities" } else { "host" }
+}
+
 /// QEMU with an accelerator.
 pub(super) fn qemu(vm: &Vm<'_>, accelerator: &str, cpu: &str) -> Vec<OsString> {
     let mut all = words([
