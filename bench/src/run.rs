@@ -3,10 +3,10 @@
 
 #![allow(unsafe_code, reason = "the child asks to end with its parent, between fork and exec")]
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::ffi::OsString;
-use std::fs::{self, File};
-use std::io::Read;
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -34,6 +34,12 @@ pub const OUTPUT: char = '|';
 const PANIC: &str = "Kernel panic - not syncing";
 /// How long starting and ending may take, apart from the measurement.
 const PATIENCE: Duration = Duration::from_secs(40);
+/// Lines of the guest that are kept to be quoted.
+const KEPT: usize = 12;
+/// Bytes of the VMM's stderr that are looked at for that.
+const STDERR_KEPT: u64 = 16 << 10;
+/// Lines that wait to be read: a VMM that prints without end waits too.
+const WAITING: usize = 1024;
 /// How often is looked whether the user has lost patience.
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -121,8 +127,8 @@ pub struct Running {
     lines: Receiver<(Instant, Event)>,
     deadline: Instant,
     first: Option<Instant>,
-    /// Everything that the guest has printed so far, for error messages.
-    heard: Vec<String>,
+    /// What the guest has printed last, for error messages.
+    heard: VecDeque<String>,
     errors: PathBuf,
     name: String,
     /// Serves the VM's disk; ends after it.
@@ -160,7 +166,7 @@ impl Running {
             lines,
             deadline: started + PATIENCE + time,
             first: None,
-            heard: Vec::new(),
+            heard: VecDeque::with_capacity(KEPT),
             errors,
             name: name.to_owned(),
             companion: None,
@@ -210,11 +216,18 @@ impl Running {
         loop {
             signals::check()?;
             let left = self.deadline.saturating_duration_since(Instant::now());
+            // Lines that say nothing may come without end.
+            if left.is_zero() {
+                return Err(self.too_late());
+            }
             match self.lines.recv_timeout(left.min(LOOK)) {
                 Ok((at, Event::FirstByte)) => self.first = Some(at),
                 Ok((_, Event::Line(line))) => {
                     if !line.strip_prefix(PREFIX).is_some_and(|text| text.starts_with(OUTPUT)) {
-                        self.heard.push(line.clone());
+                        if self.heard.len() == KEPT {
+                            self.heard.pop_front();
+                        }
+                        self.heard.push_back(line.clone());
                     }
                     let Some(text) = line.strip_prefix(PREFIX) else {
                         if line.contains(PANIC) {
@@ -228,18 +241,19 @@ impl Running {
                     return Ok(Some(text.to_owned()));
                 }
                 Err(RecvTimeoutError::Disconnected) => return Ok(None),
-                Err(RecvTimeoutError::Timeout) if Instant::now() < self.deadline => {}
-                Err(RecvTimeoutError::Timeout) => {
-                    if let Some((what, limit)) = &self.awaited {
-                        bail!(
-                            "the guest under {} did not {what} within {limit:?}, and was ended{}",
-                            self.name,
-                            self.context()
-                        );
-                    }
-                    bail!("{} was silent for too long and was ended{}", self.name, self.context())
-                }
+                Err(RecvTimeoutError::Timeout) => {}
             }
+        }
+    }
+
+    fn too_late(&self) -> anyhow::Error {
+        match &self.awaited {
+            Some((what, limit)) => anyhow!(
+                "the guest under {} did not {what} within {limit:?}, and was ended{}",
+                self.name,
+                self.context()
+            ),
+            None => anyhow!("{} did not finish in time and was ended{}", self.name, self.context()),
         }
     }
 
@@ -263,9 +277,10 @@ impl Running {
     /// What was heard last, and what the VMM has complained about: the end of an error message.
     pub fn context(&self) -> String {
         let mut text = String::new();
-        let errors = fs::read_to_string(&self.errors).unwrap_or_default();
+        let errors = end_of(&self.errors, STDERR_KEPT).unwrap_or_default();
         let last = |lines: Vec<&str>| {
-            lines.iter().rev().take(self.quoted).rev().map(|line| format!("\n    {line}")).collect::<String>()
+            let from = lines.len().saturating_sub(self.quoted);
+            lines[from..].iter().map(|line| format!("\n    {line}")).collect::<String>()
         };
         if !errors.trim().is_empty() {
             text += &format!("\n  its stderr ends with:{}", last(errors.lines().collect()));
@@ -300,7 +315,7 @@ pub(crate) fn end_with_parent(command: &mut Command) {
 
 /// Reads and stamps lines on a thread of its own, which ends with the output.
 fn listen(mut stdout: impl Read + Send + 'static) -> Receiver<(Instant, Event)> {
-    let (sender, receiver) = mpsc::channel();
+    let (sender, receiver) = mpsc::sync_channel(WAITING);
     thread::spawn(move || {
         let mut pending = Vec::new();
         let mut chunk = [0; 4096];
@@ -328,6 +343,16 @@ fn listen(mut stdout: impl Read + Send + 'static) -> Receiver<(Instant, Event)> 
         }
     });
     receiver
+}
+
+/// The last bytes of a file, which may be none of UTF-8.
+fn end_of(path: &Path, limit: u64) -> io::Result<String> {
+    let mut file = File::open(path)?;
+    let length = file.metadata()?.len();
+    file.seek(SeekFrom::Start(length.saturating_sub(limit)))?;
+    let mut bytes = Vec::new();
+    file.take(limit).read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 /// The `key=value` words of a line.
@@ -484,10 +509,18 @@ mod tests {
     #[test]
     fn silence_and_lingering_have_a_limit() {
         let silent = play_for(Duration::from_millis(500), "sleep 60").unwrap_err().to_string();
-        assert!(silent.contains("silent"), "{silent}");
+        assert!(silent.contains("did not finish in time"), "{silent}");
         let limit = Duration::from_secs(3);
         let lingering = play_for(limit, "echo ringvm-guest: done; exec >&-; sleep 60").unwrap_err().to_string();
         assert!(lingering.contains("did not end"), "{lingering}");
+    }
+
+    #[test]
+    fn a_vmm_that_prints_without_end_has_a_limit_too() {
+        let script = "head -c 4096 /dev/urandom >&2; exec yes garbage";
+        let error = play_for(Duration::from_secs(1), script).unwrap_err().to_string();
+        assert!(error.contains("did not finish in time") && error.contains("    garbage"), "{error}");
+        assert_eq!(error.matches("    garbage").count(), 4, "{error}");
     }
 
     #[test]
