@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::document::{Document, Point, Run, Series};
 use crate::linux::table::gigabits;
 use crate::stats::Spread;
-use crate::table::{Grid, thousands};
+use crate::table::{self, Grid, label, thousands};
 
 /// What two results have in common.
 pub struct Comparison {
@@ -119,17 +119,6 @@ fn ratio(a: Spread, b: Spread, less_is_better: bool) -> Spread {
     Spread { median: over.median / under.median, least: over.least / under.most, most: over.most / under.least }
 }
 
-fn label(point: &Point) -> String {
-    match point {
-        Point::Block(point) => {
-            format!("{} {}, depth {}", point.rw.job(), crate::block::table::bytes(point.bs), point.depth)
-        }
-        Point::Net(point) => point.to_string(),
-        Point::Idle(point) => format!("idle, {} disks, {} NICs", point.disks, point.nics),
-        Point::Linux(point) => point.to_string(),
-    }
-}
-
 /// What makes two results less comparable than they look.
 fn differences(a: &Document, b: &Document) -> Vec<String> {
     let mut lines = Vec::new();
@@ -153,6 +142,10 @@ fn differences(a: &Document, b: &Document) -> Vec<String> {
         if let Some(why) = &document.incomplete {
             lines.push(format!("NOT COMPLETE: {name}: {why}"));
         }
+        lines.extend(document.removed.iter().map(|removed| format!("TAKEN OUT: {name}: {removed}")));
+        if let Some(lost) = table::lost(document).filter(|lost| lost.is_grave) {
+            lines.push(format!("steal: {name}: {}", lost.text));
+        }
     }
     lines
 }
@@ -160,6 +153,7 @@ fn differences(a: &Document, b: &Document) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::document::Removed;
     use crate::document::tests::sample_document;
 
     fn slower(part: f64) -> Document {
@@ -204,6 +198,21 @@ mod tests {
         for wanted in ["queues is 1 in A and 4 in B", "kernel is", "NOT COMPLETE: B: interrupted"] {
             assert!(text.contains(wanted), "{text}");
         }
+    }
+
+    #[test]
+    fn who_was_taken_out_of_one_is_named_and_the_others_are_compared() {
+        let (a, mut b) = (sample_document(), sample_document());
+        b.series.retain(|series| series.name != "ringvm, daemon");
+        b.removed.push(Removed { name: "ringvm, daemon".to_owned(), at: None, why: "it died".to_owned() });
+        b.series[0].runs[0].steal_percent = Some(50.0);
+        let text = documents(&a, &b, "a", "b").unwrap().text;
+        for wanted in
+            ["TAKEN OUT: B: ringvm, daemon: it died", "2 series are in one of the files only", "steal: B: Of the runs"]
+        {
+            assert!(text.contains(wanted), "{text}");
+        }
+        assert!(!text.contains("steal: A") && text.contains("1.000"), "{text}");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! well as one that was measured just now.
 
 mod linux;
+mod trouble;
 
 use std::fs;
 use std::path::Path;
@@ -12,10 +13,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub use self::linux::{LinuxJob, LinuxPoint, LinuxProgram, Stream};
+pub use self::trouble::{Lost, Removed, Steal};
 use crate::cli::{Direction, Pattern, Storage};
 use crate::host::Machine;
 use crate::run::Sample;
 use crate::stats::Spread;
+use crate::steal::Ticks;
 
 /// What tells these documents from others.
 const FORMAT: &str = "ringvm-bench";
@@ -35,6 +38,12 @@ pub struct Document {
     pub date: String,
     /// Why it ended early; `None` if all that was planned was measured.
     pub incomplete: Option<String>,
+    /// Contestants that failed, in that order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub removed: Vec<Removed>,
+    /// What was done about CPU time that the host took away; `None` if nobody looked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub steal: Option<Steal>,
     /// How to measure the same again.
     pub command: Vec<String>,
     /// Where.
@@ -244,6 +253,9 @@ pub struct Run {
     pub cpu_ns: Option<u64>,
     /// CPU time of the vCPU threads.
     pub vcpu_ns: Option<u64>,
+    /// What part of the CPU time that all of the machine wanted meanwhile its host took away, in per cent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub steal_percent: Option<f64>,
     /// Exits of the guest, by KVM's own count.
     pub exits: Option<u64>,
     /// Notifications that the guest has sent.
@@ -286,6 +298,8 @@ impl Document {
             tool: concat!("ringvm-bench ", env!("CARGO_PKG_VERSION")).to_owned(),
             date: crate::date::now(),
             incomplete: None,
+            removed: Vec::new(),
+            steal: Ticks::now().map(|_| Steal::none_yet()),
             command,
             machine: Machine::look(),
             programs,
@@ -346,6 +360,11 @@ impl Document {
     /// The series that others at this point are measured by.
     pub fn reference(&self, point: &Point) -> Option<&Series> {
         self.series.iter().find(|series| series.point == *point && series.reference)
+    }
+
+    /// The series of a contestant at a point.
+    pub fn series_at(&mut self, name: &str, point: &Point) -> Option<&mut Series> {
+        self.series.iter_mut().find(|series| series.name == name && series.point == *point)
     }
 
     /// The names of all contestants, in the order of their first appearance.
@@ -462,6 +481,7 @@ impl Run {
             carried: sample.carried,
             cpu_ns: sample.cpu.map(nanoseconds),
             vcpu_ns: vm.and_then(|vm| vm.vcpu).map(nanoseconds),
+            steal_percent: sample.steal.map(|lost| (lost * 1e4).round() / 1e2),
             exits: vm.and_then(|vm| vm.exits),
             kicks: number("kicks"),
             irqs: number("irqs"),
@@ -566,6 +586,7 @@ pub(crate) mod tests {
             time: Duration::from_secs(1),
             latency: Some(Latency { p50: micros(1), p99: micros(2), steps }),
             cpu: Some(Duration::from_millis(900)),
+            steal: Some(0.005),
             vm: vm.then(|| VmSample {
                 vcpu: Some(Duration::from_secs(1)),
                 to_first_instruction: Some(Duration::from_millis(9)),
@@ -593,6 +614,36 @@ pub(crate) mod tests {
         assert_eq!(serde_json::to_value(&again).unwrap(), value);
         assert_eq!(again.names(), ["plain ring", "ringvm", "ringvm, daemon"]);
         assert_eq!(again.reference(&again.series[2].point).unwrap().name, "plain ring");
+    }
+
+    #[test]
+    fn a_document_of_before_steal_was_counted_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("old.json");
+        let mut value = serde_json::to_value(sample_document()).unwrap();
+        value.as_object_mut().unwrap().remove("steal").unwrap();
+        assert!(value.get("removed").is_none());
+        for run in
+            value["series"].as_array_mut().unwrap().iter_mut().flat_map(|one| one["runs"].as_array_mut().unwrap())
+        {
+            run.as_object_mut().unwrap().remove("steal_percent").unwrap();
+        }
+        fs::write(&path, value.to_string()).unwrap();
+        let old = Document::read(&path).unwrap();
+        assert!(old.steal.is_none() && old.removed.is_empty() && old.lost(3.0).is_none());
+        assert_eq!(serde_json::to_value(&old).unwrap(), value);
+    }
+
+    #[test]
+    fn what_runs_lost_to_the_host_is_found() {
+        let mut document = sample_document();
+        let lost = document.lost(3.0).unwrap();
+        assert_eq!((lost.above, lost.most), (0, 0.5));
+        document.series[2].runs[1].steal_percent = Some(40.0);
+        document.series[4].runs[0].steal_percent = Some(3.01);
+        document.series[4].runs[1].steal_percent = None;
+        let lost = document.lost(3.0).unwrap();
+        assert_eq!((lost.above, lost.most, lost.worst.name.as_str()), (2, 40.0, "ringvm, daemon"));
     }
 
     #[test]

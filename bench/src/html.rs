@@ -20,6 +20,7 @@ use anyhow::{Context, Result};
 
 use self::text::escape;
 use crate::document::{Document, Job};
+use crate::table;
 
 /// Writes the report.
 ///
@@ -58,6 +59,17 @@ pub fn render(document: &Document) -> String {
             escape(why)
         );
     }
+    if !document.removed.is_empty() {
+        page += "<div class=\"warning\"><strong>Taken out</strong>\n<ul class=\"plain\">\n";
+        for removed in &document.removed {
+            let _ = writeln!(page, "<li>{}</li>", escape(&removed.to_string()));
+        }
+        page += "</ul></div>\n";
+    }
+    if let Some(lost) = table::lost(document) {
+        let class = if lost.is_grave { "warning" } else { "note" };
+        let _ = writeln!(page, "<p class=\"{class}\"><strong>Steal:</strong> {}</p>", escape(&lost.text));
+    }
     page += &body;
     page += &facts::render(document);
     page += "</main>\n</body>\n</html>\n";
@@ -67,6 +79,7 @@ pub fn render(document: &Document) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::document::Removed;
     use crate::document::tests::sample_document;
 
     /// Asserts that every element that is opened is closed, in order.
@@ -89,12 +102,17 @@ mod tests {
     fn a_report_is_whole_and_needs_nothing_else() {
         let mut document = sample_document();
         document.incomplete = Some("interrupted <b>".to_owned());
+        let why = "it <died>".to_owned();
+        document.removed.push(Removed { name: "qemu".to_owned(), at: Some("depth 1".to_owned()), why });
+        document.series[0].runs[0].steal_percent = Some(12.0);
         let page = render(&document);
         assert_nested(&page);
         for foreign in ["http://", "https://", "src=", "@import", "url(", "<script", "<link"] {
             assert!(!page.contains(foreign), "{foreign}");
         }
         assert!(page.contains("<svg") && page.contains("prefers-color-scheme: dark"));
+        assert!(page.contains("<li>qemu at depth 1: it &lt;died&gt;</li>"), "{page}");
+        assert!(page.contains("<p class=\"warning\"><strong>Steal:</strong> Of the runs that count 1 lost"), "{page}");
         assert!(page.contains("interrupted &lt;b&gt;") && page.contains("/d/&lt;x&gt;&amp;.img"), "{page}");
     }
 

@@ -2,7 +2,8 @@
 //!
 //! A measurement is a boot of the guest under a VMM ([`vmm`], [`run`]), its results read from the serial port, what the
 //! process cost read from /proc ([`process`]) and from the kernel's counters ([`exits`], [`counter`], [`strace`]); runs of all
-//! contenders are interleaved ([`plan`]) and end in one [`document`], from which tables, JSON and HTML are made ([`report`]).
+//! contenders are interleaved ([`plan`]), repeated where the host took their CPU time ([`steal`]), and end in one [`document`],
+//! from which tables, JSON and HTML are made ([`report`]).
 //! [`mod@block`] measures disks, [`net`] NICs, [`idle`] a guest that does nothing, [`linux`] a Linux guest with fio and iperf3;
 //! [`compare`] sets two documents side by side.
 
@@ -36,6 +37,7 @@ pub mod run;
 pub mod scratch;
 pub mod signals;
 pub mod stats;
+pub mod steal;
 pub mod strace;
 mod table;
 pub mod vmm;

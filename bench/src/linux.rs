@@ -34,12 +34,12 @@ use self::load::{Loads, Step};
 pub use self::tools::{find, program, run as run_tool, tail};
 use crate::cli::{Counting, LinuxOptions, Who};
 use crate::document::{Counted, Document, Job, LinuxJob, Point, Program, Series};
+use crate::host;
 use crate::net::interface::Interface;
-use crate::plan::{self, Contender, Plan, Size};
-use crate::run::{Look, VmSample};
+use crate::plan::{self, Contender, Plan, Size, Turns};
+use crate::run::{Look, Sample, VmSample};
 use crate::scratch::{Scratch, Wanted};
 use crate::vmm::{Against, Contestant, Disk, Kind, Nic, Vm, found};
-use crate::{host, signals};
 
 /// The name of the reference in tables and reports.
 const HOST: &str = "host";
@@ -53,7 +53,7 @@ const COMMAND_LINE: &str = "console=ttyS0 earlyprintk=ttyS0 loglevel=7 panic=-1"
 const LAB_KERNEL: &str = "lab/kernel";
 
 /// What takes part without a VM.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 struct Native;
 
 impl fmt::Display for Native {
@@ -160,6 +160,14 @@ fn contenders(options: &LinuxOptions, loads: &Loads) -> Result<Vec<Contender<Nat
         Contender::Vmm(contestant) => wanted(Who::Vmm(contestant.kind)),
         Contender::Host(_) => true,
     });
+    if !contenders.iter().any(Contender::is_ours) {
+        // Who was asked for by name without ringvm is what the measurement is about.
+        for contender in &mut contenders {
+            if let Contender::Vmm(contestant) = contender {
+                contestant.rival = false;
+            }
+        }
+    }
     if contenders.is_empty() {
         let why = host::kvm_trouble().unwrap_or_else(|| "--vmm leaves nobody".to_owned());
         bail!("a Linux guest can't be measured without a VM: {why}");
@@ -278,30 +286,36 @@ struct Measure<'a> {
 impl Measure<'_> {
     /// All runs, and if that is wanted one more of each VMM in which system calls are counted.
     fn all(&self, contenders: &[Contender<Native>], document: &mut Document) -> Result<()> {
-        let runs = self.options.runs;
-        for round in 1..=runs {
-            for contender in contenders {
-                let name = contender.name();
-                self.plan.progress.set_message(format!("run {round} of {runs}: {name}"));
-                let guest = self.one(contender, Look::Plain).with_context(|| format!("measuring {name}"))?;
-                self.keep(contender, &guest, document).with_context(|| format!("measuring {name}"))?;
-                signals::check()?;
-                self.plan.progress.inc(1);
-            }
-        }
+        let turns = Turns { plan: self.plan, contenders, label: None };
+        turns.take(
+            document,
+            |contender| {
+                let guest = self.one(contender, Look::Plain)?;
+                let figures = self.figures(contender, &guest)?;
+                // A step that lost much is not made good by others that lost nothing.
+                let lost = figures.iter().filter_map(|(_, sample)| sample.steal).max_by(f64::total_cmp);
+                Ok((figures, lost))
+            },
+            |document, contender, figures| {
+                for (point, sample) in figures {
+                    self.series(contender, point, document)?.add(&sample);
+                }
+                Ok(())
+            },
+        )?;
         if self.plan.count.is_none() {
             return Ok(());
         }
-        for contender in contenders.iter().filter(|contender| matches!(contender, Contender::Vmm(_))) {
-            let name = contender.name();
-            self.plan.progress.set_message(format!("counting system calls: {name}"));
-            let guest =
-                self.one(contender, Look::Counted).with_context(|| format!("counting system calls of {name}"))?;
-            self.keep_counts(contender, &guest, document)?;
-            signals::check()?;
-            self.plan.progress.inc(1);
-        }
-        Ok(())
+        turns.count(
+            document,
+            |contender| self.counts(&self.one(contender, Look::Counted)?),
+            |document, contender, counts| {
+                for (point, counted) in counts {
+                    self.series(contender, point, document)?.counted = Some(counted);
+                }
+                Ok(())
+            },
+        )
     }
 
     /// One run of all loads.
@@ -335,16 +349,18 @@ impl Measure<'_> {
         Ok(Guest { steps: steps.iter().map(run).collect::<Result<_>>()?, memory: None })
     }
 
-    /// Adds what a run has measured to the document.
-    fn keep(&self, contender: &Contender<Native>, guest: &Guest, document: &mut Document) -> Result<()> {
+    /// What a run has measured.
+    fn figures(&self, contender: &Contender<Native>, guest: &Guest) -> Result<Vec<(Point, Sample)>> {
+        let mut all = Vec::new();
         for (step, done) in self.loads.steps().iter().zip(&guest.steps) {
             let figures = step.figures(done)?;
-            let all: u64 = figures.iter().map(|(_, sample)| sample.ops).sum();
+            let ops: u64 = figures.iter().map(|(_, sample)| sample.ops).sum();
             for (point, mut sample) in figures {
+                sample.steal = done.steal;
                 if let Contender::Vmm(_) = contender {
                     // Of what ran at once, nobody can say which part cost how much: each operation is taken to cost the same.
                     let part =
-                        |whole: u64| (u128::from(whole) * u128::from(sample.ops) / u128::from(all.max(1))) as u64;
+                        |whole: u64| (u128::from(whole) * u128::from(sample.ops) / u128::from(ops.max(1))) as u64;
                     let time = |of: fn(&Done) -> Option<std::time::Duration>| {
                         of(done).map(|time| std::time::Duration::from_nanos(part(time.as_nanos() as u64)))
                     };
@@ -357,13 +373,15 @@ impl Measure<'_> {
                         line: step.command("/bench", native::HOST),
                     });
                 }
-                self.series(contender, Point::Linux(point), document)?.add(&sample);
+                all.push((Point::Linux(point), sample));
             }
         }
-        Ok(())
+        Ok(all)
     }
 
-    fn keep_counts(&self, contender: &Contender<Native>, guest: &Guest, document: &mut Document) -> Result<()> {
+    /// What was counted in a run.
+    fn counts(&self, guest: &Guest) -> Result<Vec<(Point, Counted)>> {
+        let mut all = Vec::new();
         for (step, done) in self.loads.steps().iter().zip(&guest.steps) {
             let figures = step.figures(done)?;
             let ops = figures.iter().map(|(_, sample)| sample.ops).sum();
@@ -375,10 +393,10 @@ impl Measure<'_> {
                     exits: done.counts.and_then(|counts| counts.exits),
                     names: Vec::new(),
                 };
-                self.series(contender, Point::Linux(point), document)?.counted = Some(counted);
+                all.push((Point::Linux(point), counted));
             }
         }
-        Ok(())
+        Ok(all)
     }
 
     /// The series of a contender at a point, which fio's results name first.
@@ -436,5 +454,12 @@ mod tests {
             assert_eq!(choose(&["--vmm", "daemon,host", "--ringvm", "/bin/sh"]).unwrap(), ["host", "ringvm, daemon"]);
         }
         assert!(Cli::try_parse_from(["ringvm-bench", "linux", "--vmm", "bochs"]).is_err());
+    }
+
+    #[test]
+    fn who_is_asked_for_without_ringvm_is_no_rival() {
+        let options = options(&["--vmm", "qemu-tcg,host", "--against", "qemu-tcg=/q", "--ringvm", "/bin/sh"]);
+        let contenders = contenders(&options, &loads(&options).unwrap()).unwrap();
+        assert!(!contenders.iter().any(Contender::is_rival), "{contenders:?}");
     }
 }

@@ -1,19 +1,24 @@
 //! What measurements have in common: who takes part, and that all of them take turns, run by run, so that whatever the
 //! machine does meanwhile, it does to all of them. What was measured is kept if something ends it early.
 
+mod turns;
+
+use std::cell::RefCell;
 use std::fmt::Display;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Error, Result, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tempfile::TempDir;
 
+pub(crate) use self::turns::Turns;
 use crate::cli::{Counting, Others, Output};
 use crate::counter::Counter;
 use crate::document::{Counted, Document, Job, Point, Series};
 use crate::run::Sample;
+use crate::steal::{self, Ticks};
 use crate::vmm::{Against, Contestant, Kind, Vm, found};
 use crate::{guest, host, report, signals, strace};
 
@@ -33,6 +38,18 @@ impl<H: Display> Contender<H> {
             Self::Host(host) => host.to_string(),
             Self::Vmm(contestant) => contestant.name.clone(),
         }
+    }
+}
+
+impl<H> Contender<H> {
+    /// Whether it is only compared with.
+    pub fn is_rival(&self) -> bool {
+        matches!(self, Self::Vmm(contestant) if contestant.rival)
+    }
+
+    /// Whether it is a VMM that is more than compared with.
+    pub fn is_ours(&self) -> bool {
+        matches!(self, Self::Vmm(contestant) if !contestant.rival)
     }
 }
 
@@ -60,13 +77,15 @@ pub fn add_vmms<H>(
             all.extend([ringvm, daemon]);
         }
     }
+    let mut rivals = Vec::new();
     let frontend = all.first().map(|ringvm| ringvm.path.clone());
     for against in &others.against {
         match against {
-            Against::One(contestant) => all.push(contestant.clone()),
-            Against::Found => all.extend(find(&fit)),
+            Against::One(contestant) => rivals.push(contestant.clone()),
+            Against::Found => rivals.extend(find(&fit)),
         }
     }
+    all.extend(rivals.into_iter().map(|contestant| Contestant { rival: true, ..contestant }));
     let mut names: Vec<String> = Vec::new();
     for mut contestant in all {
         if trouble.is_some() && contestant.kind.needs_kvm() {
@@ -170,6 +189,8 @@ pub struct Plan {
     /// How system calls are counted.
     pub count: Option<Count>,
     runs: u32,
+    /// What ringvm, or what it is measured by, has failed with first.
+    failure: RefCell<Option<Error>>,
 }
 
 /// How the members of a measurement are run.
@@ -199,7 +220,7 @@ impl Plan {
         let kernel = guest::write_to(dir.path()).context("writing the guest's image")?;
         let counted = if count.is_some() { size.vmms } else { 0 };
         let progress = progress(size.series as u64 * u64::from(size.runs) + counted as u64);
-        Ok(Self { dir, kernel, progress, count, runs: size.runs })
+        Ok(Self { dir, kernel, progress, count, runs: size.runs, failure: RefCell::new(None) })
     }
 
     /// Runs a measurement, and delivers what it has put into the document, all that was planned or not.
@@ -213,7 +234,10 @@ impl Plan {
         work: impl FnOnce(&mut Document) -> Result<()>,
     ) -> Result<()> {
         self.progress.reset_eta();
-        let outcome = work(&mut document);
+        let outcome = match (work(&mut document), self.failure.take()) {
+            (_, Some(failure)) => Err(failure),
+            (outcome, None) => outcome,
+        };
         let (done, all) = (self.progress.position(), self.progress.length().unwrap_or(0));
         self.progress.finish_and_clear();
         document.series.retain(|series| !series.runs.is_empty());
@@ -250,7 +274,7 @@ impl Plan {
     /// All runs at one point, which `label` names for people. What is measured goes into the document as it comes.
     ///
     /// # Errors
-    /// A run that fails, with its contender and the point.
+    /// As for [`Turns::take`].
     pub fn interleave<H: Display>(
         &self,
         document: &mut Document,
@@ -259,41 +283,48 @@ impl Plan {
         vm: &Vm<'_>,
         measure: &mut impl Measure<H>,
     ) -> Result<()> {
-        let first = document.series.len();
-        for contender in contenders {
-            let (command, daemon) = self.commands(contender, vm)?;
-            document.series.push(Series::new(&contender.name(), point.clone(), command, daemon));
-        }
-        // The first is what the others are measured by, where it runs without a VM.
-        document.series[first].reference = matches!(contenders[0], Contender::Host(_));
-        for round in 1..=self.runs {
-            // Another one begins each time: what a run leaves behind, dirty pages say, is not always the same one's to bear.
-            for index in turn(round, contenders.len()) {
-                let (contender, series) = (&contenders[index], &mut document.series[first + index]);
-                self.progress.set_message(format!("{label}, run {round} of {}: {}", self.runs, series.name));
-                let sample = measure.run(contender);
-                series.add(&sample.with_context(|| format!("measuring {} at {label}", series.name))?);
-                signals::check()?;
-                self.progress.inc(1);
+        let turns = Turns { plan: self, contenders, label: Some(label) };
+        for (index, contender) in contenders.iter().enumerate() {
+            let name = contender.name();
+            if document.is_removed(&name) {
+                continue;
+            }
+            match self.commands(contender, vm) {
+                Ok((command, daemon)) => {
+                    let mut series = Series::new(&name, point.clone(), command, daemon);
+                    // The first is what the others are measured by, where it runs without a VM.
+                    series.reference = index == 0 && matches!(contender, Contender::Host(_));
+                    document.series.push(series);
+                }
+                Err(error) => turns.take_out(document, contender, error, format!("measuring {name} at {label}"))?,
             }
         }
+        let series = |document: &mut Document, contender: &Contender<H>, change: &dyn Fn(&mut Series)| {
+            document.series_at(&contender.name(), &point).into_iter().for_each(change);
+            Ok(())
+        };
+        turns.take(
+            document,
+            |contender| {
+                let before = Ticks::now();
+                let sample = measure.run(contender)?;
+                let steal = steal::lost_since(before);
+                Ok((Sample { steal, ..sample }, steal))
+            },
+            |document, contender, sample| series(document, contender, &|series| series.add(&sample)),
+        )?;
         let Some(how) = &self.count else { return Ok(()) };
-        for (contender, series) in contenders.iter().zip(&mut document.series[first..]) {
-            let Contender::Vmm(contestant) = contender else { continue };
-            self.progress.set_message(format!("{label}, counting system calls: {}", series.name));
-            let counted = measure.count(contestant, how);
-            series.counted =
-                Some(counted.with_context(|| format!("counting system calls of {} at {label}", series.name))?);
-            signals::check()?;
-            self.progress.inc(1);
-        }
-        Ok(())
+        turns.count(
+            document,
+            |contender| match contender {
+                Contender::Vmm(contestant) => measure.count(contestant, how),
+                Contender::Host(_) => bail!("only VMMs are counted"),
+            },
+            |document, contender, counted| {
+                series(document, contender, &|series| series.counted = Some(counted.clone()))
+            },
+        )
     }
-}
-
-/// The order of a round.
-fn turn(round: u32, contenders: usize) -> impl Iterator<Item = usize> {
-    (0..contenders).cycle().skip((round as usize - 1) % contenders.max(1)).take(contenders)
 }
 
 /// The document that a measurement begins with.
@@ -321,12 +352,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn everybody_has_a_run_in_each_round_and_begins_one() {
-        let rounds: Vec<Vec<_>> = (1..=4).map(|round| turn(round, 3).collect()).collect();
-        assert_eq!(rounds, [[0, 1, 2], [1, 2, 0], [2, 0, 1], [0, 1, 2]]);
-    }
-
-    #[test]
     fn two_of_a_kind_have_different_names() {
         if host::kvm_trouble().is_some() {
             return;
@@ -345,6 +370,8 @@ mod tests {
         assert_eq!(names, ["ringvm", "ringvm, daemon", "ringvm #2", "qemu-storage-daemon"]);
         let Some(Contender::Vmm(daemon)) = contenders.last() else { unreachable!() };
         assert_eq!(daemon.frontend.as_deref(), Some(ringvm.as_path()));
+        let ours: Vec<_> = contenders.iter().map(Contender::is_ours).collect();
+        assert_eq!(ours, [true, true, false, false]);
     }
 
     #[test]

@@ -54,6 +54,8 @@ pub struct Sample {
     pub latency: Option<Latency>,
     /// CPU time of the VMM's threads other than vCPUs (of the one thread, without a VM).
     pub cpu: Option<Duration>,
+    /// What part of the CPU time that all of the machine wanted meanwhile its host took away, where that is known.
+    pub steal: Option<f64>,
     /// System calls, of who measures without a VM.
     pub syscalls: Option<u64>,
     /// Bytes that were moved, where operations do not say.

@@ -3,7 +3,7 @@
 use comfy_table::presets::NOTHING;
 use comfy_table::{Cell, CellAlignment, Table, TableComponent};
 
-use crate::document::{Document, Series};
+use crate::document::{Document, Point, Series};
 use crate::host::Machine;
 use crate::stats::Spread;
 
@@ -119,9 +119,52 @@ pub(crate) fn machine(machine: &Machine) -> String {
     format!("{} x {}, Linux {}", machine.cpus, machine.cpu, machine.kernel)
 }
 
-/// Said of a document that is not all that was planned.
-pub(crate) fn incomplete(document: &Document) -> String {
-    document.incomplete.as_ref().map_or_else(String::new, |why| format!("NOT COMPLETE: {why}\n"))
+/// Said of a document that is not all that was planned, and of CPU time that its runs have lost.
+pub(crate) fn warnings(document: &Document) -> String {
+    let incomplete = document.incomplete.iter().map(|why| format!("NOT COMPLETE: {why}\n"));
+    let removed = document.removed.iter().map(|removed| format!("TAKEN OUT: {removed}\n"));
+    let lost = lost(document).into_iter().map(|lost| format!("steal: {}\n", lost.text));
+    incomplete.chain(removed).chain(lost).collect()
+}
+
+/// What is to be said of CPU time that runs have lost to the host.
+pub(crate) struct LostText {
+    pub(crate) text: String,
+    /// Whether some of what counts has lost too much.
+    pub(crate) is_grave: bool,
+}
+
+/// Said of what the host took away, and what was done about it; `None` if nobody looked.
+pub(crate) fn lost(document: &Document) -> Option<LostText> {
+    let steal = document.steal?;
+    let (limit, lost) = (steal.limit_percent, document.lost(steal.limit_percent)?);
+    let repeated = match steal.repeated {
+        0 => String::new(),
+        1 => format!("one run that lost more than {limit} % of its CPU time to the host was repeated. "),
+        count => format!("{count} runs that lost more than {limit} % of their CPU time to the host were repeated. "),
+    };
+    let (most, who, at) = (lost.most, &lost.worst.name, label(&lost.worst.point));
+    let kept = match lost.above {
+        0 if most <= 0.0 => "No run that counts lost any.".to_owned(),
+        0 => format!("No run that counts lost more than {most:.1} %."),
+        above => format!(
+            "Of the runs that count {above} lost more than {limit} %, up to {most:.1} % ({who} at {at}): measure again when the host is \
+             less busy."
+        ),
+    };
+    Some(LostText { text: repeated + &kept, is_grave: lost.above != 0 })
+}
+
+/// A point in a few words.
+pub(crate) fn label(point: &Point) -> String {
+    match point {
+        Point::Block(point) => {
+            format!("{} {}, depth {}", point.rw.job(), crate::block::table::bytes(point.bs), point.depth)
+        }
+        Point::Net(point) => point.to_string(),
+        Point::Idle(point) => format!("idle, {} disks, {} NICs", point.disks, point.nics),
+        Point::Linux(point) => point.to_string(),
+    }
 }
 
 /// `523 k`; small figures in full.
@@ -154,6 +197,8 @@ pub(crate) fn plural(count: u32, word: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::document::Removed;
+    use crate::document::tests::sample_document;
 
     #[test]
     fn groups_are_named_once_and_set_apart() {
@@ -166,6 +211,28 @@ mod tests {
         assert_eq!(rows.iter().filter(|row| row.starts_with('1')).count(), 1, "{text}");
         assert_eq!(rows.iter().filter(|row| row.starts_with('b')).count(), 1, "{text}");
         assert_eq!(rows.iter().filter(|row| row.is_empty()).count(), 1, "{text}");
+    }
+
+    #[test]
+    fn what_was_taken_out_and_what_was_lost_is_said() {
+        let mut document = sample_document();
+        assert_eq!(warnings(&document), "steal: No run that counts lost more than 0.5 %.\n");
+        let why = "it died".to_owned();
+        document.removed.push(Removed { name: "qemu".to_owned(), at: Some("depth 1".to_owned()), why });
+        document.steal.as_mut().unwrap().repeated = 7;
+        document.series[1].runs[2].steal_percent = Some(41.3);
+        assert_eq!(
+            warnings(&document),
+            "TAKEN OUT: qemu at depth 1: it died\n\
+             steal: 7 runs that lost more than 3 % of their CPU time to the host were repeated. Of the runs that count 1 lost more \
+             than 3 %, up to 41.3 % (ringvm at rand-read 4 KiB, depth 1): measure again when the host is less busy.\n"
+        );
+        document.series.iter_mut().flat_map(|series| &mut series.runs).for_each(|run| run.steal_percent = Some(0.0));
+        document.steal.as_mut().unwrap().repeated = 1;
+        let text = lost(&document).unwrap().text;
+        assert!(text.starts_with("one run that lost") && text.ends_with("No run that counts lost any."), "{text}");
+        document.steal = None;
+        assert!(lost(&document).is_none());
     }
 
     #[test]

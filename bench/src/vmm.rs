@@ -122,6 +122,8 @@ pub struct Contestant {
     pub path: PathBuf,
     /// The ringvm whose disk it serves, if it is a daemon.
     pub frontend: Option<PathBuf>,
+    /// Whether it is only compared with: a measurement from which it is missing has not failed.
+    pub rival: bool,
 }
 
 /// How to start a contestant.
@@ -146,7 +148,7 @@ impl Contestant {
     /// Of that kind, named as on the command line.
     pub fn new(kind: Kind, path: PathBuf) -> Self {
         let name = KINDS.iter().find(|&&(_, known)| known == kind).map_or("", |&(name, _)| name);
-        Self { kind, name: name.to_owned(), path, frontend: None }
+        Self { kind, name: name.to_owned(), path, frontend: None, rival: false }
     }
 
     /// Reads `KIND=PATH`.
@@ -179,7 +181,7 @@ impl Contestant {
     #[must_use]
     pub fn in_daemon(&self) -> Self {
         let kind = Kind::RingvmDaemon;
-        Self { kind, name: format!("{}, daemon", self.name), path: self.path.clone(), frontend: None }
+        Self { kind, name: format!("{}, daemon", self.name), path: self.path.clone(), frontend: None, rival: false }
     }
 
     /// How to start it with a VM, writing what files it needs into `dir`.
@@ -295,9 +297,9 @@ mod tests {
     /// The command line of each kind, and the file that it names.
     fn commands(vm: &Vm<'_>) -> Vec<(Kind, Result<String>)> {
         let dir = tempfile::tempdir().unwrap();
-        let command = |&(name, kind): &(&str, Kind)| {
+        let command = |&(_, kind): &(&str, Kind)| {
             let path = PathBuf::from("/bin/vmm");
-            let contestant = Contestant { kind, name: name.to_owned(), frontend: Some(path.clone()), path };
+            let contestant = Contestant { frontend: Some(path.clone()), ..Contestant::new(kind, path) };
             let all = contestant.launch(vm, dir.path()).map(|launch| {
                 let words = [launch.daemon.map(|daemon| daemon.words).unwrap_or_default(), launch.vmm].concat();
                 let mut all: String = words.iter().map(|word| word.to_string_lossy() + "\n").collect();

@@ -4,6 +4,7 @@ mod common;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::time::Duration;
 
 use common::{bench, interrupt, kvm_is_missing, read, refused, ringvm, run, run_and};
@@ -186,22 +187,103 @@ fn what_was_measured_before_ctrl_c_is_kept() {
     assert!(fs::read_to_string(&html).unwrap().contains("Not complete"));
 }
 
+/// A program that is a shell script.
+fn script(dir: &Path, name: &str, text: &str) -> String {
+    let path = dir.join(name);
+    fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
 #[test]
-fn a_contestant_that_fails_leaves_what_was_measured_before() {
+fn contestants_that_fail_are_taken_out_and_the_others_go_on() {
     if kvm_is_missing() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let (vmm, json) = (dir.path().join("vmm"), dir.path().join("r.json"));
-    fs::write(&vmm, "#!/bin/sh\necho no thanks >&2; exit 7\n").unwrap();
-    fs::set_permissions(&vmm, fs::Permissions::from_mode(0o755)).unwrap();
-    let (ringvm, against) = (ringvm(), format!("qemu={}", vmm.display()));
-    let words = ["--depth", "1", "--time", "40ms", "--against", &against, "--ringvm", ringvm.to_str().unwrap()];
-    let (status, said) = run(&[&SMALL, &words[..], &["--json", json.to_str().unwrap()]].concat());
-    assert_eq!(status.code(), Some(1), "{said}");
-    assert!(said.contains("measuring qemu at") && said.contains("no thanks"), "{said}");
-    let names: Vec<_> = points(&read(&json)).into_iter().map(|(name, ..)| name).collect();
-    assert_eq!(names, ["plain ring", "ringvm", "ringvm, daemon"], "{said}");
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let dies = script(dir.path(), "dies", "echo no thanks >&2; exit 7");
+    let killed = script(dir.path(), "killed", "echo ringvm-guest: start job=x; kill -9 $$");
+    let garbage =
+        script(dir.path(), "garbage", "head -c 100000 /dev/urandom; echo; echo ringvm-guest: result ops=many");
+    let others = [
+        format!("qemu={dies}"),
+        format!("cloud-hypervisor={killed}"),
+        format!("qemu-tcg={garbage}"),
+        "firecracker=/nowhere/firecracker".to_owned(),
+    ];
+    let (ringvm, json, html) = (ringvm(), path("r.json"), path("r.html"));
+    let mut words = vec!["--depth", "1,4", "--time", "40ms", "--ringvm", ringvm.to_str().unwrap()];
+    words.extend(others.iter().flat_map(|other| ["--against", other]));
+    let (status, said) = run(&[&SMALL, &words[..], &["--json", &json, "--html", &html]].concat());
+    assert!(status.success(), "{said}");
+    let result = read(json.as_ref());
+    let names: Vec<_> = points(&result).into_iter().map(|(name, _, _, depth)| (name, depth)).collect();
+    let all = ["plain ring", "ringvm", "ringvm, daemon"];
+    let expected: Vec<_> = [1, 4].into_iter().flat_map(|depth| all.map(|name| (name.to_owned(), depth))).collect();
+    assert_eq!((names, &result["incomplete"]), (expected, &Value::Null), "{said}");
+
+    let page = fs::read_to_string(&html).unwrap();
+    let removed = result["removed"].as_array().unwrap();
+    for (name, why) in [
+        ("qemu", "ended without a result; its stderr ends with: no thanks"),
+        ("cloud-hypervisor", "ended without a result"),
+        ("qemu-tcg", "ended without a result"),
+        ("firecracker", "starting /nowhere/firecracker"),
+    ] {
+        let removed = removed.iter().find(|removed| removed["name"] == name).unwrap();
+        assert!(removed["why"].as_str().unwrap().contains(why), "{removed}");
+        let at = "random reads of 4 KiB, depth 1";
+        assert_eq!(removed["at"], at);
+        let telling =
+            |start: &str| said.lines().filter(|line| line.starts_with(&format!("{start} {name} at {at}: "))).count();
+        assert_eq!((telling("ringvm-bench: taking out"), telling("TAKEN OUT:")), (1, 1), "{said}");
+        assert!(page.contains(&format!("<li>{name} at {at}: ")), "{page}");
+    }
+    assert_eq!(removed.len(), 4, "{said}");
+
+    let (status, table) = run(&["report", &json]);
+    assert!(status.success() && table.matches("TAKEN OUT: ").count() == 4, "{table}");
+    let (status, same) = run(&["compare", &json, &json, "--fail-below", "0.99"]);
+    assert!(status.success() && same.contains("TAKEN OUT: A: qemu at") && same.contains("TAKEN OUT: B: "), "{same}");
+}
+
+#[test]
+fn if_ringvm_fails_the_others_are_measured_and_the_exit_code_says_so() {
+    if kvm_is_missing() {
+        return;
+    }
+    let (dir, ringvm) = (tempfile::tempdir().unwrap(), ringvm());
+    let measured = |fails: &str| {
+        let text =
+            format!("case \"$*\" in *{fails}*) echo no thanks >&2; exit 7;; esac; exec {} \"$@\"", ringvm.display());
+        let (ringvm, json) = (script(dir.path(), "ringvm", &text), dir.path().join("r.json"));
+        let words = ["--depth", "1,4", "--time", "40ms", "--ringvm", &ringvm, "--json", json.to_str().unwrap()];
+        let (status, said) = run(&[&SMALL, &words[..]].concat());
+        assert_eq!(status.code(), Some(1), "{said}");
+        let error =
+            "ringvm-bench: measuring ringvm at random reads of 4 KiB, depth 1: the guest under ringvm ended without";
+        assert!(said.contains(error) && said.trim_end().ends_with("    no thanks"), "{said}");
+        let result = read(&json);
+        assert!(result["incomplete"].as_str().unwrap().contains("measuring ringvm"), "{result}");
+        points(&result).into_iter().map(|(name, _, _, depth)| (name, depth)).collect::<Vec<_>>()
+    };
+    let ring = |depth| ("plain ring".to_owned(), depth);
+    let daemon = |depth| ("ringvm, daemon".to_owned(), depth);
+    assert_eq!(measured("place=process"), [ring(1), daemon(1), ring(4), daemon(4)]);
+    // Without any ringvm there is nothing to wait for.
+    assert_eq!(measured("place="), [ring(1)]);
+}
+
+#[test]
+fn what_the_host_took_away_is_told() {
+    let ringvm = ringvm();
+    let (said, result) = block(&["--depth", "1", "--backend", "--ringvm", ringvm.to_str().unwrap()]);
+    assert_eq!(said.lines().filter(|line| line.starts_with("steal: ")).count(), 1, "{said}");
+    assert!(result["steal"]["repeated"].is_u64() && result["steal"]["limit_percent"] == 3.0, "{result}");
+    for run in result["series"].as_array().unwrap().iter().flat_map(|series| series["runs"].as_array().unwrap()) {
+        assert!((0.0..=100.0).contains(&run["steal_percent"].as_f64().unwrap()), "{run}");
+    }
 }
 
 #[test]

@@ -7,7 +7,7 @@ use crate::backend;
 use crate::cli::{Pattern, Storage};
 use crate::document::{BlockJob, BlockPoint, Document, Point, Series};
 use crate::stats::Spread;
-use crate::table::{Grid, about_counts, counts, cpu, incomplete, machine, plural, ratio, starts, with_spread};
+use crate::table::{Grid, about_counts, counts, cpu, machine, plural, ratio, starts, warnings, with_spread};
 
 /// Puts the tables and what must be said with them together.
 pub(crate) fn render(document: &Document, job: &BlockJob) -> String {
@@ -18,7 +18,7 @@ pub(crate) fn render(document: &Document, job: &BlockJob) -> String {
         let _ = writeln!(text, "{}\n", machine(&document.machine));
         let _ = writeln!(text, "{}", body(document, rw, bs));
     }
-    let _ = writeln!(text, "\n{}{}", incomplete(document), explanations(document, job).join("\n"));
+    let _ = writeln!(text, "\n{}{}", warnings(document), explanations(document, job).join("\n"));
     text
 }
 

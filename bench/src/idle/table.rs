@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use crate::document::{Document, IdleJob, Point};
 use crate::stats::Spread;
-use crate::table::{Grid, incomplete, machine, per_op, plural, starts};
+use crate::table::{Grid, machine, per_op, plural, starts, warnings};
 
 /// Puts the table and what must be said with it together.
 pub(crate) fn render(document: &Document, job: &IdleJob) -> String {
@@ -28,7 +28,7 @@ pub(crate) fn render(document: &Document, job: &IdleJob) -> String {
     }
     let _ = writeln!(text, "{grid}\n");
     let lines = explanations().into_iter().map(str::to_owned).chain(starts(document)).collect::<Vec<_>>();
-    let _ = writeln!(text, "{}{}", incomplete(document), lines.join("\n"));
+    let _ = writeln!(text, "{}{}", warnings(document), lines.join("\n"));
     text
 }
 

@@ -11,6 +11,7 @@ use crate::exits::Exits;
 use crate::host;
 use crate::process::{CpuTime, memory_beyond_ram};
 use crate::run::{Look, OUTPUT, Running};
+use crate::steal::{self, Ticks};
 use crate::vmm::{Contestant, Vm};
 
 /// Lines of the console that errors quote.
@@ -40,6 +41,8 @@ pub struct Done {
     pub cpu: Option<CpuTime>,
     /// Exits meanwhile, by KVM's own count.
     pub exits: Option<u64>,
+    /// What part of the CPU time that all of the machine wanted meanwhile its host took away, where that is known.
+    pub steal: Option<f64>,
     /// What was counted meanwhile, if that was wanted and can be had.
     pub counts: Option<Counts>,
 }
@@ -107,14 +110,15 @@ fn see_through(
         } else if word == "start" {
             running.await_for(&format!("finish `{name}`"), limits.step, QUOTED);
             let counter = if look == Look::Counted { Counter::open(&pids).ok() } else { None };
-            before = Some((cpu_time(), Exits::of(running.pid()), counter));
+            before = Some((cpu_time(), Exits::of(running.pid()), counter, Ticks::now()));
         } else if word == "end" {
-            let Some((cpu, exits, counter)) = before.take() else {
+            let Some((cpu, exits, counter, ticks)) = before.take() else {
                 bail!("the guest under {} ends what it has not begun{}", contestant.name, running.context());
             };
             current.cpu = cpu_time().zip(cpu).map(|(after, before)| after.since(before));
             current.exits = exits.and_then(|exits| exits.since());
             current.counts = counter.and_then(|counter| counter.read().ok());
+            current.steal = steal::lost_since(ticks);
             current.status = rest.parse().unwrap_or(-1);
             running.await_for(&format!("tell of `{name}`"), SOON, QUOTED);
         } else if word == "close" {
@@ -185,7 +189,7 @@ mod tests {
         let told: Vec<_> =
             guest.steps.iter().map(|step| (step.status, step.output.as_str(), step.errors.as_str())).collect();
         assert_eq!(told, [(0, "{\n}\n", ""), (7, "", "oh no\n")]);
-        assert!(guest.steps[0].cpu.is_some());
+        assert!(guest.steps.iter().all(|step| step.cpu.is_some() && step.steal.is_some()));
     }
 
     #[test]

@@ -13,6 +13,7 @@ use super::boot::Done;
 use super::tools::{find, run, tail};
 use crate::run::end_with_parent;
 use crate::signals;
+use crate::steal::{self, Ticks};
 
 /// The host's end of the tap, the guest's, and what tells that they are neighbours (TEST-NET-1, RFC 5737).
 pub(super) const HOST: &str = "192.0.2.1";
@@ -51,6 +52,7 @@ pub(super) fn step(command: &str, dir: &Path, limit: Duration) -> Result<Done> {
     // So that what is waited for is the program itself.
     child.args(["-c", &format!("exec {command}")]).current_dir(dir).stdin(Stdio::null()).stdout(out).stderr(err);
     end_with_parent(&mut child);
+    let before = Ticks::now();
     let mut child = Ending(child.spawn().context("starting a shell on the host")?);
     let deadline = Instant::now() + limit;
     let status = loop {
@@ -63,11 +65,13 @@ pub(super) fn step(command: &str, dir: &Path, limit: Duration) -> Result<Done> {
         }
         thread::sleep(LOOK);
     };
+    let steal = steal::lost_since(before);
     let read = |path: &Path| fs::read(path).with_context(|| format!("reading {}", path.display()));
     Ok(Done {
         status: status.code().unwrap_or(-1),
         output: String::from_utf8_lossy(&read(&files[0])?).into_owned(),
         errors: tail(&read(&files[1])?, 400),
+        steal,
         ..Done::default()
     })
 }

@@ -6,7 +6,7 @@ use super::HOST;
 use crate::block::table::latency;
 use crate::document::{Document, LinuxJob, LinuxPoint, LinuxProgram, Point, Run, Series};
 use crate::stats::Spread;
-use crate::table::{Grid, cpu, incomplete, machine, per_op, plural, ratio, with_spread};
+use crate::table::{Grid, cpu, machine, per_op, plural, ratio, warnings, with_spread};
 
 /// Puts the tables and what must be said with them together.
 pub(crate) fn render(document: &Document, job: &LinuxJob) -> String {
@@ -19,7 +19,7 @@ pub(crate) fn render(document: &Document, job: &LinuxJob) -> String {
             let _ = writeln!(text, "\n{program}: {}\n{grid}", setting(job, program));
         }
     }
-    let _ = writeln!(text, "\n{}{}", incomplete(document), explanations(document).join("\n"));
+    let _ = writeln!(text, "\n{}{}", warnings(document), explanations(document).join("\n"));
     text
 }
 

@@ -6,7 +6,7 @@ use super::{Flow, PLAIN_BESIDE, QUEUE_SIZE, SLEEPER_QUEUE_SIZE};
 use crate::cli::Direction;
 use crate::document::{Document, NetJob, Point, Series};
 use crate::stats::Spread;
-use crate::table::{Grid, about_counts, counts, cpu, incomplete, machine, plural, ratio, starts, with_spread};
+use crate::table::{Grid, about_counts, counts, cpu, machine, plural, ratio, starts, warnings, with_spread};
 
 /// Puts the table and what must be said with it together.
 pub(crate) fn render(document: &Document, job: &NetJob) -> String {
@@ -15,7 +15,7 @@ pub(crate) fn render(document: &Document, job: &NetJob) -> String {
     let _ = writeln!(text, "\n{}", title(job));
     let _ = writeln!(text, "{}\n", machine(&document.machine));
     let _ = writeln!(text, "{}\n", body(document));
-    let _ = writeln!(text, "{}{}", incomplete(document), explanations(document).join("\n"));
+    let _ = writeln!(text, "{}{}", warnings(document), explanations(document).join("\n"));
     text
 }
 
