@@ -6,21 +6,18 @@
 //! and copies what they stand for, hence a page is marked behind its last write. The used length does not bound it: a read that
 //! fails half-way has written what nobody claims. A queue without a log does none of this.
 
-use std::fs::File;
 use std::io;
 use std::ops::RangeInclusive;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering, fence};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::{Arc, PoisonError, RwLock};
 
-use rustix::fs::{FileType, SealFlags};
-use vm_memory::{
-    Address, FileOffset, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion, VolatileMemory,
-};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 
 use crate::device::GuestMemory;
 use crate::guest_io::GuestIo;
 use crate::interrupt::Interrupt;
+use crate::shared::{Mapping, SharedFile};
 
 /// Bytes of guest memory that a bit stands for, whatever the host's pages are.
 pub const LOG_PAGE: u64 = 4096;
@@ -35,13 +32,19 @@ const KEPT: usize = 256;
 /// A log, shared with whoever reads it.
 #[derive(Debug)]
 pub struct DirtyLog {
-    map: MmapRegion,
-    /// Where in the mapping it begins: its offset in the file need not be a multiple of the host's pages.
-    at: usize,
-    /// Its length in bytes.
-    len: u64,
+    /// Read-locked while pages are marked, so that [`Self::replace`] knows when nobody marks in the old one any more. Only
+    /// queues that log pay for that.
+    area: RwLock<Area>,
     /// Said once that it is too short.
     told: AtomicBool,
+}
+
+/// Where bits are.
+#[derive(Debug)]
+struct Area {
+    map: Mapping,
+    /// Its length in bytes.
+    len: u64,
 }
 
 impl DirtyLog {
@@ -50,33 +53,23 @@ impl DirtyLog {
     /// # Errors
     /// When these are not all there, or can't be mapped.
     pub fn from_file(file: OwnedFd, offset: u64, len: u64) -> io::Result<Self> {
-        let stat = rustix::fs::fstat(&file)?;
-        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-            return Err(invalid("a log needs a memfd or another file".into()));
-        }
-        let end = offset.checked_add(len).and_then(|end| i64::try_from(end).ok());
-        if len == 0 || end.is_none_or(|end| end > stat.st_size) {
-            return Err(invalid(format!("a log of {len} bytes at {offset} is not in a file of {}", stat.st_size)));
-        }
-        // Whoever could cut it short could crash us. A file that can't be sealed is the other side's own risk.
-        let _ = rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK);
-        let at = offset % rustix::param::page_size() as u64;
-        // Both are within a file, so the sum can't wrap.
-        let size = usize::try_from(at + len).map_err(|_| invalid(format!("a log of {len} bytes is too long")))?;
-        let map = MmapRegion::build(
-            Some(FileOffset::new(File::from(file), offset - at)),
-            size,
-            libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_SHARED,
-        );
-        let map = map.map_err(|error| io::Error::other(format!("mapping a log of {len} bytes: {error}")))?;
-        Ok(Self { map, at: at as usize, len, told: AtomicBool::new(false) })
+        let map = SharedFile::new(file)?.map(offset, len)?;
+        Ok(Self { area: RwLock::new(Area { map, len }), told: AtomicBool::new(false) })
     }
 
     /// Where it is mapped: an address and a length.
     #[must_use]
-    pub fn mapping(&self) -> (usize, usize) {
-        (self.map.as_ptr() as usize, self.map.size())
+    pub fn extent(&self) -> (usize, usize) {
+        self.area.read().unwrap_or_else(PoisonError::into_inner).map.extent()
+    }
+
+    /// Puts the area of another log in place of this one's, for all who mark in it. What was marked before is in the log that
+    /// is returned, and nothing will be marked there any more.
+    #[must_use]
+    pub fn replace(&self, with: Self) -> Self {
+        let with = with.area.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let before = std::mem::replace(&mut *self.area.write().unwrap_or_else(PoisonError::into_inner), with);
+        Self { area: RwLock::new(before), told: AtomicBool::new(false) }
     }
 
     /// Marks the pages of `len` bytes of guest memory from `addr` on, which have been written. What the log is too short for
@@ -84,7 +77,8 @@ impl DirtyLog {
     pub fn mark(&self, addr: u64, len: u64) {
         let Some(pages) = pages(addr, len) else { return };
         let (first, mut last) = pages.into_inner();
-        let end = self.len.saturating_mul(8);
+        let area = self.area.read().unwrap_or_else(PoisonError::into_inner);
+        let end = area.len.saturating_mul(8);
         if last >= end {
             if !self.told.swap(true, Ordering::Relaxed) {
                 tracing::warn!(page = last, pages = end, "the log of written pages is too short for the memory");
@@ -102,8 +96,7 @@ impl DirtyLog {
                 return;
             }
             let bits = (0xff_u8 << from) & (0xff >> (7 - to));
-            let cell = self.map.get_atomic_ref::<AtomicU8>(self.at + byte as usize);
-            let cell = cell.expect("the page is below the end, so its byte is mapped");
+            let cell = area.map.byte(byte as usize).expect("the page is below the end, so its byte is mapped");
             if cell.load(Ordering::Relaxed) & bits != bits {
                 cell.fetch_or(bits, Ordering::SeqCst);
             }
@@ -115,10 +108,6 @@ impl DirtyLog {
 fn pages(addr: u64, len: u64) -> Option<RangeInclusive<u64>> {
     let last = addr.saturating_add(len.checked_sub(1)?);
     Some(addr / LOG_PAGE..=last / LOG_PAGE)
-}
-
-fn invalid(message: String) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidInput, message)
 }
 
 /// What a queue needs to log what it writes.

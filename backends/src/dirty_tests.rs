@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::os::fd::AsFd;
+use std::sync::atomic::AtomicU64;
 
 use proptest::prelude::*;
 use rustix::fs::MemfdFlags;
@@ -97,7 +98,7 @@ fn pitfall_46_logs_that_are_not_in_their_file_are_refused() {
     }
     let (pipe, _other) = rustix::pipe::pipe().unwrap();
     assert!(DirtyLog::from_file(pipe, 0, 4096).is_err());
-    let read_only = File::open("/proc/self/exe").unwrap();
+    let read_only = std::fs::File::open("/proc/self/exe").unwrap();
     assert!(DirtyLog::from_file(read_only.into(), 0, 4096).is_err());
     DirtyLog::from_file(all, 4095, 4097).unwrap();
 }
@@ -108,6 +109,49 @@ fn a_log_in_use_keeps_its_size() {
     assert!(rustix::fs::ftruncate(file.as_fd(), 0).is_err());
     log.mark(0, 1);
     assert_eq!(marked(&file, 0), [0].into());
+}
+
+#[test]
+fn no_mark_is_lost_while_one_log_replaces_another() {
+    const ROUNDS: u64 = 200;
+    let (log, first) = log_at(0, ROUNDS);
+    let (ended, done) = (AtomicBool::new(false), AtomicU64::new(0));
+    // Also by a test that fails.
+    struct End<'a>(&'a AtomicBool);
+    impl Drop for End<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::SeqCst);
+        }
+    }
+    std::thread::scope(|scope| {
+        // Marks a page, and only then says so.
+        scope.spawn(|| {
+            while !ended.load(Ordering::SeqCst) {
+                let page = done.load(Ordering::SeqCst) + 1;
+                log.mark((page % (8 * ROUNDS)) << 12, 1);
+                done.store(page, Ordering::SeqCst);
+            }
+        });
+        let (_end, mut before) = (End(&ended), first);
+        for next in 1..=ROUNDS {
+            let from = done.load(Ordering::SeqCst);
+            while done.load(Ordering::SeqCst) < from + 3 {
+                std::hint::spin_loop();
+            }
+            let (other, file) = log_at(offset_of(next), ROUNDS);
+            let old = log.replace(Arc::into_inner(other).unwrap());
+            // What was said to be marked before the change is in the old log, which is final now.
+            let pages = marked(&before, offset_of(next - 1) as usize);
+            assert!(pages.contains(&((from + 3) % (8 * ROUNDS))), "page {} in round {next}", from + 3);
+            drop(old);
+            assert_eq!(marked(&before, offset_of(next - 1) as usize), pages);
+            before = file;
+        }
+    });
+}
+
+fn offset_of(round: u64) -> u64 {
+    round % 3 * 1000
 }
 
 #[test]

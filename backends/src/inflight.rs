@@ -9,12 +9,14 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering, fence};
 
 use rustix::fs::{MemfdFlags, SealFlags};
-use rustix::mm::{MapFlags, ProtFlags};
+
+use crate::shared::{Mapping, SharedFile};
 
 /// The only version of the layout.
 const VERSION: u16 = 1;
@@ -59,38 +61,52 @@ impl InflightArea {
         let file = rustix::fs::memfd_create("ringvm-inflight", flags)?;
         rustix::fs::ftruncate(&file, len)?;
         rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-        Ok(Self { map: Arc::new(Map::new(file, 0, len)?), queues, queue_size })
+        let file = SharedFile::new(file)?;
+        let map = file.map(0, len)?;
+        Ok(Self { map: Arc::new(Map { file, len, map }), queues, queue_size })
     }
 
     /// Goes on with one that somebody else has kept.
     ///
     /// # Errors
-    /// When it is too small for so many queues of that size, or can't be mapped.
+    /// When it is too small for so many queues of that size, can't be mapped, or is not all there for certain: then it is for
+    /// [`Self::from_unsteady_file`] and [`InflightFile`].
     pub fn from_file(file: OwnedFd, offset: u64, len: u64, queues: u16, queue_size: u16) -> io::Result<Self> {
-        check(queues, queue_size)?;
-        let needed = table_len(queue_size) * u64::from(queues);
-        let end = offset.checked_add(len).filter(|_| len >= needed);
-        let there = rustix::fs::fstat(&file)?.st_size;
-        if end.is_none_or(|end| i64::try_from(end).is_ok_and(|end| end > there) || i64::try_from(end).is_err()) {
-            return Err(invalid(format!(
-                "{len} bytes at {offset} of a file of {there} are too few for the tables of {queues} queues of {queue_size}"
-            )));
+        let area = Self::from_unsteady_file(file, offset, len, queues, queue_size)?;
+        if !area.map.file.is_steady() {
+            return Err(invalid("its file is not a memfd of ordinary pages that is sealed against shrinking".into()));
         }
-        // Whoever could cut it short could crash us. A file that can't be sealed is the other side's own risk.
-        let _ = rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK);
-        Ok(Self { map: Arc::new(Map::new(file, offset, needed)?), queues, queue_size })
+        Ok(area)
+    }
+
+    /// The same with a file that its owner may be able to cut short: touching a table that is gone raises SIGBUS, for which the
+    /// caller is prepared over all of [`Self::extent`].
+    ///
+    /// # Errors
+    /// When it is too small for so many queues of that size, or can't be mapped.
+    pub fn from_unsteady_file(file: OwnedFd, offset: u64, len: u64, queues: u16, queue_size: u16) -> io::Result<Self> {
+        let file = SharedFile::new(file)?;
+        let len = check_place(&file, offset, len, queues, queue_size)?;
+        let map = file.map(offset, len)?;
+        Ok(Self { map: Arc::new(Map { file, len, map }), queues, queue_size })
     }
 
     /// The file that holds it; from its beginning on, if it was made here.
     #[must_use]
     pub fn file(&self) -> &File {
-        &self.map.file
+        self.map.file.file()
     }
 
     /// Its length in bytes.
     #[must_use]
     pub fn size(&self) -> u64 {
         self.map.len
+    }
+
+    /// Where it is mapped: an address and a length.
+    #[must_use]
+    pub fn extent(&self) -> (usize, usize) {
+        self.map.map.extent()
     }
 
     /// How many queues it has tables for.
@@ -110,7 +126,7 @@ impl InflightArea {
     pub fn table(&self, index: u16) -> Option<InflightTable> {
         let at = table_len(self.queue_size) * u64::from(index);
         // SAFETY: the mapping holds the tables of all queues.
-        let base = (index < self.queues).then(|| unsafe { self.map.base.add(at as usize) })?;
+        let base = (index < self.queues).then(|| unsafe { self.map.map.base().add(at as usize) })?;
         Some(InflightTable {
             base,
             entries: self.queue_size,
@@ -132,46 +148,85 @@ fn invalid(message: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, message)
 }
 
-/// A mapped file.
+/// Checks where an area is said to be. Returns how long it has to be.
+fn check_place(file: &SharedFile, offset: u64, len: u64, queues: u16, queue_size: u16) -> io::Result<u64> {
+    check(queues, queue_size)?;
+    let needed = table_len(queue_size) * u64::from(queues);
+    if len < needed {
+        let what = format!("{len} bytes are too few for the tables of {queues} queues of {queue_size} descriptors");
+        return Err(invalid(what));
+    }
+    if !offset.is_multiple_of(8) {
+        return Err(invalid(format!("a table can't begin at {offset}, which is no multiple of 8")));
+    }
+    file.check(offset, len)?;
+    Ok(needed)
+}
+
+/// A mapped area.
 #[derive(Debug)]
 struct Map {
-    file: File,
-    /// Where the page that the area begins in is mapped.
-    start: *mut u8,
-    mapped: usize,
-    base: *mut u8,
+    file: SharedFile,
     len: u64,
+    map: Mapping,
 }
 
-// SAFETY: it is memory, and everything in it is reached by atomic operations.
-unsafe impl Send for Map {}
-// SAFETY: as above.
-unsafe impl Sync for Map {}
+/// Tables in a file of somebody who is not trusted to leave it as long as it is, for those who serve no queue: they are read and
+/// written, never mapped.
+#[derive(Debug)]
+pub struct InflightFile {
+    file: SharedFile,
+    offset: u64,
+    queues: u16,
+    queue_size: u16,
+}
 
-impl Map {
-    fn new(file: OwnedFd, offset: u64, len: u64) -> io::Result<Self> {
-        let within = offset % rustix::param::page_size() as u64;
-        if !offset.is_multiple_of(8) {
-            return Err(invalid(format!("a table can't begin at {offset}, which is no multiple of 8")));
-        }
-        let mapped = (within + len) as usize;
-        let protection = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a new mapping, which nobody else knows.
-        let start = unsafe {
-            rustix::mm::mmap(std::ptr::null_mut(), mapped, protection, MapFlags::SHARED, file.as_fd(), offset - within)?
-        };
-        let start = start.cast::<u8>();
-        // SAFETY: `within` is inside of what was mapped.
-        let base = unsafe { start.add(within as usize) };
-        Ok(Self { file: file.into(), start, mapped, base, len })
+impl InflightFile {
+    /// Looks at the file.
+    ///
+    /// # Errors
+    /// When it is no shared memory, or too small for so many queues of that size.
+    pub fn new(file: OwnedFd, offset: u64, len: u64, queues: u16, queue_size: u16) -> io::Result<Self> {
+        let file = SharedFile::new(file)?;
+        check_place(&file, offset, len, queues, queue_size)?;
+        Ok(Self { file, offset, queues, queue_size })
     }
-}
 
-impl Drop for Map {
-    fn drop(&mut self) {
-        // SAFETY: it was mapped like this, and whoever pointed into it held a share of it.
-        let unmapped = unsafe { rustix::mm::munmap(self.start.cast(), self.mapped) };
-        debug_assert!(unmapped.is_ok(), "unmapping what was mapped");
+    /// [`InflightTable::take_out`] of the table of queue `index`.
+    ///
+    /// # Errors
+    /// A table that is not there any more, or that can't be the queue's.
+    pub fn take_out(&self, index: u16, size: u16, used: u16) -> io::Result<Vec<u16>> {
+        self.change(index, |table| table.take_out(size, used))
+    }
+
+    /// [`InflightTable::put_in`] of the table of queue `index`.
+    ///
+    /// # Errors
+    /// A table that is not there any more, or that can't be the queue's; heads that can't be either.
+    pub fn put_in(&self, index: u16, size: u16, used: u16, left: &[u16]) -> io::Result<()> {
+        self.change(index, |table| table.put_in(size, used, left))
+    }
+
+    /// Changes a copy of the table and writes it back. Nobody else uses it: its queue is not served.
+    fn change<T>(
+        &self,
+        index: u16,
+        change: impl FnOnce(&mut InflightTable) -> Result<T, &'static str>,
+    ) -> io::Result<T> {
+        if index >= self.queues {
+            return Err(invalid(format!("there is no table of queue {index} among {}", self.queues)));
+        }
+        let copy = InflightArea::new(1, self.queue_size)?;
+        let mut bytes = vec![0; table_len(self.queue_size) as usize];
+        let at = self.offset + table_len(self.queue_size) * u64::from(index);
+        self.file.file().read_exact_at(&mut bytes, at)?;
+        copy.file().write_all_at(&bytes, 0)?;
+        let mut table = copy.table(0).expect("it has one");
+        let done = change(&mut table).map_err(|reason| invalid(reason.into()))?;
+        copy.file().read_exact_at(&mut bytes, 0)?;
+        self.file.file().write_all_at(&bytes, at)?;
+        Ok(done)
     }
 }
 

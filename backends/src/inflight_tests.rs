@@ -298,6 +298,36 @@ fn what_is_left_goes_into_a_table_and_comes_out_once_in_its_order() {
     assert_eq!(model.area.table(1).unwrap().take_out(SIZE, 40).unwrap(), [0u16; 0], "none of them is in it");
 }
 
+#[test]
+fn a_table_that_can_be_cut_short_is_read_and_not_mapped() {
+    let model = Model::new();
+    let bytes = {
+        model.area.table(1).unwrap().put_in(SIZE, 40, &[5, 2, 7]).unwrap();
+        let mut bytes = vec![0; model.area.size() as usize];
+        model.area.file().read_exact_at(&mut bytes, 0).unwrap();
+        bytes
+    };
+    // As DPDK makes it: nobody can seal it any more.
+    let file = File::from(rustix::fs::memfd_create("theirs", MemfdFlags::CLOEXEC).unwrap());
+    file.write_all_at(&bytes, 64).unwrap();
+    let theirs = || OwnedFd::from(file.try_clone().unwrap());
+    let len = bytes.len() as u64;
+    let refused = InflightArea::from_file(theirs(), 64, len, 2, SIZE).unwrap_err();
+    assert!(refused.to_string().contains("sealed"), "{refused}");
+    let kept = InflightFile::new(theirs(), 64, len, 2, SIZE).unwrap();
+    assert_eq!(kept.take_out(1, SIZE, 40).unwrap(), [5, 2, 7]);
+    assert_eq!(kept.take_out(1, SIZE, 40).unwrap(), [0u16; 0], "they are out");
+    kept.put_in(0, SIZE, 3, &[1, 0]).unwrap();
+    assert_eq!(kept.take_out(0, 2 * SIZE, 3).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+    assert!(kept.put_in(0, SIZE, 3, &[SIZE]).is_err() && kept.take_out(2, SIZE, 3).is_err());
+    let area = InflightArea::from_unsteady_file(theirs(), 64, len, 2, SIZE).unwrap();
+    assert_eq!(area.table(0).unwrap().take_over(SIZE, 3).unwrap(), [1, 0]);
+    drop(area);
+    file.set_len(0).unwrap();
+    assert_eq!(kept.take_out(0, SIZE, 3).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    assert!(kept.put_in(0, SIZE, 3, &[1]).is_err());
+}
+
 /// Starts the queue that a predecessor has left with everything in flight, and stops it at once.
 fn start_and_stop(device: &mut dyn Device) -> (Model, QueueState) {
     let mut model = Model::new();

@@ -27,6 +27,7 @@ pub mod replay;
 pub mod ring;
 pub mod rng;
 pub mod service;
+pub mod shared;
 pub mod state;
 pub mod stats;
 pub mod storage;

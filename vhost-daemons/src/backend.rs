@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use ringvm_backends::device::{Device, DeviceError};
-use ringvm_backends::inflight::InflightArea;
 use ringvm_backends::interrupt::Interrupt;
 use thiserror::Error;
 use tracing::info;
@@ -21,6 +20,7 @@ use virtio_bindings::virtio_config::{VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_
 use vm_memory::ByteValued;
 
 use crate::dirty::{self, F_LOG_ALL, Logging, Mapped};
+use crate::inflight::Inflight;
 use crate::mailbox::Event;
 use crate::memory::{MAX_REGIONS, Memory, MemoryError};
 use crate::message::{MAX_FILES, Message};
@@ -112,7 +112,7 @@ pub(crate) struct Backend<'a> {
     device: &'a mut dyn Device,
     rings: Vec<Vring>,
     memory: Memory,
-    inflight: Option<InflightArea>,
+    inflight: Option<Inflight>,
     logging: Logging,
     state: State,
     /// What the device has accepted, if it has.
@@ -123,7 +123,7 @@ pub(crate) struct Backend<'a> {
     status: u8,
     /// A driver broke its ring.
     broken: Arc<AtomicBool>,
-    /// Raised when memory is cut short. Behind `memory` and `logging`, whose guards know it.
+    /// Raised when memory is cut short. Behind `memory`, `inflight` and `logging`, whose guards know it.
     alarm: Event,
 }
 
@@ -284,10 +284,11 @@ impl<'a> Backend<'a> {
             }
             FrontendReq::SET_INFLIGHT_FD => {
                 let file = files.next().ok_or_else(|| malformed("a table without a descriptor"))?;
-                let area = inflight::take(&inflight_payload(message)?, file, self.rings.len() as u16, MAX_SIZE);
-                let area = area.map_err(Refused::Inflight)?;
+                let said = inflight_payload(message)?;
+                let taken = inflight::take(&said, file, self.rings.len() as u16, MAX_SIZE, &self.alarm);
+                let taken = taken.map_err(Refused::Inflight)?;
                 self.stop_all();
-                self.inflight = Some(area);
+                self.inflight = Some(taken);
                 self.settle()?;
             }
             FrontendReq::SET_LOG_BASE => return self.set_log_base(&payload(&message)?, files.next()),
@@ -351,7 +352,9 @@ impl<'a> Backend<'a> {
         rings.sort_unstable();
         rings.dedup();
         rings.retain(|&index| self.rings[index].runs());
-        rings.retain(|&index| self.inflight.as_ref().is_some_and(|area| area.table(index as u16).is_some()));
+        rings.retain(|&index| {
+            self.inflight.as_ref().is_some_and(|inflight| inflight.area().table(index as u16).is_some())
+        });
         let indices: Vec<u16> = rings.iter().map(|&index| index as u16).collect();
         let ends = self.device.suspend(&indices);
         for (index, end) in rings.into_iter().zip(ends) {
@@ -390,7 +393,12 @@ impl<'a> Backend<'a> {
     fn set_log_base(&mut self, said: &VhostUserLog, file: Option<OwnedFd>) -> Result<Answer, Refused> {
         let file = file.ok_or_else(|| malformed("a log without a descriptor"))?;
         let base = Mapped::new(said, file, &self.alarm).map_err(Refused::Log)?;
-        self.change_logging(|logging| logging.set_base(base))?;
+        if self.logging.has_base() {
+            // Said with each pass over the memory by some. Rings go on meanwhile.
+            self.logging.set_base(base);
+        } else {
+            self.change_logging(|logging| logging.set_base(base))?;
+        }
         // The specification asks for a reply and not for what is in it: some take any, some only what they have sent.
         Ok(Answer::value(said))
     }
@@ -554,7 +562,7 @@ impl<'a> Backend<'a> {
             if !wanted {
                 ring.stop(index as u16, self.device);
             } else if !ring.runs() {
-                let inflight = self.inflight.as_ref();
+                let inflight = self.inflight.as_ref().map(Inflight::area);
                 let started = ring.start(index as u16, self.device, &self.memory, inflight, log, &self.broken);
                 if started.is_ok() {
                     self.state.forget();

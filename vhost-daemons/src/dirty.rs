@@ -23,23 +23,29 @@ const VRING_LOG: u32 = 1;
 /// A mapped log. The guard goes first.
 #[derive(Debug)]
 pub(crate) struct Mapped {
-    _guard: Guard,
-    log: Arc<DirtyLog>,
+    guard: Guard,
+    log: DirtyLog,
 }
 
 impl Mapped {
     /// Maps the log that the frontend shares.
     pub(crate) fn new(said: &VhostUserLog, file: OwnedFd, alarm: &Event) -> io::Result<Self> {
         let log = DirtyLog::from_file(file, said.mmap_offset, said.mmap_size)?;
-        let (start, len) = log.mapping();
-        Ok(Self { _guard: sigbus::protect(start, len, alarm)?, log: Arc::new(log) })
+        Ok(Self { guard: sigbus::protect(log.extent(), alarm)?, log })
     }
 }
 
-/// The log of a session. Rings that mark in it must have stopped before it is changed.
+/// Where the rings of a session mark. The guard goes first.
+#[derive(Debug)]
+struct Base {
+    guard: Guard,
+    log: Arc<DirtyLog>,
+}
+
+/// The log of a session. Rings that mark in it must have stopped before it is changed, but for [`Self::set_base`].
 #[derive(Debug)]
 pub(crate) struct Logging {
-    base: Option<Mapped>,
+    base: Option<Base>,
     all: bool,
     event: Interrupt,
 }
@@ -61,9 +67,21 @@ impl Logging {
         self.all
     }
 
-    /// Where things are marked from now on.
-    pub(crate) fn set_base(&mut self, base: Mapped) {
-        self.base = Some(base);
+    /// Whether it was said where the log is.
+    pub(crate) fn has_base(&self) -> bool {
+        self.base.is_some()
+    }
+
+    /// Where things are marked from now on, also by rings that run. In the log before nothing is marked any more.
+    pub(crate) fn set_base(&mut self, Mapped { guard, log }: Mapped) {
+        let Some(base) = &mut self.base else {
+            self.base = Some(Base { guard, log: Arc::new(log) });
+            return;
+        };
+        let before = base.log.replace(log);
+        // The log before is unmapped behind its guard.
+        base.guard = guard;
+        drop(before);
     }
 
     /// Takes what the features say.

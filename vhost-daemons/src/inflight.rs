@@ -5,8 +5,24 @@ use std::io;
 use std::os::fd::OwnedFd;
 
 use ringvm_backends::inflight::InflightArea;
-use rustix::fs::SealFlags;
 use vhost::vhost_user::message::VhostUserInflight;
+
+use crate::mailbox::Event;
+use crate::sigbus::{self, Guard};
+
+/// Tables that rings are served with. The guard goes first.
+#[derive(Debug)]
+pub(crate) struct Inflight {
+    _guard: Guard,
+    area: InflightArea,
+}
+
+impl Inflight {
+    /// The tables.
+    pub(crate) fn area(&self) -> &InflightArea {
+        &self.area
+    }
+}
 
 /// Makes an area for as many queues as the frontend asks for, of at most `queues` and `size`.
 pub(crate) fn make(asked: &VhostUserInflight, queues: u16, size: u16) -> io::Result<(VhostUserInflight, InflightArea)> {
@@ -15,15 +31,19 @@ pub(crate) fn make(asked: &VhostUserInflight, queues: u16, size: u16) -> io::Res
     Ok((VhostUserInflight::new(area.size(), 0, asked.num_queues, asked.queue_size), area))
 }
 
-/// Goes on with an area that the frontend has kept.
-pub(crate) fn take(given: &VhostUserInflight, file: OwnedFd, queues: u16, size: u16) -> io::Result<InflightArea> {
+/// Goes on with an area that the frontend has kept. Who made it may not have let anybody seal it (DPDK): a table that is cut
+/// short while its queue runs ends the session.
+pub(crate) fn take(
+    given: &VhostUserInflight,
+    file: OwnedFd,
+    queues: u16,
+    size: u16,
+    alarm: &Event,
+) -> io::Result<Inflight> {
     check(given, queues, size)?;
-    // A table is read and written by pointer for as long as a queue runs: its file must keep its size.
-    let _ = rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK);
-    if !rustix::fs::fcntl_get_seals(&file).is_ok_and(|seals| seals.contains(SealFlags::SHRINK)) {
-        return Err(invalid("its file is not a memfd sealed against shrinking".into()));
-    }
-    InflightArea::from_file(file, given.mmap_offset, given.mmap_size, given.num_queues, given.queue_size)
+    let VhostUserInflight { mmap_offset, mmap_size, num_queues, queue_size } = *given;
+    let area = InflightArea::from_unsteady_file(file, mmap_offset, mmap_size, num_queues, queue_size)?;
+    Ok(Inflight { _guard: sigbus::protect(area.extent(), alarm)?, area })
 }
 
 fn check(said: &VhostUserInflight, queues: u16, size: u16) -> io::Result<()> {

@@ -1,21 +1,27 @@
 //! The memory that a frontend shares (vhost-user specification, "Memory region description", "Memory access"): checked,
 //! mapped, and found again by the addresses that the frontend itself uses.
+#![allow(unsafe_code, reason = "regions over mappings that this module owns")]
 
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use ringvm_backends::device::GuestMemory;
-use rustix::fs::{FileType, SealFlags};
+use ringvm_backends::shared::{Mapping, SharedFile};
 use thiserror::Error;
+use tracing::error;
 use vhost::vhost_user::message::VhostUserMemoryRegion;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use crate::mailbox::Event;
 use crate::sigbus::{self, Guard};
 
 /// Most regions. QEMU uses a handful, and one more for each memory device that is plugged in.
 pub(crate) const MAX_REGIONS: usize = 256;
+/// Longest wait for an I/O thread to let go of memory that it does not use any more, and the pause between two looks.
+const LET_GO_PATIENCE: Duration = Duration::from_secs(10);
+const LET_GO_PAUSE: Duration = Duration::from_micros(50);
 
 /// Why a region can't be used.
 #[derive(Debug, Error)]
@@ -64,19 +70,58 @@ impl Layout {
     }
 }
 
-/// A mapped region. The guard goes first.
+/// A region, protected as long as it is mapped. The guard goes first.
 #[derive(Debug)]
 struct Region {
     _guard: Guard,
     layout: Layout,
-    mapping: Arc<GuestRegionMmap>,
+    mapped: Mapped,
+}
+
+/// A mapped region. Its descriptor was closed: a client may have many regions, and descriptors are the whole process's.
+#[derive(Debug)]
+struct Mapped {
+    guest: Arc<GuestRegionMmap>,
+    /// Taken only to be unmapped.
+    mapping: Option<Mapping>,
+}
+
+impl Mapped {
+    fn new(layout: &Layout, file: &SharedFile) -> Result<Self, MemoryError> {
+        let host = |what, source| MemoryError::Host { region: layout.name(), what, source };
+        let mapping = file.map(layout.offset, layout.size).map_err(|e| host("mapping it", e))?;
+        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_NORESERVE);
+        // SAFETY: it is mapped until nobody but us has a handle to the region.
+        let region = unsafe { MmapRegion::build_raw(mapping.base(), layout.size as usize, protection, flags) };
+        let region = region.map_err(|e| host("mapping it", io::Error::other(e)))?;
+        let guest = GuestRegionMmap::new(region, GuestAddress(layout.guest));
+        let guest = Arc::new(guest.ok_or_else(|| layout.refuse("it ends beyond the address space"))?);
+        Ok(Self { guest, mapping: Some(mapping) })
+    }
+}
+
+impl Drop for Mapped {
+    /// Unmaps the region once nobody has it. An I/O thread drops its handle just after it has said that a queue is stopped.
+    fn drop(&mut self) {
+        let deadline = Instant::now() + LET_GO_PATIENCE;
+        while Arc::get_mut(&mut self.guest).is_none() {
+            if Instant::now() >= deadline {
+                error!(
+                    "memory of a client is still in use after its queues have stopped and stays mapped; this is a bug"
+                );
+                return std::mem::forget(self.mapping.take());
+            }
+            std::thread::sleep(LET_GO_PAUSE);
+        }
+    }
 }
 
 /// All regions of a session. Whatever uses them must have stopped before one is taken away.
 #[derive(Debug, Default)]
 pub(crate) struct Memory {
-    regions: Vec<Region>,
+    /// Goes first: regions wait until nobody has them.
     guest: GuestMemory,
+    regions: Vec<Region>,
 }
 
 impl Memory {
@@ -126,7 +171,7 @@ impl Memory {
 
     /// Takes away a region that was found.
     pub(crate) fn remove(&mut self, index: usize) -> Result<(), MemoryError> {
-        self.regions.remove(index);
+        let _removed = self.regions.remove(index);
         self.collect()
     }
 
@@ -156,38 +201,26 @@ impl Memory {
             return Err(layout.refuse(format!("it overlaps {}", other.layout.name())));
         }
         let host = |what, source| MemoryError::Host { region: layout.name(), what, source };
-        let stat = rustix::fs::fstat(&file).map_err(|e| host("looking at its file", e.into()))?;
-        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-            return Err(layout.refuse("its descriptor is not a memfd or another file"));
-        }
-        let end = layout.offset.checked_add(layout.size).and_then(|end| i64::try_from(end).ok());
-        if end.is_none_or(|end| end > stat.st_size) {
+        let file = SharedFile::new(file).map_err(|e| host("its descriptor", e))?;
+        file.check(layout.offset, layout.size).map_err(|e| host("its place", e))?;
+        let page = file.page();
+        // Parts of huge pages nobody shares; of ordinary ones some clients do, at the end of a region.
+        if !layout.offset.is_multiple_of(page) || file.is_huge() && !layout.size.is_multiple_of(page) {
             let what =
-                format!("its file of {} bytes ends before offset {:#x} and its size", stat.st_size, layout.offset);
+                format!("offset {:#x} or size are no multiple of its file's pages of {page} bytes", layout.offset);
             return Err(layout.refuse(what));
         }
-        // Where it can be sealed the file keeps its size; the others are what the guard is for.
-        let _ = rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK);
-        let size = layout.size as usize;
-        let mapping = MmapRegion::build(
-            Some(FileOffset::new(file.into(), layout.offset)),
-            size,
-            libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_SHARED | libc::MAP_NORESERVE,
-        );
-        let mapping = mapping.map_err(|e| host("mapping it", io::Error::other(e)))?;
-        let guard = sigbus::protect(mapping.as_ptr() as usize, size, alarm);
-        let guard = guard.map_err(|e| host("guarding it", e))?;
-        let mapping = GuestRegionMmap::new(mapping, GuestAddress(layout.guest));
-        let mapping = Arc::new(mapping.ok_or_else(|| layout.refuse("it ends beyond the address space"))?);
-        self.regions.push(Region { _guard: guard, layout, mapping });
+        let mapped = Mapped::new(&layout, &file)?;
+        let extent = mapped.mapping.as_ref().map(Mapping::extent).unwrap_or_default();
+        let guard = sigbus::protect(extent, alarm).map_err(|e| host("guarding it", e))?;
+        self.regions.push(Region { _guard: guard, layout, mapped });
         Ok(())
     }
 
     fn collect(&mut self) -> Result<(), MemoryError> {
         let mut regions: Vec<_> = self.regions.iter().collect();
         regions.sort_by_key(|region| region.layout.guest);
-        let regions: Vec<_> = regions.into_iter().map(|region| Arc::clone(&region.mapping)).collect();
+        let regions: Vec<_> = regions.into_iter().map(|region| Arc::clone(&region.mapped.guest)).collect();
         self.guest = if regions.is_empty() {
             Arc::default()
         } else {

@@ -331,6 +331,40 @@ fn switching_the_log_resets_nothing() {
 }
 
 #[test]
+fn a_log_that_replaces_another_stops_no_ring() {
+    let target = Target::new();
+    let mut client = Client::connect(&target.socket);
+    client.negotiate(FEATURES);
+    let memory = Memory::new(MemfdFlags::ALLOW_SEALING);
+    client.tell(FrontendReq::SET_MEM_TABLE, &memory.table(), &[memory.file.as_fd()]);
+    let mut ring = Ring::new(&memory, 0);
+    ring.start(&mut client);
+    // VRING_AVAIL_F_NO_INTERRUPT: requests interrupt no more, and a ring that starts still does, once.
+    memory.mem.write_obj(1u16, GuestAddress(ring.driver.ring().avail)).unwrap();
+    let mut log = Log::new();
+    switch(&mut client, &[&ring], FEATURES, Some(&log));
+    assert!(Ring::called(&ring.call, Duration::ZERO), "it started anew to log what it writes");
+    let mappings = target.daemon.mappings();
+    for round in 0..20 {
+        ring.works(round);
+        let next = Log::new();
+        set_base(&mut client, LOG_LEN, 0, next.file.as_fd());
+        assert!(!Ring::called(&ring.call, Duration::ZERO), "it was stopped in round {round}");
+        // What was written before is in the log before, what comes in the new one.
+        let page = (GUEST + 0x10_0000) / PAGE;
+        assert!(log.take().contains(&page));
+        ring.works(round);
+        let pages = next.take();
+        assert!(pages.contains(&page) && pages.contains(&(page + 1)), "{pages:?}");
+        assert!(log.take().is_empty());
+        assert_eq!(target.daemon.mappings(), mappings);
+        log = next;
+    }
+    drop(client);
+    target.is_well();
+}
+
+#[test]
 fn frames_that_a_nic_receives_are_marked() {
     let dir = scratch();
     let socket = dir.path().join("n.sock");
