@@ -163,26 +163,10 @@ impl<'a> Backend<'a> {
 
     /// Does what a message says.
     pub(crate) fn apply(&mut self, kind: FrontendReq, mut message: Message) -> Result<Answer, Refused> {
-        let files = std::mem::take(&mut message.files);
-        let most = match kind {
-            FrontendReq::SET_MEM_TABLE => MAX_FILES,
-            FrontendReq::SET_VRING_KICK
-            | FrontendReq::SET_VRING_CALL
-            | FrontendReq::SET_VRING_ERR
-            | FrontendReq::SET_BACKEND_REQ_FD
-            | FrontendReq::SET_INFLIGHT_FD
-            | FrontendReq::SET_LOG_BASE
-            | FrontendReq::SET_LOG_FD
-            | FrontendReq::SET_DEVICE_STATE_FD
-            | FrontendReq::ADD_MEM_REG
-            // Not to be sent, but some do (it is closed then).
-            | FrontendReq::REM_MEM_REG => 1,
-            _ => 0,
-        };
-        if files.len() > most {
-            return Err(malformed(format!("{} descriptors came with it, at most {most} can", files.len())));
+        if let Some(what) = message.wrong_files.take() {
+            return Err(malformed(what));
         }
-        let mut files = files.into_iter();
+        let mut files = std::mem::take(&mut message.files).into_iter();
         match kind {
             FrontendReq::SET_OWNER => {}
             FrontendReq::GET_FEATURES => {
@@ -333,7 +317,7 @@ impl<'a> Backend<'a> {
         if !self.protocol.contains(SUSPENDS_IF_ASKED) {
             return;
         }
-        let asked = messages.iter().filter(|message| message.request == SKIP_DRAIN);
+        let asked = messages.iter().filter(|message| message.request == SKIP_DRAIN && message.wrong_files.is_none());
         let rings = asked.filter_map(|message| Some(message.parse::<VhostUserVringState>()?.index as usize));
         self.suspend_rings(rings.filter(|&index| index < self.rings.len()).collect());
     }
@@ -342,6 +326,9 @@ impl<'a> Backend<'a> {
     pub(crate) fn skip_drain(&mut self, message: &Message) -> Result<Answer, Refused> {
         if !self.protocol.contains(SUSPENDS_IF_ASKED) {
             return Err(malformed("it goes with a protocol feature that was not accepted"));
+        }
+        if let Some(what) = &message.wrong_files {
+            return Err(malformed(what));
         }
         self.get_vring_base(message)
     }

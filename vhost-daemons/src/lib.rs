@@ -21,6 +21,7 @@ mod message;
 mod nic;
 mod notify;
 pub mod options;
+mod received;
 mod serve;
 mod session;
 mod sigbus;

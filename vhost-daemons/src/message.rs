@@ -17,9 +17,11 @@ use rustix::net::{
     SendFlags, recvmsg, sendmsg,
 };
 use thiserror::Error;
+use vhost::vhost_user::message::FrontendReq;
 use vm_memory::ByteValued;
 
 use crate::mailbox::poll;
+use crate::received::Received;
 
 /// Longest payload. The largest there is, a configuration space, may take 4 KiB behind its 12 bytes of header.
 const MAX_BODY: usize = 8 << 10;
@@ -61,7 +63,10 @@ pub(crate) struct Message {
     /// Whether an answer is wanted to what has none of its own.
     pub(crate) need_reply: bool,
     pub(crate) body: Vec<u8>,
+    /// As many as a message of its kind can bring, of kinds that some message needs.
     pub(crate) files: Vec<OwnedFd>,
+    /// What was wrong with those that came, of which none is left then.
+    pub(crate) wrong_files: Option<String>,
 }
 
 impl Message {
@@ -70,6 +75,27 @@ impl Message {
         let mut value = T::default();
         value.as_mut_slice().copy_from_slice(self.body.get(..size_of::<T>())?);
         Some(value)
+    }
+}
+
+/// How many descriptors may come with a request.
+fn most_files(request: u32) -> usize {
+    match FrontendReq::try_from(request) {
+        Ok(FrontendReq::SET_MEM_TABLE) => MAX_FILES,
+        Ok(
+            FrontendReq::SET_VRING_KICK
+            | FrontendReq::SET_VRING_CALL
+            | FrontendReq::SET_VRING_ERR
+            | FrontendReq::SET_BACKEND_REQ_FD
+            | FrontendReq::SET_INFLIGHT_FD
+            | FrontendReq::SET_LOG_BASE
+            | FrontendReq::SET_LOG_FD
+            | FrontendReq::SET_DEVICE_STATE_FD
+            | FrontendReq::ADD_MEM_REG
+            // Not to be sent, but some do (it is closed then).
+            | FrontendReq::REM_MEM_REG,
+        ) => 1,
+        _ => 0,
     }
 }
 
@@ -98,9 +124,9 @@ impl Connection {
     /// Receives the message that has begun to come; `None` if it is the end of the connection that has come.
     pub(crate) fn receive(&mut self) -> Result<Option<Message>, WireError> {
         let deadline = Instant::now() + PATIENCE;
-        let mut files = Vec::new();
+        let mut came = Received::default();
         let mut header = [0; HEADER];
-        if !self.fill(&mut header, &mut files, deadline, true)? {
+        if !self.fill(&mut header, &mut came, deadline, true)? {
             return Ok(None);
         }
         let word = |at: usize| u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
@@ -109,8 +135,18 @@ impl Connection {
             return Err(WireError::Header { request, flags, size });
         }
         let mut body = vec![0; size as usize];
-        self.fill(&mut body, &mut files, deadline, false)?;
-        Ok(Some(Message { request, need_reply: flags & NEED_REPLY != 0, body, files }))
+        self.fill(&mut body, &mut came, deadline, false)?;
+        // A message may be kept for a while with those behind it, and its descriptors only if it can have some.
+        let (count, most) = (came.count(), most_files(request));
+        let wrong_files = if count > most {
+            Some(format!("{count} descriptors came with it, at most {most} can"))
+        } else if came.strange > 0 {
+            Some("its descriptor is neither shared memory nor an eventfd, a pipe or a Unix socket".to_owned())
+        } else {
+            None
+        };
+        let files = if wrong_files.is_some() { Vec::new() } else { came.files };
+        Ok(Some(Message { request, need_reply: flags & NEED_REPLY != 0, body, files, wrong_files }))
     }
 
     /// Reads exactly as much as there is room for. Returns `false` if the connection has ended before the first byte, where
@@ -118,7 +154,7 @@ impl Connection {
     fn fill(
         &mut self,
         room: &mut [u8],
-        files: &mut Vec<OwnedFd>,
+        came: &mut Received,
         deadline: Instant,
         may_end: bool,
     ) -> Result<bool, WireError> {
@@ -129,14 +165,14 @@ impl Connection {
             let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
             let received = recvmsg(&self.stream, &mut [IoSliceMut::new(&mut room[filled..])], &mut control, flags);
             for message in control.drain() {
-                if let RecvAncillaryMessage::ScmRights(came) = message {
-                    files.extend(came);
+                if let RecvAncillaryMessage::ScmRights(files) = message {
+                    came.extend(files);
                 }
             }
             match received {
                 // The kernel has closed those that there was no room for.
                 Ok(received) if received.flags.contains(ReturnFlags::CTRUNC) => return Err(WireError::Files),
-                Ok(_) if files.len() > MAX_FILES => return Err(WireError::Files),
+                Ok(_) if came.count() > MAX_FILES => return Err(WireError::Files),
                 Ok(received) if received.bytes == 0 => {
                     return if may_end && filled == 0 { Ok(false) } else { Err(WireError::Cut) };
                 }

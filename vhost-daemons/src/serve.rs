@@ -22,6 +22,7 @@ use crate::mailbox::Mailbox;
 use crate::message::Connection;
 use crate::notify::notify;
 use crate::options::ServeOptions;
+use crate::received;
 use crate::session::{End, Session};
 use crate::source::{Next, Source};
 
@@ -78,6 +79,7 @@ fn run<T>(program: &Program<T>, options: &ServeOptions, texts: &[String]) -> Res
     let read =
         |text: &String| (program.read)(text).map_err(|error| wrong(format!("--{} {text}: {error}", program.kind)));
     let specs = texts.iter().map(read).collect::<Result<Vec<_>, _>>()?;
+    received::raise_limit();
     let inherited = options.inherit(specs.len()).map_err(wrong)?;
     let reactors = options.reactor_options(specs.iter().map(program.queues).sum()).map_err(wrong)?;
     let pool = ReactorPool::new(&reactors).map_err(|error| host("starting the I/O threads", error))?;
