@@ -26,7 +26,7 @@ use tokio::sync::mpsc;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::device::{GuestMemory, Suspended};
-use crate::ring::{Ring, Token};
+use crate::ring::{Budget, Ring, Token};
 use crate::service::Service;
 use crate::stats::QueueStats;
 pub use stepped::Stepped;
@@ -62,8 +62,9 @@ pub struct ReactorOptions {
     pub affinity: Vec<usize>,
     /// Longest time to poll before parking. Zero: never poll.
     pub poll: Duration,
-    /// Whether the kernel holds guest memory for I/O, all of which is allocated and locked by that (registered buffers).
-    pub hold_memory: bool,
+    /// Most bytes of guest memory that the kernel holds for I/O, all of which is allocated and locked by that (registered
+    /// buffers). Zero: none. The bound is that of all threads together.
+    pub hold_memory: u64,
     /// Told when a thread dies by a bug of ours: its queues are never served again.
     pub on_panic: OnPanic,
 }
@@ -97,7 +98,7 @@ impl Default for ReactorOptions {
             count: 1,
             affinity: Vec::new(),
             poll: Duration::from_micros(50),
-            hold_memory: false,
+            hold_memory: 0,
             on_panic: OnPanic::default(),
         }
     }
@@ -113,7 +114,8 @@ impl ReactorPool {
     /// # Errors
     /// When a thread, its runtime or its ring can't be had, or an affinity names a CPU that may not be used.
     pub fn new(options: &ReactorOptions) -> io::Result<Self> {
-        let reactors = (0..options.count.max(1)).map(|index| Reactor::start(index, options));
+        let budget = (options.hold_memory > 0).then(|| Arc::new(Budget::new(options.hold_memory)));
+        let reactors = (0..options.count.max(1)).map(|index| Reactor::start(index, options, budget.clone()));
         Ok(Self(reactors.collect::<io::Result<_>>()?))
     }
 
@@ -174,13 +176,13 @@ pub struct Leaving {
 }
 
 impl Reactor {
-    fn start(index: usize, options: &ReactorOptions) -> io::Result<Self> {
+    fn start(index: usize, options: &ReactorOptions, budget: Option<Arc<Budget>>) -> io::Result<Self> {
         let (commands, inbox) = mpsc::unbounded_channel();
         let (ready, started) = reply::channel();
         let cpu = (!options.affinity.is_empty()).then(|| options.affinity[index % options.affinity.len()]);
-        let (poll, hold_memory, on_panic) = (options.poll, options.hold_memory, options.on_panic.clone());
+        let (poll, on_panic) = (options.poll, options.on_panic.clone());
         let thread = std::thread::Builder::new().name(format!("io{index}")).stack_size(512 << 10).spawn(move || {
-            let core = match Core::new(cpu, poll, hold_memory) {
+            let core = match Core::new(cpu, poll, budget) {
                 Ok(core) => core,
                 Err(e) => return drop(ready.send(Err(e))),
             };
@@ -297,13 +299,14 @@ struct Core {
 }
 
 impl Core {
-    fn new(cpu: Option<usize>, poll: Duration, hold_memory: bool) -> io::Result<Self> {
+    fn new(cpu: Option<usize>, poll: Duration, budget: Option<Arc<Budget>>) -> io::Result<Self> {
         // Before this thread is bound: the guest may have other CPUs.
         let window = Window::new(poll);
         if let Some(cpu) = cpu {
             bind(cpu)?;
         }
-        let ring = Ring::new().map_err(explain_no_ring)?;
+        let hold_memory = budget.is_some();
+        let ring = budget.map_or_else(Ring::new, Ring::with_budget).map_err(explain_no_ring)?;
         let (hold_next, hold_refused) = (Instant::now(), false);
         Ok(Self { ring, seats: Vec::new(), completions: Vec::new(), window, hold_memory, hold_next, hold_refused })
     }
@@ -497,8 +500,10 @@ impl Core {
         let held = self.ring.hold_more().unwrap_or_else(|error| {
             // A guest can have this tried again and again, by resets.
             if !std::mem::replace(&mut self.hold_refused, true) {
-                let advice =
-                    "unless it is a file's, more memory must be allowed to be locked (ulimit -l, CAP_IPC_LOCK)";
+                let advice = match error.kind() {
+                    io::ErrorKind::QuotaExceeded => "the rest is used like any other",
+                    _ => "unless it is a file's, more memory must be allowed to be locked (ulimit -l, CAP_IPC_LOCK)",
+                };
                 tracing::warn!(%error, "the kernel does not hold all of the guest's memory for I/O; {advice}");
             }
             true
@@ -674,8 +679,8 @@ mod tests {
         let cpus = rustix::thread::sched_getaffinity(None).unwrap();
         let cpu = (0..rustix::thread::CpuSet::MAX_CPU).find(|&cpu| cpus.is_set(cpu)).unwrap();
         // Bound on a thread of its own, which ends.
-        let bound = std::thread::spawn(move || Core::new(Some(cpu), MAX, false).unwrap().window.max).join().unwrap();
-        assert_eq!(bound, Core::new(None, MAX, false).unwrap().window.max);
+        let bound = std::thread::spawn(move || Core::new(Some(cpu), MAX, None).unwrap().window.max).join().unwrap();
+        assert_eq!(bound, Core::new(None, MAX, None).unwrap().window.max);
     }
 
     #[test]

@@ -14,10 +14,12 @@ mod memory;
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use io_uring::{IoUring, Submitter, opcode, squeue, types};
 
+pub use self::memory::Budget;
 use self::memory::HeldMemory;
 use crate::device::GuestMemory;
 
@@ -88,6 +90,14 @@ impl Ring {
     /// # Errors
     /// When the kernel has no io_uring, forbids it, or lacks memory that may be locked.
     pub fn new() -> io::Result<Self> {
+        Self::with_budget(Arc::new(Budget::new(u64::MAX)))
+    }
+
+    /// The same, with a bound of the guest memory that it holds together with others.
+    ///
+    /// # Errors
+    /// When the kernel has no io_uring, forbids it, or lacks memory that may be locked.
+    pub fn with_budget(budget: Arc<Budget>) -> io::Result<Self> {
         // Each flag is worth something and none is needed: kernels before 6.0 know fewer.
         let wished: [fn(&mut io_uring::Builder); 3] = [
             |b| {
@@ -113,7 +123,7 @@ impl Ring {
                         staged: 0,
                         held: Vec::new(),
                         places: None,
-                        memory: HeldMemory::default(),
+                        memory: HeldMemory::new(budget),
                     });
                 }
                 Err(e) if e.raw_os_error() == Some(libc::EINVAL) => last = Some(e),
@@ -181,8 +191,8 @@ impl Ring {
     /// Has the kernel hold the next piece of what is to be held, which may take it milliseconds. Returns whether there was one.
     ///
     /// # Errors
-    /// When the kernel can't (before 5.19), or may lock no more memory, or has this from a file that it locks nothing of. It is
-    /// used like any other then, and not tried again.
+    /// When the kernel can't (before 5.19), or may lock no more memory, or has this from a file that it locks nothing of, or the
+    /// budget is spent. It is used like any other then, and not tried again.
     pub fn hold_more(&mut self) -> io::Result<bool> {
         self.memory.hold_more(&self.ring.submitter())
     }
@@ -460,7 +470,6 @@ mod tests {
     use super::*;
     use std::io::Write;
     use std::os::fd::AsFd;
-    use std::sync::Arc;
     use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
     fn reap_all(ring: &mut Ring) -> Vec<(Token, i32)> {
@@ -615,6 +624,29 @@ mod tests {
             ring.release_memory(memory);
             assert_eq!(ring.memory.free_places(), (1 << 14) - held);
         }
+    }
+
+    #[test]
+    fn rings_hold_no_more_memory_than_they_may_together() {
+        let memory = || Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), PIECE + 4096)]).unwrap());
+        let (first, second) = (memory(), memory());
+        let budget = Arc::new(Budget::new(PIECE as u64 + 8192));
+        let mut rings = [(); 2].map(|()| Ring::with_budget(Arc::clone(&budget)).unwrap());
+        let held = |ring: &mut Ring, memory: &GuestMemory| {
+            ring.hold_memory(memory);
+            hold_all(ring).map_err(|error| error.kind())
+        };
+        for ring in &mut rings {
+            assert_eq!(held(ring, &first), Ok(2), "what both hold counts once");
+        }
+        assert_eq!(held(&mut rings[0], &second), Err(io::ErrorKind::QuotaExceeded));
+        assert!(!rings[0].wants_memory(), "it is not tried again");
+        rings[0].release_memory(&second);
+        rings[0].release_memory(&first);
+        assert_eq!(held(&mut rings[0], &second), Err(io::ErrorKind::QuotaExceeded), "the other ring has it still");
+        rings[0].release_memory(&second);
+        rings[1].release_memory(&first);
+        assert_eq!(held(&mut rings[0], &second), Ok(2));
     }
 
     #[test]

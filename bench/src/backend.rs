@@ -83,7 +83,7 @@ pub fn measure(options: &BlockOptions, point: BlockPoint, scratch: &Scratch, war
         bail!("depth {depth} does not fit a queue of {QUEUE_SIZE}");
     }
     let threads = usize::from(options.cpus.min(options.queues));
-    let hold_memory = options.others.prefault;
+    let hold_memory = if options.others.prefault { u64::MAX } else { 0 };
     let pool = ReactorPool::new(&ReactorOptions { count: threads, hold_memory, ..ReactorOptions::default() })
         .context("starting the I/O threads of the backend")?;
     let disk = DiskOptions {

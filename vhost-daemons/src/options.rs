@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser};
+use ringvm_backends::keyval::parse_size;
 use ringvm_backends::reactor::{OnPanic, ReactorOptions};
 
 use crate::source::{Source, SourceError};
@@ -36,11 +37,12 @@ pub struct ServeOptions {
     /// Longest time in microseconds that an I/O thread polls before it sleeps; 0 never polls
     #[arg(long, value_name = "MICROSECONDS")]
     pub poll_us: Option<u64>,
-    /// Have the kernel hold the clients' memory for I/O (registered buffers). All of it is allocated and locked by that; not
-    /// for clients that give memory back while they run (balloon, free page reporting, virtio-mem, postcopy): I/O would go
-    /// to what was given back
-    #[arg(long)]
-    pub hold_memory: bool,
+    /// Have the kernel hold the clients' memory for I/O (registered buffers), up to SIZE bytes of all clients together
+    /// [default: a quarter of the host's memory]. What is held is allocated and locked, whether or not the client had it
+    /// allocated; not for clients that give memory back while they run (balloon, free page reporting, virtio-mem, postcopy):
+    /// I/O would go to what was given back
+    #[arg(long, value_name = "SIZE", num_args = 0..=1, require_equals = true, value_parser = parse_size)]
+    pub hold_memory: Option<Option<u64>>,
     /// Print the statistics of every device on standard error at exit (SIGUSR1 prints them at any time)
     #[arg(long)]
     pub stats: bool,
@@ -91,10 +93,16 @@ impl ServeOptions {
             count: self.io_threads.unwrap_or(queues.clamp(1, cpus)),
             affinity: self.io_affinity.clone(),
             poll: self.poll_us.map_or(default.poll, Duration::from_micros),
-            hold_memory: self.hold_memory,
+            hold_memory: self.hold_memory.map_or(0, |size| size.unwrap_or_else(quarter_of_memory)),
             on_panic: OnPanic::default(),
         })
     }
+}
+
+/// A quarter of the host's memory in bytes.
+fn quarter_of_memory() -> u64 {
+    let host = rustix::system::sysinfo();
+    host.totalram as u64 * u64::from(host.mem_unit) / 4
 }
 
 /// The sockets of systemd's socket activation.

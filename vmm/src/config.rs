@@ -460,7 +460,7 @@ impl Config {
             affinity: self.io_affinity.clone(),
             poll: self.poll_us.map_or(default.poll, Duration::from_micros),
             // Pages that are held can't be merged.
-            hold_memory: self.memory.prefault && !self.memory.ksm,
+            hold_memory: if self.memory.prefault && !self.memory.ksm { self.memory.size } else { 0 },
             ..default
         }
     }

@@ -32,7 +32,7 @@ impl<D: Send> Stepped<D> {
         let reactor = Reactor { index: 0, commands: Some(commands), load: AtomicUsize::new(0), thread: None };
         let pool = ReactorPool(Arc::from([reactor]));
         let runtime = tokio_uring::Runtime::new(tokio_uring::builder().entries(8))?;
-        let mut stepped = Self { device: None, core: Core::new(None, Duration::ZERO, false)?, inbox, runtime };
+        let mut stepped = Self { device: None, core: Core::new(None, Duration::ZERO, None)?, inbox, runtime };
         stepped.device = Some(stepped.obeying(move || start(&pool)));
         Ok(stepped)
     }

@@ -1,9 +1,12 @@
 //! Guest memory that the kernel holds for a ring (registered buffers): operations with it need not look its pages up and
-//! lock them, each for itself. All of it is allocated and locked by that, so it is for memory that was allocated anyway.
+//! lock them, each for itself. All of it is allocated and locked by that, so it is for memory that was allocated anyway, and
+//! never more than what the rings of a process may hold together ([`Budget`]).
 //!
 //! A gibibyte takes the kernel some 30 ms, in pages of 4 KiB, so it is held piece by piece while requests are served.
 
+use std::collections::HashMap;
 use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use io_uring::Submitter;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
@@ -15,9 +18,52 @@ pub(super) const PIECE: usize = if cfg!(test) { 1 << 20 } else { 64 << 20 };
 /// Places in the kernel's table, as many as it can have: a tebibyte.
 const PLACES: u16 = 1 << 14;
 
+/// How much memory the rings of a process may hold together. What several of them hold counts once.
+#[derive(Debug)]
+pub struct Budget(Mutex<Spent>);
+
+#[derive(Debug)]
+struct Spent {
+    /// Bytes that may be held besides.
+    left: u64,
+    /// How many rings hold a piece, by its address and its length.
+    pieces: HashMap<(usize, usize), u32>,
+}
+
+impl Budget {
+    /// Room for so many bytes.
+    #[must_use]
+    pub fn new(bytes: u64) -> Self {
+        Self(Mutex::new(Spent { left: bytes, pieces: HashMap::new() }))
+    }
+
+    /// Takes room for a piece. Returns whether there was some.
+    fn take(&self, piece: (usize, usize)) -> bool {
+        let mut spent = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(rings) = spent.pieces.get_mut(&piece) {
+            *rings += 1;
+            return true;
+        }
+        let Some(left) = spent.left.checked_sub(piece.1 as u64) else { return false };
+        spent.left = left;
+        spent.pieces.insert(piece, 1);
+        true
+    }
+
+    fn give_back(&self, piece: (usize, usize)) {
+        let mut spent = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(rings) = spent.pieces.get_mut(&piece) else { return };
+        *rings -= 1;
+        if *rings == 0 {
+            spent.pieces.remove(&piece);
+            spent.left += piece.1 as u64;
+        }
+    }
+}
+
 /// What is held.
-#[derive(Default)]
 pub(super) struct HeldMemory {
+    budget: Arc<Budget>,
     regions: Vec<Region>,
     /// Free places in the kernel's table; `None` before there is one.
     free: Option<Vec<u16>>,
@@ -37,6 +83,11 @@ struct Region {
 }
 
 impl HeldMemory {
+    /// Nothing, of what may be held.
+    pub(super) fn new(budget: Arc<Budget>) -> Self {
+        Self { budget, regions: Vec::new(), free: None, wanting: false }
+    }
+
     /// Takes note of all regions, for [`Self::hold_more`].
     pub(super) fn hold(&mut self, memory: &GuestMemory) {
         for (start, len) in regions(memory) {
@@ -71,11 +122,17 @@ impl HeldMemory {
             }
         };
         let &place = free.last().ok_or(io::ErrorKind::QuotaExceeded)?;
-        let held = region.held();
-        let at = std::ptr::without_provenance_mut(region.start + held);
-        let piece = libc::iovec { iov_base: at, iov_len: PIECE.min(region.len - held) };
+        let (at, len) = region.piece(region.places.len());
+        if !self.budget.take((at, len)) {
+            return Err(io::Error::new(io::ErrorKind::QuotaExceeded, "it holds as much as it was allowed to"));
+        }
+        let piece = libc::iovec { iov_base: std::ptr::without_provenance_mut(at), iov_len: len };
         // SAFETY: the region is mapped until its last user has released it.
-        unsafe { submitter.register_buffers_update(u32::from(place), &[piece], None)? };
+        let registered = unsafe { submitter.register_buffers_update(u32::from(place), &[piece], None) };
+        if let Err(error) = registered {
+            self.budget.give_back((at, len));
+            return Err(error);
+        }
         free.pop();
         region.places.push(place);
         region.refused = false;
@@ -91,11 +148,13 @@ impl HeldMemory {
             if self.regions[index].users > 0 {
                 continue;
             }
-            for place in self.regions.swap_remove(index).places {
+            let region = self.regions.swap_remove(index);
+            for (piece, &place) in region.places.iter().enumerate() {
                 let nothing = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
                 // SAFETY: nothing is held in place of the piece.
                 let emptied = unsafe { submitter.register_buffers_update(u32::from(place), &[nothing], None) };
                 debug_assert!(emptied.is_ok(), "{emptied:?}");
+                self.budget.give_back(region.piece(piece));
                 self.free.get_or_insert_default().push(place);
             }
         }
@@ -132,6 +191,12 @@ impl Region {
 
     fn held(&self) -> usize {
         (self.places.len() * PIECE).min(self.len)
+    }
+
+    /// Address and length of a piece.
+    fn piece(&self, index: usize) -> (usize, usize) {
+        let at = index * PIECE;
+        (self.start + at, PIECE.min(self.len - at))
     }
 }
 

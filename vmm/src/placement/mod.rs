@@ -77,8 +77,8 @@ fn common_arguments(name: &str, reactors: &ReactorOptions, queues: usize, stats:
         let cpus: Vec<_> = reactors.affinity.iter().map(ToString::to_string).collect();
         words.extend(["--io-affinity".into(), cpus.join(",")]);
     }
-    if reactors.hold_memory {
-        words.push("--hold-memory".into());
+    if reactors.hold_memory > 0 {
+        words.push(format!("--hold-memory={}", reactors.hold_memory));
     }
     if stats {
         words.push("--stats".into());
