@@ -28,8 +28,9 @@ const NO_OFFSET: u64 = u64::MAX;
 
 /// An event that somebody else holds as well, and may have made anything of.
 pub struct SharedEvent {
-    fd: OwnedFd,
     way: OnceLock<Way>,
+    /// What the way is made of when it is needed, if that was put off.
+    later: Option<OwnedFd>,
 }
 
 /// How it is raised.
@@ -38,7 +39,7 @@ enum Way {
     Eventfd(Mutex<IoUring>),
     /// A pipe, by a description that only this process has.
     Pipe(File),
-    Socket,
+    Socket(OwnedFd),
 }
 
 impl Way {
@@ -59,7 +60,7 @@ impl Way {
                 let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
                 Ok(Self::Pipe(OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(path)?))
             }
-            FileType::Socket => Ok(Self::Socket),
+            FileType::Socket => Ok(Self::Socket(fd.try_clone_to_owned()?)),
             _ => Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not an eventfd, a pipe or a socket")),
         }
     }
@@ -72,7 +73,7 @@ impl SharedEvent {
     /// `InvalidInput` if it is none of these; else what the host says.
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
         let way = Way::of(fd.as_fd())?;
-        Ok(Self { fd, way: way.into() })
+        Ok(Self { way: way.into(), later: None })
     }
 
     /// Another handle to an eventfd of ours that somebody else was given. What raising it takes is made when it is raised first.
@@ -80,21 +81,22 @@ impl SharedEvent {
     /// # Errors
     /// When the process has no descriptor left.
     pub fn of(event: &EventFd) -> io::Result<Self> {
-        Ok(Self { fd: borrow(event).try_clone_to_owned()?, way: OnceLock::new() })
+        Ok(Self { way: OnceLock::new(), later: Some(borrow(event).try_clone_to_owned()?) })
     }
 
     /// Raises it, and never waits: what is full is raised already.
     pub fn raise(&self) {
-        let made = match self.way.get() {
-            Some(_) => Ok(()),
-            None => Way::of(self.fd.as_fd()).map(|way| drop(self.way.set(way))),
+        let made = match (self.way.get(), &self.later) {
+            (None, Some(fd)) => Way::of(fd.as_fd()).map(|way| drop(self.way.set(way))),
+            _ => Ok(()),
         };
         let raised = made.and_then(|()| match self.way.get() {
             Some(Way::Eventfd(ring)) => signal(&mut ring.lock().unwrap_or_else(PoisonError::into_inner)),
             Some(Way::Pipe(pipe)) => (&*pipe).write(&ONE).map(drop),
-            Some(Way::Socket) | None => {
-                Ok(rustix::net::send(&self.fd, &ONE, SendFlags::DONTWAIT | SendFlags::NOSIGNAL).map(drop)?)
+            Some(Way::Socket(socket)) => {
+                Ok(rustix::net::send(socket, &ONE, SendFlags::DONTWAIT | SendFlags::NOSIGNAL).map(drop)?)
             }
+            None => Ok(()),
         });
         match raised {
             Ok(()) => {}
@@ -125,13 +127,7 @@ fn signal(ring: &mut IoUring) -> io::Result<()> {
 
 impl fmt::Debug for SharedEvent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("SharedEvent").field(&self.fd).finish()
-    }
-}
-
-impl AsFd for SharedEvent {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+        f.write_str("SharedEvent")
     }
 }
 
