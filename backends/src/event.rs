@@ -18,7 +18,8 @@ use io_uring::{IoUring, opcode};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, OFlags};
 use rustix::io::ReadWriteFlags;
-use rustix::net::SendFlags;
+use rustix::net::sockopt::socket_domain;
+use rustix::net::{AddressFamily, SendFlags};
 use vmm_sys_util::eventfd::EventFd;
 
 /// What is written to pipes and sockets: the bytes that an eventfd would take.
@@ -60,14 +61,15 @@ impl Way {
                 let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
                 Ok(Self::Pipe(OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(path)?))
             }
-            FileType::Socket => Ok(Self::Socket(fd.try_clone_to_owned()?)),
-            _ => Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not an eventfd, a pipe or a socket")),
+            // Closing one of the network may wait for its peer.
+            FileType::Socket if socket_domain(fd)? == AddressFamily::UNIX => Ok(Self::Socket(fd.try_clone_to_owned()?)),
+            _ => Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not an eventfd, a pipe or a Unix socket")),
         }
     }
 }
 
 impl SharedEvent {
-    /// An eventfd, a pipe or a socket that came from somebody else, ready to be raised.
+    /// An eventfd, a pipe or a Unix socket that came from somebody else, ready to be raised.
     ///
     /// # Errors
     /// `InvalidInput` if it is none of these; else what the host says.
@@ -247,10 +249,11 @@ mod tests {
     }
 
     #[test]
-    fn what_could_wait_for_a_file_system_is_no_event() {
-        for path in ["/dev/null", "/proc/self/exe"] {
-            let error = SharedEvent::new(File::open(path).unwrap().into()).unwrap_err();
-            assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{path}");
+    fn what_could_wait_for_a_file_system_or_a_peer_is_no_event() {
+        let wrong = ["/dev/null", "/proc/self/exe"].map(|path| OwnedFd::from(File::open(path).unwrap()));
+        let network = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        for fd in wrong.into_iter().chain([network.into()]) {
+            assert_eq!(SharedEvent::new(fd).unwrap_err().kind(), io::ErrorKind::InvalidInput);
         }
     }
 }

@@ -92,7 +92,7 @@ fn memory_that_somebody_stands_behind_is_refused() {
     ] {
         assert!(!client.try_tell(request, &body, &[file.as_fd()]), "{request:?}");
     }
-    assert_eq!(target.daemon.count("neither shared memory nor"), 3);
+    target.daemon.wait_for("neither shared memory nor", 3);
     client.send(FrontendReq::SET_LOG_BASE, &longs(&[4096, 0]), &[file.as_fd()]);
     assert!(client.is_dropped());
     target.is_well();
@@ -275,9 +275,11 @@ fn descriptors_whose_close_waits_keep_nobody_waiting() {
     ] {
         let (socket, peer) = lingering();
         peers.push(peer);
-        assert!(client.send_code(request.into(), common::client::NEED_REPLY, &body, &[socket.as_fd()]));
-        // The daemon's is the last.
+        let header = Client::header(request.into(), common::client::VERSION | common::client::NEED_REPLY, body.len());
+        assert!(client.raw(&header, &[socket.as_fd()]));
+        // Before the message is complete, so that the daemon's is the last.
         drop(socket);
+        assert!(client.raw(&body, &[]));
         let (code, answer, _) = client.receive().expect("an answer");
         assert_eq!((code, answer), (request.into(), longs(&[1])), "it is refused");
         ring.works(5);
