@@ -4,6 +4,7 @@
 //! another one of the storage, and keeps its state in [`Storage::Op`], which lives in the request's slot. So a request costs no allocation and no task,
 //! and a format that needs several steps (tables before data) is a longer machine of the same shape.
 
+mod bounce;
 pub mod null;
 pub mod raw;
 mod share;

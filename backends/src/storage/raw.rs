@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
+use super::bounce::Bounce;
 use super::share::{Part, Wait, Want};
 use super::spot::{self, Spot};
 use super::{Geometry, Progress, Storage};
@@ -195,8 +196,8 @@ impl Raw {
     }
 
     fn push_bounce_write(&mut self, op: &mut RawOp, data: &GuestIo, io: &mut Io<'_>) {
-        let skip = (op.offset - op.bounce.offset) as usize;
-        let count = op.left.min((op.bounce.len - skip) as u64) as usize;
+        let skip = (op.offset - op.bounce.offset()) as usize;
+        let count = op.left.min((op.bounce.len() - skip) as u64) as usize;
         let part = &mut op.bounce.bytes_mut()[skip..skip + count];
         if matches!(op.kind, Kind::Write) {
             data.copy_to(part);
@@ -205,7 +206,7 @@ impl Raw {
         }
         op.stage = Stage::Bounced;
         // SAFETY: the buffer is kept in the operation's state until it is resumed, and the file is the storage's.
-        unsafe { io.write_buf(self.file.as_fd(), op.bounce.bytes(), op.bounce.offset, op.durable) };
+        unsafe { io.write_buf(self.file.as_fd(), op.bounce.bytes(), op.bounce.offset(), op.durable) };
     }
 
     /// Takes a buffer that the rest of the operation can be bounced in, part by part. Its progress instead, if it has to wait for
@@ -219,7 +220,7 @@ impl Raw {
         {
             return Some(progress);
         }
-        if op.bounce.len == 0 {
+        if op.bounce.len() == 0 {
             op.bounce = Bounce::new(room as usize, align);
         }
         None
@@ -294,14 +295,14 @@ impl Raw {
                 self.advance(op, data, count);
             }
             Stage::ReadFirst => {
-                if count < op.bounce.len as u64 {
+                if count < op.bounce.len() as u64 {
                     return self.end(op, Err(short()));
                 }
                 self.push_bounce_write(op, data, io);
                 return Progress::Pending;
             }
             Stage::Bounced => {
-                let skip = op.offset - op.bounce.offset;
+                let skip = op.offset - op.bounce.offset();
                 let count = count.saturating_sub(skip).min(op.left);
                 if count == 0 {
                     return self.end(op, Err(short()));
@@ -496,36 +497,6 @@ impl RawOp {
             Want::Memory(bytes) => self.memory = bytes,
             Want::Range(start, end) => self.held = Some((start, end)),
         }
-    }
-}
-
-/// An aligned buffer that stands for the bytes of the file from `offset` on.
-#[derive(Debug, Default)]
-struct Bounce {
-    memory: Vec<u8>,
-    start: usize,
-    len: usize,
-    offset: u64,
-}
-
-impl Bounce {
-    fn new(len: usize, align: usize) -> Self {
-        let memory = vec![0; len + align - 1];
-        let start = memory.as_ptr().align_offset(align);
-        Self { memory, start, len, offset: 0 }
-    }
-
-    fn stand_for(&mut self, (start, end): (u64, u64)) {
-        self.offset = start;
-        self.len = (end - start) as usize;
-    }
-
-    fn bytes(&self) -> &[u8] {
-        &self.memory[self.start..self.start + self.len]
-    }
-
-    fn bytes_mut(&mut self) -> &mut [u8] {
-        &mut self.memory[self.start..self.start + self.len]
     }
 }
 
