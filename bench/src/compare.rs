@@ -143,9 +143,8 @@ fn differences(a: &Document, b: &Document) -> Vec<String> {
             lines.push(format!("NOT COMPLETE: {name}: {why}"));
         }
         lines.extend(document.removed.iter().map(|removed| format!("TAKEN OUT: {name}: {removed}")));
-        if let Some(lost) = table::lost(document).filter(|lost| lost.is_grave) {
-            lines.push(format!("steal: {name}: {}", lost.text));
-        }
+        let grave = table::lost(document).into_iter().filter(|lost| lost.is_grave);
+        lines.extend(grave.map(|lost| format!("{}: {name}: {}", lost.what, lost.text)));
     }
     lines
 }

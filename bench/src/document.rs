@@ -256,6 +256,9 @@ pub struct Run {
     /// What part of the CPU time that all of the machine wanted meanwhile its host took away, in per cent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub steal_percent: Option<f64>,
+    /// What part of the time of all CPUs other programs of the machine took, in per cent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub others_percent: Option<f64>,
     /// Exits of the guest, by KVM's own count.
     pub exits: Option<u64>,
     /// Notifications that the guest has sent.
@@ -481,7 +484,8 @@ impl Run {
             carried: sample.carried,
             cpu_ns: sample.cpu.map(nanoseconds),
             vcpu_ns: vm.and_then(|vm| vm.vcpu).map(nanoseconds),
-            steal_percent: sample.steal.map(|lost| (lost * 1e4).round() / 1e2),
+            steal_percent: sample.steal.map(percent),
+            others_percent: sample.others.map(percent),
             exits: vm.and_then(|vm| vm.exits),
             kicks: number("kicks"),
             irqs: number("irqs"),
@@ -530,6 +534,11 @@ impl Counted {
     pub fn per_op(&self, count: Option<u64>) -> Option<f64> {
         count.filter(|_| self.ops != 0).map(|count| count as f64 / self.ops as f64)
     }
+}
+
+/// A part in per cent, with two digits.
+fn percent(part: f64) -> f64 {
+    (part * 1e4).round() / 1e2
 }
 
 /// The steps of guests are ticks of a TSC whose rate is measured at each boot: rounded, those of all runs are the same.
@@ -630,19 +639,19 @@ pub(crate) mod tests {
         }
         fs::write(&path, value.to_string()).unwrap();
         let old = Document::read(&path).unwrap();
-        assert!(old.steal.is_none() && old.removed.is_empty() && old.lost(3.0).is_none());
+        assert!(old.steal.is_none() && old.removed.is_empty() && old.most_lost(3.0, |run| run.steal_percent).is_none());
         assert_eq!(serde_json::to_value(&old).unwrap(), value);
     }
 
     #[test]
     fn what_runs_lost_to_the_host_is_found() {
         let mut document = sample_document();
-        let lost = document.lost(3.0).unwrap();
+        let lost = document.most_lost(3.0, |run| run.steal_percent).unwrap();
         assert_eq!((lost.above, lost.most), (0, 0.5));
         document.series[2].runs[1].steal_percent = Some(40.0);
         document.series[4].runs[0].steal_percent = Some(3.01);
         document.series[4].runs[1].steal_percent = None;
-        let lost = document.lost(3.0).unwrap();
+        let lost = document.most_lost(3.0, |run| run.steal_percent).unwrap();
         assert_eq!((lost.above, lost.most, lost.worst.name.as_str()), (2, 40.0, "ringvm, daemon"));
     }
 

@@ -66,9 +66,9 @@ pub fn render(document: &Document) -> String {
         }
         page += "</ul></div>\n";
     }
-    if let Some(lost) = table::lost(document) {
+    for lost in table::lost(document) {
         let class = if lost.is_grave { "warning" } else { "note" };
-        let _ = writeln!(page, "<p class=\"{class}\"><strong>Steal:</strong> {}</p>", escape(&lost.text));
+        let _ = writeln!(page, "<p class=\"{class}\"><strong>{}:</strong> {}</p>", lost.what, escape(&lost.text));
     }
     page += &body;
     page += &facts::render(document);
@@ -112,7 +112,7 @@ mod tests {
         }
         assert!(page.contains("<svg") && page.contains("prefers-color-scheme: dark"));
         assert!(page.contains("<li>qemu at depth 1: it &lt;died&gt;</li>"), "{page}");
-        assert!(page.contains("<p class=\"warning\"><strong>Steal:</strong> Of the runs that count 1 lost"), "{page}");
+        assert!(page.contains("<p class=\"warning\"><strong>steal:</strong> Of the runs that count 1 lost"), "{page}");
         assert!(page.contains("interrupted &lt;b&gt;") && page.contains("/d/&lt;x&gt;&amp;.img"), "{page}");
     }
 

@@ -39,6 +39,7 @@ use crate::net::interface::Interface;
 use crate::plan::{self, Contender, Plan, Size, Turns};
 use crate::run::{Look, Sample, VmSample};
 use crate::scratch::{Scratch, Wanted};
+use crate::steal::{self, Shares};
 use crate::vmm::{Against, Contestant, Disk, Kind, Nic, Vm, found};
 
 /// The name of the reference in tables and reports.
@@ -290,8 +291,11 @@ impl Measure<'_> {
         turns.take(
             document,
             |contender| {
+                let shares = Shares::now();
                 let guest = self.one(contender, Look::Plain)?;
-                let figures = self.figures(contender, &guest)?;
+                let others = steal::taken_since(shares);
+                let mut figures = self.figures(contender, &guest)?;
+                figures.iter_mut().for_each(|(_, sample)| sample.others = others);
                 // A step that lost much is not made good by others that lost nothing.
                 let lost = figures.iter().filter_map(|(_, sample)| sample.steal).max_by(f64::total_cmp);
                 Ok((figures, lost))

@@ -18,7 +18,7 @@ use crate::cli::{Counting, Others, Output};
 use crate::counter::Counter;
 use crate::document::{Counted, Document, Job, Point, Series};
 use crate::run::Sample;
-use crate::steal::{self, Ticks};
+use crate::steal::{self, Shares, Ticks};
 use crate::vmm::{Against, Contestant, Kind, Vm, found};
 use crate::{guest, host, report, signals, strace};
 
@@ -306,10 +306,10 @@ impl Plan {
         turns.take(
             document,
             |contender| {
-                let before = Ticks::now();
+                let (before, shares) = (Ticks::now(), Shares::now());
                 let sample = measure.run(contender)?;
-                let steal = steal::lost_since(before);
-                Ok((Sample { steal, ..sample }, steal))
+                let (steal, others) = (steal::lost_since(before), steal::taken_since(shares));
+                Ok((Sample { steal, others, ..sample }, steal))
             },
             |document, contender, sample| series(document, contender, &|series| series.add(&sample)),
         )?;

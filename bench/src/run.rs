@@ -56,6 +56,8 @@ pub struct Sample {
     pub cpu: Option<Duration>,
     /// What part of the CPU time that all of the machine wanted meanwhile its host took away, where that is known.
     pub steal: Option<f64>,
+    /// What part of the time of all CPUs other programs took, where that is known.
+    pub others: Option<f64>,
     /// System calls, of who measures without a VM.
     pub syscalls: Option<u64>,
     /// Bytes that were moved, where operations do not say.

@@ -119,25 +119,53 @@ pub(crate) fn machine(machine: &Machine) -> String {
     format!("{} x {}, Linux {}", machine.cpus, machine.cpu, machine.kernel)
 }
 
-/// Said of a document that is not all that was planned, and of CPU time that its runs have lost.
+/// Said of a document that is not all that was planned, and of CPU time that its runs had to do without.
 pub(crate) fn warnings(document: &Document) -> String {
     let incomplete = document.incomplete.iter().map(|why| format!("NOT COMPLETE: {why}\n"));
     let removed = document.removed.iter().map(|removed| format!("TAKEN OUT: {removed}\n"));
-    let lost = lost(document).into_iter().map(|lost| format!("steal: {}\n", lost.text));
+    let lost = lost(document).into_iter().map(|lost| format!("{}: {}\n", lost.what, lost.text));
     incomplete.chain(removed).chain(lost).collect()
 }
 
-/// What is to be said of CPU time that runs have lost to the host.
+/// What other programs may take of all CPUs, in per cent, before that is said.
+const LIMIT_OF_OTHERS: f64 = 10.0;
+
+/// What is to be said of CPU time that runs had to do without.
 pub(crate) struct LostText {
+    /// Of what kind.
+    pub(crate) what: &'static str,
     pub(crate) text: String,
     /// Whether some of what counts has lost too much.
     pub(crate) is_grave: bool,
 }
 
-/// Said of what the host took away, and what was done about it; `None` if nobody looked.
-pub(crate) fn lost(document: &Document) -> Option<LostText> {
+/// Said of what the host and other programs took, if that was looked at.
+pub(crate) fn lost(document: &Document) -> Vec<LostText> {
+    stolen(document).into_iter().chain(taken(document)).collect()
+}
+
+/// Said of programs that took much meanwhile.
+fn taken(document: &Document) -> Option<LostText> {
+    let lost = document.most_lost(LIMIT_OF_OTHERS, |run| run.others_percent).filter(|lost| lost.above != 0)?;
+    let text = format!(
+        "Other programs took more than {LIMIT_OF_OTHERS} % of all CPUs during {}, up to {:.0} % ({} at {}): measure again when this \
+         machine is less busy.",
+        match lost.above {
+            1 => "one run that counts".to_owned(),
+            above => format!("{above} runs that count"),
+        },
+        lost.most,
+        lost.worst.name,
+        label(&lost.worst.point)
+    );
+    Some(LostText { what: "others", text, is_grave: true })
+}
+
+/// Said of what the host took away, and what was done about it.
+fn stolen(document: &Document) -> Option<LostText> {
     let steal = document.steal?;
-    let (limit, lost) = (steal.limit_percent, document.lost(steal.limit_percent)?);
+    let limit = steal.limit_percent;
+    let lost = document.most_lost(limit, |run| run.steal_percent)?;
     let repeated = match steal.repeated {
         0 => String::new(),
         1 => format!("one run that lost more than {limit} % of its CPU time to the host was repeated. "),
@@ -152,7 +180,7 @@ pub(crate) fn lost(document: &Document) -> Option<LostText> {
              less busy."
         ),
     };
-    Some(LostText { text: repeated + &kept, is_grave: lost.above != 0 })
+    Some(LostText { what: "steal", text: repeated + &kept, is_grave: lost.above != 0 })
 }
 
 /// A point in a few words.
@@ -229,10 +257,17 @@ mod tests {
         );
         document.series.iter_mut().flat_map(|series| &mut series.runs).for_each(|run| run.steal_percent = Some(0.0));
         document.steal.as_mut().unwrap().repeated = 1;
-        let text = lost(&document).unwrap().text;
+        let text = &lost(&document)[0].text;
         assert!(text.starts_with("one run that lost") && text.ends_with("No run that counts lost any."), "{text}");
+        document.series[4].runs[0].others_percent = Some(48.8);
+        assert_eq!(
+            lost(&document)[1].text,
+            "Other programs took more than 10 % of all CPUs during one run that counts, up to 49 % (ringvm at rand-read 4 KiB, depth \
+             32): measure again when this machine is less busy."
+        );
         document.steal = None;
-        assert!(lost(&document).is_none());
+        document.series[4].runs[0].others_percent = Some(9.0);
+        assert!(lost(&document).is_empty());
     }
 
     #[test]

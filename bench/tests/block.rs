@@ -282,7 +282,9 @@ fn what_the_host_took_away_is_told() {
     assert_eq!(said.lines().filter(|line| line.starts_with("steal: ")).count(), 1, "{said}");
     assert!(result["steal"]["repeated"].is_u64() && result["steal"]["limit_percent"] == 3.0, "{result}");
     for run in result["series"].as_array().unwrap().iter().flat_map(|series| series["runs"].as_array().unwrap()) {
-        assert!((0.0..=100.0).contains(&run["steal_percent"].as_f64().unwrap()), "{run}");
+        for part in ["steal_percent", "others_percent"] {
+            assert!((0.0..=100.0).contains(&run[part].as_f64().unwrap()), "{run}");
+        }
     }
 }
 

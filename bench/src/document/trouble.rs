@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Document, Series};
+use super::{Document, Run, Series};
 use crate::steal;
 
 /// A contestant that failed and was not measured from then on.
@@ -27,12 +27,12 @@ pub struct Steal {
     pub repeated: u64,
 }
 
-/// What the runs of a document have lost to the host.
+/// What the runs of a document have lost, to the host or to other programs.
 #[derive(Clone, Copy, Debug)]
 pub struct Lost<'a> {
     /// How many lost more than they should.
     pub above: usize,
-    /// The most, in per cent of a run's CPU time.
+    /// The most, in per cent.
     pub most: f64,
     /// Where that was.
     pub worst: &'a Series,
@@ -51,10 +51,10 @@ impl Document {
         self.removed.iter().any(|removed| removed.name == name)
     }
 
-    /// What the runs have lost to the host; `None` if no run tells.
-    pub fn lost(&self, limit_percent: f64) -> Option<Lost<'_>> {
-        let all = self.series.iter().flat_map(|series| series.runs.iter().map(move |run| (run.steal_percent, series)));
-        let told: Vec<_> = all.filter_map(|(lost, series)| Some((lost?, series))).collect();
+    /// What the runs have lost of some kind; `None` if no run tells.
+    pub fn most_lost(&self, limit_percent: f64, kind: impl Fn(&Run) -> Option<f64>) -> Option<Lost<'_>> {
+        let all = self.series.iter().flat_map(|series| series.runs.iter().map(move |run| (run, series)));
+        let told: Vec<_> = all.filter_map(|(run, series)| Some((kind(run)?, series))).collect();
         let above = told.iter().filter(|(lost, _)| *lost > limit_percent).count();
         let (most, worst) = told.into_iter().max_by(|one, other| one.0.total_cmp(&other.0))?;
         Some(Lost { above, most, worst })
