@@ -124,7 +124,8 @@ impl Msix {
         let mut touched = None;
         for (at, &byte) in (offset as usize..).zip(data) {
             let (index, place) = (at / ENTRY, at % ENTRY);
-            let Some(vector) = self.vectors.get_mut(index) else { return };
+            // What the access has written before it runs off the table counts.
+            let Some(vector) = self.vectors.get_mut(index) else { break };
             if touched.is_some_and(|touched| touched != index) {
                 // An access across two entries is none (6.8.2): the rest is dropped.
                 break;
@@ -253,5 +254,20 @@ mod tests {
         assert_eq!(data[4..], [1, 0, 0, 0], "only the mask bit of vector control can be written");
         msix.read_table(16, &mut data);
         assert_eq!(data, [0; 8], "an access across two entries stops at the first");
+    }
+
+    #[test]
+    fn a_write_that_runs_off_the_table_still_counts_for_the_last_entry() {
+        let platform = FakePlatform::default();
+        let (mut msix, mut space) = msix(&platform);
+        control(&mut msix, &mut space, CONTROL_ENABLE);
+        program(&mut msix, 2, 0);
+        assert_eq!(platform.routes.lock().unwrap()[2], Some(MESSAGE));
+        // Vector control of the last entry, and four bytes that are no entry's.
+        msix.write_table(2 * 16 + 12, &[1, 0, 0, 0, 0, 0, 0, 0]);
+        let mut mask = [0; 4];
+        msix.read_table(2 * 16 + 12, &mut mask);
+        assert_eq!(mask, [1, 0, 0, 0]);
+        assert_eq!(platform.routes.lock().unwrap()[2], None, "the mask bit and the route agree");
     }
 }
