@@ -13,6 +13,7 @@ pub mod event;
 pub mod guest_io;
 pub mod histogram;
 pub mod inflight;
+pub mod inherited;
 pub mod interrupt;
 pub mod io;
 pub mod keyval;

@@ -667,7 +667,7 @@ fn options_that_can_not_be_are_refused_in_one_line() {
         NetOptions { loopback: false, tap: Some(name.into()), ..loopback() }.validate().unwrap();
     }
     expect(refusal(|o| (o.loopback, o.fds) = (false, vec![3, 4])), "2 descriptors for queues=1");
-    expect(refusal(|o| (o.loopback, o.fds) = (false, vec![1])), "0, 1 and 2 are for");
+    expect(refusal(|o| (o.loopback, o.fds) = (false, vec![1])), "a standard stream (0, 1 and 2)");
     expect(refusal(|o| (o.loopback, o.fds) = (false, vec![99_999])), "fd 99999: using the descriptor");
     expect(refusal(|o| (o.loopback, o.link) = (false, Some("/nowhere/x".into()))), "taking a side of the link");
     for mac in

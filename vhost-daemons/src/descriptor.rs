@@ -1,8 +1,8 @@
-//! Descriptors that come from elsewhere: with a message, or from whoever started this process. Nothing about them is believed.
+//! Descriptors that come with a message. Nothing about them is believed.
 #![allow(unsafe_code, reason = "descriptors by number have no owner yet")]
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 
 use ringvm_backends::event::SharedEvent;
@@ -28,20 +28,4 @@ pub(crate) fn doorbell(fd: &OwnedFd) -> io::Result<EventFd> {
     let copy = fd.try_clone()?;
     // SAFETY: the descriptor is open, and given away.
     Ok(unsafe { EventFd::from_raw_fd(copy.into_raw_fd()) })
-}
-
-/// Takes a descriptor that this process was started with.
-///
-/// # Errors
-/// When there is none of that number, or it is a standard stream.
-pub(crate) fn inherited(number: RawFd) -> io::Result<OwnedFd> {
-    if number <= 2 {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is a standard stream"));
-    }
-    // SAFETY: asking for the flags of a number that may be none is what the call is for.
-    if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: it is open, and inherited: nothing in this process has made it, and every number is taken once.
-    Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }

@@ -52,7 +52,7 @@ pub struct ServeOptions {
 }
 
 impl ServeOptions {
-    /// Takes the sockets that this process was started with, before it opens anything that could be mistaken for one.
+    /// Takes the sockets that this process was started with.
     pub(crate) fn inherit(&self, devices: usize) -> Result<Vec<Source>, String> {
         let activated = if self.socket.is_empty() && self.fd.is_empty() { activated() } else { Vec::new() };
         let fds = if self.fd.is_empty() { &activated } else { &self.fd };

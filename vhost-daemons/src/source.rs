@@ -8,13 +8,13 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use ringvm_backends::inherited;
 use rustix::event::PollFlags;
 use rustix::net::sockopt::{socket_acceptconn, socket_domain, socket_type};
 use rustix::net::{AddressFamily, SocketType};
 use thiserror::Error;
 use tracing::info;
 
-use crate::descriptor;
 use crate::mailbox::{Mailbox, Woken};
 
 /// Time between two attempts to connect, at first and at most.
@@ -71,7 +71,7 @@ impl Source {
     /// Takes an inherited socket, which listens or is connected.
     pub(crate) fn inherited(fd: RawFd) -> Result<Self, SourceError> {
         let failed = |source| SourceError::Inherited { fd, source };
-        let socket: OwnedFd = descriptor::inherited(fd).map_err(failed)?;
+        let socket: OwnedFd = inherited::take(fd).map_err(failed)?;
         if socket_domain(&socket) != Ok(AddressFamily::UNIX) || socket_type(&socket) != Ok(SocketType::STREAM) {
             return Err(SourceError::NoSocket(fd));
         }

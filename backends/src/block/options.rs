@@ -3,17 +3,18 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{AtFlags, StatxFlags};
+use rustix::fs::{AtFlags, OFlags, StatxFlags, fcntl_getfl, fcntl_setfl};
 use serde::Deserialize;
 use thiserror::Error;
 
 use crate::afterlife::outwait;
 use crate::device::Place;
+use crate::inherited;
 use crate::storage::Geometry;
 use crate::storage::null::Null;
 use crate::storage::raw::{DirectAlign, Raw};
@@ -223,34 +224,49 @@ impl BlockOptions {
         let host = |what, source: io::Error, hint| OpenError::Host { disk: self.name(), what, source, hint };
         let file = match (&self.path, self.fd) {
             (Some(path), _) => {
-                // Looked at before opening: opening a FIFO would wait for its other end.
                 let meta = std::fs::metadata(path).map_err(|e| {
                     let missing = e.kind() == io::ErrorKind::NotFound;
                     let hint = if missing { "; create it first, e.g. with truncate -s 10G" } else { "" };
                     host("opening the image", e, hint)
                 })?;
+                // Merely opening some devices does something to them.
                 self.check_kind(&meta)?;
-                let direct = if self.direct { libc::O_DIRECT } else { 0 };
-                let file = OpenOptions::new().read(true).write(!self.readonly).custom_flags(direct).open(path);
-                file.map_err(|e| match e.raw_os_error() {
-                    Some(libc::EINVAL) if self.direct => host("opening with direct=on", e, NO_DIRECT),
-                    Some(libc::EACCES | libc::EPERM | libc::EROFS) if !self.readonly => {
-                        host("opening the image for writing", e, "; check its permissions or use readonly=on")
-                    }
-                    _ => host("opening the image", e, ""),
-                })?
+                self.open_path(path)?
             }
             (None, Some(fd)) => self.inherit(fd)?,
             (None, None) => return Err(self.refuse("path= is missing, name an image file")),
         };
         let locked = outwait(&[libc::EAGAIN, libc::EACCES], || lock(&file, self.readonly));
         locked.map_err(|e| match e.raw_os_error() {
+            Some(libc::EAGAIN | libc::EACCES) if !self.readonly && is_read_locked(&file) => {
+                host("locking the image for writing", e, READ_LOCKED)
+            }
             Some(libc::EAGAIN | libc::EACCES) => {
                 host("locking the image", e, "; another process uses it, stop that one or open it readonly=on in both")
             }
             _ => host("locking the image", e, ""),
         })?;
         Ok(Some(file))
+    }
+
+    /// Opens the image without waiting for anybody, whatever has taken its place since it was looked at.
+    fn open_path(&self, path: &Path) -> Result<File, OpenError> {
+        let host = |what, source: io::Error, hint| OpenError::Host { disk: self.name(), what, source, hint };
+        let direct = if self.direct { libc::O_DIRECT } else { 0 };
+        let mut options = OpenOptions::new();
+        options.read(true).write(!self.readonly).custom_flags(direct | libc::O_NONBLOCK | libc::O_NOCTTY);
+        // EAGAIN: somebody has a lease on the file (fcntl(2), F_SETLEASE), and is being asked to give it back.
+        let file = outwait(&[libc::EAGAIN], || options.open(path)).map_err(|e| match e.raw_os_error() {
+            Some(libc::EINVAL) if self.direct => host("opening with direct=on", e, NO_DIRECT),
+            Some(libc::EACCES | libc::EPERM | libc::EROFS) if !self.readonly => {
+                host("opening the image for writing", e, "; check its permissions or use readonly=on")
+            }
+            _ => host("opening the image", e, ""),
+        })?;
+        self.check_kind(&file.metadata().map_err(|e| host("looking at the image", e, ""))?)?;
+        let flags = fcntl_getfl(&file).map_err(|e| host("asking how it was opened", e.into(), ""))?;
+        fcntl_setfl(&file, flags - OFlags::NONBLOCK).map_err(|e| host("having I/O wait", e.into(), ""))?;
+        Ok(file)
     }
 
     fn check_kind(&self, meta: &std::fs::Metadata) -> Result<(), OpenError> {
@@ -262,17 +278,13 @@ impl BlockOptions {
         Ok(())
     }
 
-    /// A descriptor of our own for an inherited one, in the mode that is asked for.
+    /// Takes an inherited descriptor, and has it in the mode that is asked for.
     fn inherit(&self, fd: RawFd) -> Result<File, OpenError> {
-        use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
         let host = |what, source: io::Error, hint| OpenError::Host { disk: self.name(), what, source, hint };
-        // SAFETY: F_DUPFD_CLOEXEC only looks the number up; a number that is not open is an error.
-        let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
-        if copy < 0 {
-            return Err(host("using the descriptor", io::Error::last_os_error(), "; inherit it open"));
-        }
-        // SAFETY: the descriptor was made just now and nobody else knows it.
-        let file = unsafe { File::from_raw_fd(copy) };
+        let file = inherited::take(fd).map(File::from).map_err(|e| match e.raw_os_error() {
+            Some(libc::EBADF) => host("using the descriptor", e, "; inherit it open"),
+            _ => host("using the descriptor", e, ""),
+        })?;
         self.check_kind(&file.metadata().map_err(|e| host("looking at the image", e, ""))?)?;
         let flags = fcntl_getfl(&file).map_err(|e| host("asking how it was opened", e.into(), ""))?;
         if flags & OFlags::RWMODE == OFlags::WRONLY || !self.readonly && flags & OFlags::RWMODE != OFlags::RDWR {
@@ -331,20 +343,34 @@ impl BlockOptions {
     }
 }
 
+const READ_LOCKED: &str = "; another process holds a read lock on it: stop that one, and if it should not have been able to, let \
+                           only this user read the image (chmod 600)";
 const NO_DIRECT: &str = "; its file system has no O_DIRECT, use direct=off or move it";
 
 /// An open-file-description lock over the whole file: exclusive for a writer, shared for readers. It ends with the file.
 fn lock(file: &File, readonly: bool) -> io::Result<()> {
-    let kind = if readonly { libc::F_RDLCK } else { libc::F_WRLCK };
-    // SAFETY: all fields of the structure are plain numbers, for which zero is valid.
-    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
-    lock.l_type = kind as i16;
-    lock.l_whence = libc::SEEK_SET as i16;
+    let lock = whole_file(if readonly { libc::F_RDLCK } else { libc::F_WRLCK });
     // SAFETY: the descriptor is open and the structure lives across the call.
     if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) } < 0 {
         return Err(io::Error::last_os_error());
     }
     Ok(())
+}
+
+/// Whether nothing but readers' locks keep a writer out. Anybody who may open the file for reading can hold one.
+fn is_read_locked(file: &File) -> bool {
+    let mut lock = whole_file(libc::F_WRLCK);
+    // SAFETY: the descriptor is open, and the structure lives across the call, which writes to it.
+    let asked = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) };
+    asked == 0 && i32::from(lock.l_type) == libc::F_RDLCK
+}
+
+fn whole_file(kind: libc::c_int) -> libc::flock {
+    // SAFETY: all fields of the structure are plain numbers, for which zero is valid.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = kind as i16;
+    lock.l_whence = libc::SEEK_SET as i16;
+    lock
 }
 
 /// Whether holes can be punched, tried where nothing is: behind the end of the file.
@@ -355,4 +381,117 @@ fn can_punch(file: &File, size: u64) -> bool {
         return true;
     }
     rustix::fs::fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, size, 4096).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+    use std::os::unix::ffi::OsStrExt;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use rustix::fs::{CWD, FileType, RenameFlags};
+
+    use super::*;
+
+    fn image(dir: &Path) -> BlockOptions {
+        let path = dir.join("x.img");
+        File::create(&path).and_then(|file| file.set_len(1 << 20)).unwrap();
+        BlockOptions { path: Some(path), ..BlockOptions::default() }
+    }
+
+    fn error(options: &BlockOptions) -> String {
+        let error = options.open_image().expect_err("it is refused").to_string();
+        assert!(!error.contains('\n'), "{error}");
+        error
+    }
+
+    #[test]
+    fn an_inherited_image_is_owned_and_gone_with_its_owner() {
+        let dir = tempfile::tempdir_in(crate::scratch_dir()).unwrap();
+        let path = image(dir.path()).path.unwrap();
+        // Inherited descriptors are not closed on exec, or they would not have been inherited.
+        let file = OpenOptions::new().read(true).write(true).open(&path).unwrap();
+        rustix::io::fcntl_setfd(&file, rustix::io::FdFlags::empty()).unwrap();
+        let number = inherited::leave(OwnedFd::from(file));
+        let options = BlockOptions { fd: Some(number), ..BlockOptions::default() };
+        let open = options.open_image().unwrap().unwrap();
+        let leads_here = || {
+            let links = std::fs::read_dir("/proc/self/fd")
+                .unwrap()
+                .filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok());
+            links.filter(|link| link.as_os_str().as_bytes() == path.as_os_str().as_bytes()).count()
+        };
+        assert_eq!((open.as_raw_fd(), leads_here()), (number, 1), "the number itself, and no copy of it");
+        assert!(
+            rustix::io::fcntl_getfd(&open).unwrap().contains(rustix::io::FdFlags::CLOEXEC),
+            "children do not get it"
+        );
+        let twice = error(&options);
+        assert!(twice.contains(&format!("fd {number}")) && twice.contains("named twice"), "{twice}");
+        drop(open);
+        assert_eq!(leads_here(), 0);
+    }
+
+    #[test]
+    fn a_fifo_that_takes_the_images_place_does_not_hang_the_start() {
+        let dir = tempfile::tempdir_in(crate::scratch_dir()).unwrap();
+        // A reader of a FIFO waits for a writer; somebody who opens it for both does not.
+        let options = BlockOptions { readonly: true, ..image(dir.path()) };
+        let (path, fifo) = (options.path.clone().unwrap(), dir.path().join("fifo"));
+        rustix::fs::mknodat(CWD, &fifo, FileType::Fifo, 0o600.into(), 0).unwrap();
+        let over = AtomicBool::new(false);
+        let (done, told) = mpsc::channel();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    rustix::fs::renameat_with(CWD, &fifo, CWD, &path, RenameFlags::EXCHANGE).unwrap();
+                }
+            });
+            scope.spawn(move || {
+                let (mut opened, mut refused) = (0, 0);
+                for _ in 0..5000 {
+                    match options.open_image() {
+                        Ok(_) => opened += 1,
+                        Err(error) => {
+                            assert!(error.to_string().contains("a special file"), "{error}");
+                            refused += 1;
+                        }
+                    }
+                }
+                done.send((opened, refused)).unwrap();
+            });
+            let ended = told.recv_timeout(Duration::from_secs(60));
+            over.store(true, Ordering::Relaxed);
+            if ended.is_err() {
+                // Lets the one that hangs go on.
+                for path in [dir.path().join("fifo"), dir.path().join("x.img")] {
+                    drop(OpenOptions::new().read(true).write(true).open(path));
+                }
+            }
+            println!("{ended:?} (opened, refused)");
+            ended.expect("no start hangs");
+        });
+        let options = image(&std::fs::create_dir(dir.path().join("still")).map(|()| dir.path().join("still")).unwrap());
+        let open = options.open_image().unwrap().unwrap();
+        assert!(!fcntl_getfl(&open).unwrap().contains(OFlags::NONBLOCK));
+    }
+
+    #[test]
+    fn a_readers_lock_is_told_from_a_writers() {
+        let dir = tempfile::tempdir_in(crate::scratch_dir()).unwrap();
+        let writer = image(dir.path());
+        let reader = BlockOptions { readonly: true, ..writer.clone() };
+        let open = reader.open_image().unwrap();
+        let said = error(&writer);
+        assert!(said.contains("read lock") && said.contains("chmod 600"), "{said}");
+        drop(open);
+        let open = writer.open_image().unwrap();
+        for options in [&writer, &reader] {
+            let said = error(options);
+            assert!(said.contains("another process uses it") && !said.contains("read lock"), "{said}");
+        }
+        drop(open);
+    }
 }

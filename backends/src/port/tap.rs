@@ -4,8 +4,9 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::marker::PhantomData;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,9 +16,47 @@ use thiserror::Error;
 
 use super::{Ends, Filter, Offloads, Port};
 use crate::afterlife::outwait;
+use crate::inherited;
 
 /// Bytes of the header in front of each frame (`struct virtio_net_hdr_v1`).
 const HEADER_LEN: libc::c_int = 12;
+
+/// An ioctl, and what it takes: the address of a `T` that the kernel reads or fills in.
+struct Request<T>(libc::c_ulong, PhantomData<T>);
+
+impl<T> Request<T> {
+    /// # Safety
+    /// The kernel must read and write no more than a `T` for it, and leave a `T` behind.
+    const unsafe fn new(number: libc::c_ulong) -> Self {
+        Self(number, PhantomData)
+    }
+
+    fn call(&self, file: &impl AsRawFd, argument: &mut T) -> io::Result<()> {
+        // SAFETY: the argument is what the request takes, and borrowed across the call.
+        check(unsafe { libc::ioctl(file.as_raw_fd(), self.0, std::ptr::from_mut(argument)) })
+    }
+}
+
+// SAFETY: tun(4) takes an int for these (`get_user`, `put_user` in drivers/net/tun.c and tap.c).
+const SET_HEADER_LEN: Request<libc::c_int> = unsafe { Request::new(libc::TUNSETVNETHDRSZ) };
+// SAFETY: likewise.
+const GET_SEND_BUFFER: Request<libc::c_int> = unsafe { Request::new(libc::TUNGETSNDBUF) };
+// SAFETY: tun(4) and netdevice(7) take a `struct ifreq` for these, every bit pattern of which is one.
+const SET_INTERFACE: Request<libc::ifreq> = unsafe { Request::new(libc::TUNSETIFF) };
+// SAFETY: likewise.
+const GET_INTERFACE: Request<libc::ifreq> = unsafe { Request::new(libc::TUNGETIFF) };
+// SAFETY: likewise.
+const SET_QUEUE: Request<libc::ifreq> = unsafe { Request::new(libc::TUNSETQUEUE) };
+// SAFETY: likewise.
+const GET_MTU: Request<libc::ifreq> = unsafe { Request::new(libc::SIOCGIFMTU) };
+// SAFETY: likewise.
+const SET_MTU: Request<libc::ifreq> = unsafe { Request::new(libc::SIOCSIFMTU) };
+// SAFETY: likewise.
+const GET_FLAGS: Request<libc::ifreq> = unsafe { Request::new(libc::SIOCGIFFLAGS) };
+// SAFETY: likewise.
+const SET_FLAGS: Request<libc::ifreq> = unsafe { Request::new(libc::SIOCSIFFLAGS) };
+// SAFETY: tun(4) reads the two numbers and as many addresses as `count` says, of which there are never more than places.
+const SET_FILTER: Request<TunFilter> = unsafe { Request::new(libc::TUNSETTXFILTER) };
 
 /// Why a tap can't be had.
 #[derive(Debug, Error)]
@@ -87,28 +126,16 @@ impl Tap {
         Ok(Self { mtu: mtu.or_else(|| interface_mtu(name)), ..tap })
     }
 
-    /// A tap over descriptors that were opened by somebody with more rights, one per queue.
+    /// A tap over inherited descriptors that were opened by somebody with more rights, one per queue.
     ///
     /// # Errors
-    /// When one is not open or no tap.
+    /// When one is not open, taken already, or no tap.
     pub fn from_descriptors(fds: &[RawFd]) -> Result<Self, TapError> {
         let owned = fds.iter().map(|&fd| {
             let error = |what, source: io::Error| TapError { name: format!("fd {fd}"), what, source, hint: "" };
-            if fd <= 2 {
-                return Err(error(
-                    "using the descriptor",
-                    io::Error::other("0, 1 and 2 are for input, output and errors"),
-                ));
-            }
-            // SAFETY: F_DUPFD_CLOEXEC only looks the number up; a number that is not open is an error.
-            let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
-            if copy < 0 {
-                return Err(error("using the descriptor", io::Error::last_os_error()));
-            }
-            // SAFETY: the descriptor was made just now and nobody else knows it.
-            let copy = unsafe { OwnedFd::from_raw_fd(copy) };
-            rustix::io::ioctl_fionbio(&copy, true).map_err(|e| error("making it non-blocking", e.into()))?;
-            Ok(copy)
+            let owned = inherited::take(fd).map_err(|e| error("using the descriptor", e))?;
+            rustix::io::ioctl_fionbio(&owned, true).map_err(|e| error("making it non-blocking", e.into()))?;
+            Ok(owned)
         });
         let owned = owned.collect::<Result<Vec<_>, _>>()?;
         let name = format!("fd {}", fds.iter().map(ToString::to_string).collect::<Vec<_>>().join(","));
@@ -127,14 +154,15 @@ impl Tap {
         let error = |what, source: io::Error, hint| TapError { name: name.to_owned(), what, source, hint };
         for file in &files {
             let mut header_len = HEADER_LEN;
-            ioctl(file, libc::TUNSETVNETHDRSZ, &raw mut header_len as usize)
+            SET_HEADER_LEN
+                .call(file, &mut header_len)
                 .map_err(|e| error("setting the header length", e, "; it is no tap, or one without IFF_VNET_HDR"))?;
         }
         let first = files.first().ok_or_else(|| error("opening", io::ErrorKind::InvalidInput.into(), ""))?;
         let offloads = probe_offloads(first)
             .map_err(|e| error("asking for its offloads", e, "; it has to be created with IFF_VNET_HDR"))?;
         let mut buffer: libc::c_int = 0;
-        let known = ioctl(first, libc::TUNGETSNDBUF, &raw mut buffer as usize).is_ok();
+        let known = GET_SEND_BUFFER.call(first, &mut buffer).is_ok();
         let may_block = !known || buffer != libc::c_int::MAX;
         let attached = Mutex::new(files.len());
         let ends = files.into_iter().map(|file| {
@@ -172,7 +200,7 @@ impl Port for Tap {
 
     fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
         // One setting for all queues of the interface; detached queues refuse it.
-        ioctl(&self.ends[0].tx, libc::TUNSETOFFLOAD, flags(offloads) as usize)
+        set_offloads(&self.ends[0].tx, offloads)
     }
 
     fn set_pairs(&self, count: usize) -> io::Result<()> {
@@ -190,13 +218,6 @@ impl Port for Tap {
     }
 
     fn set_filter(&self, filter: &Filter) -> io::Result<()> {
-        /// `struct tun_filter` with room for as many addresses as it takes.
-        #[repr(C)]
-        struct TunFilter {
-            flags: u16,
-            count: u16,
-            addresses: [[u8; 6]; MAX_FILTER],
-        }
         const ALL_MULTICAST: u16 = 1;
         let mut tun = TunFilter { flags: 0, count: 0, addresses: [[0; 6]; MAX_FILTER] };
         // No addresses: no filter.
@@ -208,7 +229,7 @@ impl Port for Tap {
                 tun.count += 1;
             }
         }
-        ioctl(&self.ends[0].tx, libc::TUNSETTXFILTER, &raw mut tun as usize)
+        SET_FILTER.call(&self.ends[0].tx, &mut tun)
     }
 }
 
@@ -216,24 +237,43 @@ impl Port for Tap {
 fn set_queue(file: &OwnedFd, flag: libc::c_int) -> io::Result<()> {
     let mut request = request("");
     request.ifr_ifru.ifru_flags = flag as libc::c_short;
-    ioctl(file, libc::TUNSETQUEUE, &raw mut request as usize)
+    SET_QUEUE.call(file, &mut request)
 }
 
 /// Addresses in a filter; with more, everything is brought.
 const MAX_FILTER: usize = 64;
+
+/// `struct tun_filter` with room for as many addresses as it takes.
+#[repr(C)]
+struct TunFilter {
+    flags: u16,
+    count: u16,
+    addresses: [[u8; 6]; MAX_FILTER],
+}
+
+/// Says what may come unfinished from the interface.
+fn set_offloads(file: &OwnedFd, offloads: Offloads) -> io::Result<()> {
+    // SAFETY: the argument is a number.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(flags(offloads))) })
+}
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
 
 fn flags(offloads: Offloads) -> libc::c_uint {
     // Segmentation presupposes open checksums, and the kernel refuses one without the other.
     if !offloads.csum {
         return 0;
     }
+    // It likewise refuses USO of one IP version alone.
+    let uso = offloads.uso4 && offloads.uso6;
     [
         (true, libc::TUN_F_CSUM),
         (offloads.tso4, libc::TUN_F_TSO4),
         (offloads.tso6, libc::TUN_F_TSO6),
         (offloads.ecn && (offloads.tso4 || offloads.tso6), libc::TUN_F_TSO_ECN),
-        (offloads.uso4, libc::TUN_F_USO4),
-        (offloads.uso6, libc::TUN_F_USO6),
+        (uso, libc::TUN_F_USO4 | libc::TUN_F_USO6),
     ]
     .into_iter()
     .fold(0, |all, (on, flag)| if on { all | flag } else { all })
@@ -243,7 +283,7 @@ fn flags(offloads: Offloads) -> libc::c_uint {
 fn probe_offloads(file: &OwnedFd) -> io::Result<Offloads> {
     let tcp = Offloads { csum: true, tso4: true, tso6: true, ecn: true, ..Offloads::default() };
     let all = Offloads { uso4: true, uso6: true, ..tcp };
-    let can = |offloads| ioctl(file, libc::TUNSETOFFLOAD, flags(offloads) as usize).is_ok();
+    let can = |offloads| set_offloads(file, offloads).is_ok();
     // Kernels before 6.2 know no USO.
     let best = if can(all) {
         all
@@ -252,7 +292,7 @@ fn probe_offloads(file: &OwnedFd) -> io::Result<Offloads> {
     } else {
         Offloads::default()
     };
-    ioctl(file, libc::TUNSETOFFLOAD, 0)?;
+    set_offloads(file, Offloads::default())?;
     Ok(best)
 }
 
@@ -273,7 +313,7 @@ fn attach(name: &str, many: bool) -> Result<File, TapError> {
     request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | queues) as libc::c_short;
     // One that is about to go may have had the other kind of queues.
     let passing = [libc::EBUSY, libc::EINVAL];
-    let attached = outwait(&passing, || ioctl(&file, libc::TUNSETIFF, &raw mut request as usize));
+    let attached = outwait(&passing, || SET_INTERFACE.call(&file, &mut request));
     attached.map_err(|e| {
         let hint = match e.raw_os_error() {
             Some(libc::EPERM) => {
@@ -321,7 +361,7 @@ fn request(name: &str) -> libc::ifreq {
 /// The interface that a descriptor is attached to.
 fn interface_of(file: &OwnedFd) -> io::Result<String> {
     let mut request = request("");
-    ioctl(file, libc::TUNGETIFF, &raw mut request as usize)?;
+    GET_INTERFACE.call(file, &mut request)?;
     let bytes = request.ifr_name.iter().take_while(|&&byte| byte != 0).map(|&byte| byte as u8);
     Ok(String::from_utf8_lossy(&bytes.collect::<Vec<_>>()).into_owned())
 }
@@ -333,7 +373,7 @@ fn control_socket() -> io::Result<OwnedFd> {
 
 fn interface_mtu(name: &str) -> Option<u16> {
     let mut request = request(name);
-    ioctl(&control_socket().ok()?, libc::SIOCGIFMTU, &raw mut request as usize).ok()?;
+    GET_MTU.call(&control_socket().ok()?, &mut request).ok()?;
     // SAFETY: the kernel filled this member in.
     u16::try_from(unsafe { request.ifr_ifru.ifru_mtu }).ok()
 }
@@ -345,29 +385,34 @@ fn set_mtu(name: &str, mtu: u16) -> io::Result<()> {
     }
     let mut request = request(name);
     request.ifr_ifru.ifru_mtu = mtu.into();
-    ioctl(&control_socket()?, libc::SIOCSIFMTU, &raw mut request as usize)
+    SET_MTU.call(&control_socket()?, &mut request)
 }
 
 /// Sets the interface up if it is down, which needs rights.
 fn bring_up(name: &str) -> io::Result<()> {
     let socket = control_socket()?;
     let mut request = request(name);
-    ioctl(&socket, libc::SIOCGIFFLAGS, &raw mut request as usize)?;
+    GET_FLAGS.call(&socket, &mut request)?;
     // SAFETY: the kernel filled this member in.
     let flags = unsafe { request.ifr_ifru.ifru_flags };
     if flags & libc::IFF_UP as libc::c_short != 0 {
         return Ok(());
     }
     request.ifr_ifru.ifru_flags = flags | libc::IFF_UP as libc::c_short;
-    ioctl(&socket, libc::SIOCSIFFLAGS, &raw mut request as usize)
+    SET_FLAGS.call(&socket, &mut request)
 }
 
-/// Every ioctl here takes a number or the address of a structure of ours that the kernel reads or fills in, of the size that
-/// the request stands for, alive across the call.
-fn ioctl(file: &impl AsRawFd, request: libc::c_ulong, argument: usize) -> io::Result<()> {
-    // SAFETY: as said above of all callers.
-    if unsafe { libc::ioctl(file.as_raw_fd(), request, argument) } < 0 {
-        return Err(io::Error::last_os_error());
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_is_never_asked_for_half_of_uso() {
+        let half = Offloads { csum: true, uso4: true, ..Offloads::default() };
+        assert_eq!(flags(half), libc::TUN_F_CSUM);
+        assert_eq!(flags(Offloads { uso4: false, uso6: true, ..half }), libc::TUN_F_CSUM);
+        let both = libc::TUN_F_CSUM | libc::TUN_F_USO4 | libc::TUN_F_USO6;
+        assert_eq!(flags(Offloads { uso6: true, ..half }), both);
+        assert_eq!(flags(Offloads { csum: false, ..Offloads::ALL }), 0);
     }
-    Ok(())
 }
