@@ -11,7 +11,7 @@ use ringvm_backends::driver::{Buffer, Driver};
 use ringvm_backends::interrupt::Interrupt;
 use ringvm_backends::net::{NetDevice, NetOptions};
 use ringvm_backends::port::loopback::Loopback;
-use ringvm_backends::port::{Ends, Port};
+use ringvm_backends::port::{Ends, Offloads, Port};
 use ringvm_backends::reactor::{ReactorOptions, ReactorPool};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -25,6 +25,9 @@ const MRG_RXBUF: u64 = 1 << 15;
 const MQ: u64 = 1 << 22;
 const GUEST_TSO4: u64 = 1 << 7;
 const GUEST_CSUM: u64 = 1 << 1;
+const GUEST_ECN: u64 = 1 << 9;
+const GUEST_USO4: u64 = 1 << 54;
+const GUEST_USO6: u64 = 1 << 55;
 
 struct Queue {
     driver: Driver,
@@ -421,6 +424,62 @@ fn the_control_queue_stands_where_the_driver_looks_for_it() {
     rig.device.start_queue(3, more).unwrap_err();
     let more = parts(&rig);
     rig.device.start_queue(u16::MAX, more).unwrap_err();
+}
+
+/// A port that counts what no tap takes: UDP segmentation of one IP version only.
+struct Uneven(Loopback, Arc<AtomicUsize>);
+
+impl Port for Uneven {
+    fn name(&self) -> &str {
+        self.0.name()
+    }
+
+    fn pairs(&self) -> usize {
+        self.0.pairs()
+    }
+
+    fn ends(&self, pair: usize) -> Ends {
+        self.0.ends(pair)
+    }
+
+    fn set_offloads(&self, offloads: Offloads) -> std::io::Result<()> {
+        if offloads.uso4 != offloads.uso6 {
+            self.1.fetch_add(1, Ordering::SeqCst);
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn offloads_without_their_premise_never_reach_the_port() {
+    let uneven = Arc::new(AtomicUsize::new(0));
+    let port = Arc::new(Uneven(Loopback::new(1).unwrap(), Arc::clone(&uneven)));
+    let mut device = NetDevice::over("net0", port, [0x52, 0x54, 0, 0, 0, 1], &loopback(), &pool());
+    let features = device.info().features;
+    for without in [GUEST_USO4, GUEST_USO6] {
+        assert!(device.ack_features(features & !without).is_err(), "{without:#x} is the other's premise");
+    }
+    device.ack_features(features).unwrap();
+    let mut rig = Rig::over(device);
+    for index in 0..=2 {
+        rig.add_queue(index, features);
+        rig.start_queue(index, QueueState::default());
+    }
+    let (ok, err) = (0, 1);
+    let both = GUEST_USO4 | GUEST_USO6;
+    for (offloads, answer) in [
+        (GUEST_CSUM | GUEST_USO4, err),
+        (GUEST_CSUM | GUEST_USO6, err),
+        (GUEST_CSUM | both, ok),
+        (both, err),
+        (GUEST_TSO4, err),
+        (GUEST_CSUM | GUEST_ECN, err),
+        (GUEST_CSUM | GUEST_TSO4 | GUEST_ECN, ok),
+        (0, ok),
+    ] {
+        assert_eq!(rig.control(&[&[5, 0][..], &offloads.to_le_bytes()].concat()), answer, "{offloads:#x}");
+    }
+    assert_eq!(uneven.load(Ordering::SeqCst), 0, "the port was asked for what it can't do");
 }
 
 /// A port that remembers how many pairs it was told to use.

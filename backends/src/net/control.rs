@@ -131,7 +131,9 @@ impl ControlHandler {
                 if self.has(features::CTRL_GUEST_OFFLOADS) =>
             {
                 let wanted = u64::from_le_bytes(data.take().ok_or(Refused)?);
-                if wanted & !(self.accepted & features::GUEST_OFFLOADS) != 0 {
+                let unknown = wanted & !(self.accepted & features::GUEST_OFFLOADS) != 0;
+                // The port can't do one without the other: asking it again and again would only fill the log.
+                if unknown || features::missing_premise(wanted).is_some() {
                     return Err(Refused);
                 }
                 let offloads = features::guest_offloads(wanted);

@@ -58,7 +58,7 @@ pub(super) fn guest_offloads(features: u64) -> Offloads {
 /// A feature without one that it presupposes (5.1.3.1).
 pub(super) fn missing_premise(features: u64) -> Option<&'static str> {
     let has = |bit: u32| features & 1 << bit != 0;
-    let premises: [(&[u32], &[u32], &'static str); 6] = [
+    let premises: [(&[u32], &[u32], &'static str); 7] = [
         (&[GUEST_TSO4, GUEST_TSO6, GUEST_USO4, GUEST_USO6], &[GUEST_CSUM], "guest segmentation needs GUEST_CSUM"),
         (&[GUEST_ECN], &[GUEST_TSO4, GUEST_TSO6], "GUEST_ECN needs GUEST_TSO4 or GUEST_TSO6"),
         (&[HOST_TSO4, HOST_TSO6, HOST_USO], &[CSUM], "host segmentation needs CSUM"),
@@ -68,7 +68,9 @@ pub(super) fn missing_premise(features: u64) -> Option<&'static str> {
             &[CTRL_VQ],
             "control features need CTRL_VQ",
         ),
-        (&[GUEST_USO4], &[GUEST_USO6], "GUEST_USO4 and GUEST_USO6 come together here"),
+        // Taps have one switch for both (`TUNSETOFFLOAD`, EINVAL for one alone).
+        (&[GUEST_USO4], &[GUEST_USO6], "GUEST_USO4 needs GUEST_USO6"),
+        (&[GUEST_USO6], &[GUEST_USO4], "GUEST_USO6 needs GUEST_USO4"),
     ];
     let broken =
         premises.into_iter().find(|(of, any, _)| of.iter().any(|&bit| has(bit)) && !any.iter().any(|&bit| has(bit)));
