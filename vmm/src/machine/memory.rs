@@ -37,6 +37,7 @@ pub enum MemoryError {
 }
 
 const ASK_LESS: &str = "; ask for less with --memory, or free some on the host";
+const ASK_FILES: &str = "; the limit of file sizes counts for memory too: raise it (ulimit -f, LimitFSIZE=)";
 const ASK_HUGE: &str = "; reserve huge pages (sysctl vm.nr_hugepages, or hugepages= at boot), or leave the option out";
 
 /// Allocates memory for the guest-physical ranges `ram`.
@@ -78,6 +79,7 @@ fn failure(what: String, source: io::Error, huge: Option<HugePages>) -> MemoryEr
         // MAP_POPULATE and its kin say EFAULT when memory runs out in the middle.
         (Some(libc::ENOMEM | libc::EFAULT | libc::EINVAL), Some(_)) => ASK_HUGE,
         (Some(libc::ENOMEM | libc::EFAULT), None) => ASK_LESS,
+        (Some(libc::EFBIG), _) => ASK_FILES,
         _ => advice(&source),
     };
     MemoryError::Host { what, source, advice }
@@ -101,10 +103,12 @@ fn map(range: &Range<u64>, file: Option<FileOffset>, config: &MemoryConfig) -> R
         failure(format!("mapping {len} bytes"), source, config.hugepages)
     })?;
     let advise = |what: &str, kind: Advice| {
-        // SAFETY: the range is exactly the mapping made above; neither advice changes what it holds.
+        // SAFETY: the range is exactly the mapping made above; none of these changes what it holds.
         unsafe { madvise(region.as_ptr().cast(), len, kind) }
             .map_err(|error| failure(format!("{what} {len} bytes"), error.into(), config.hugepages))
     };
+    // A core dump is for whoever looks for a bug of ringvm; what the guest keeps in memory is none of their business.
+    advise("keeping out of core dumps", Advice::LinuxDontDump)?;
     if config.ksm {
         advise("offering the kernel to merge", Advice::LinuxMergeable)?;
     }
@@ -112,4 +116,40 @@ fn map(range: &Range<u64>, file: Option<FileOffset>, config: &MemoryConfig) -> R
         advise("prefaulting", Advice::LinuxPopulateWrite)?;
     }
     Ok(GuestRegionMmap::new(region, GuestAddress(range.start)).expect("a range of the address map does not wrap"))
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestMemoryBackend;
+
+    use super::*;
+
+    /// The flags of the mapping around `address`, as /proc/self/smaps abbreviates them. Neighbours may be one mapping.
+    fn flags(address: u64) -> String {
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let is_there = |line: &&str| {
+            let range = line.split(' ').next().and_then(|range| range.split_once('-'));
+            let [from, to] =
+                range.map_or([0; 2], |(from, to)| [from, to].map(|n| u64::from_str_radix(n, 16).unwrap_or(0)));
+            (from..to).contains(&address)
+        };
+        let mut mapping = smaps.lines().skip_while(|line| !is_there(line));
+        mapping.find_map(|line| line.strip_prefix("VmFlags:")).expect("Linux tells the flags").to_owned()
+    }
+
+    #[test]
+    fn guest_memory_stays_out_of_core_dumps() {
+        for ksm in [false, true] {
+            let config = MemoryConfig { size: 4 << 20, ksm, ..MemoryConfig::default() };
+            let memory = match allocate(&config, &[0..1 << 20, 8 << 20..11 << 20]) {
+                // A kernel without KSM.
+                Err(MemoryError::Host { source, .. }) if ksm && source.raw_os_error() == Some(libc::EINVAL) => continue,
+                memory => memory.unwrap(),
+            };
+            for region in memory.iter() {
+                let flags = flags(region.as_ptr() as u64);
+                assert!(flags.split_whitespace().any(|flag| flag == "dd"), "ksm={ksm}: {flags}");
+            }
+        }
+    }
 }
