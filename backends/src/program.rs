@@ -65,6 +65,14 @@ impl Drop for SignalThread {
     }
 }
 
+/// Has a write beyond RLIMIT_FSIZE fail with EFBIG, as one to a full disk fails, instead of ending the process (SIGXFSZ): a guest that
+/// writes to its disk does not choose when its host ends. Programs that are started inherit this.
+#[allow(unsafe_code, reason = "signals have no safe wrapper among our dependencies that can ignore one")]
+pub fn ignore_file_size_signal() {
+    // SAFETY: no handler is installed, and the number is that of a signal, so the call can't fail.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+}
+
 #[cfg(test)]
 mod tests {
     use tracing::Level;

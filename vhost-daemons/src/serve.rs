@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use ringvm_backends::device::Device;
-use ringvm_backends::program::{SignalThread, start_tracing};
+use ringvm_backends::program::{SignalThread, ignore_file_size_signal, start_tracing};
 use ringvm_backends::reactor::ReactorPool;
 use ringvm_backends::stats::DeviceStats;
 use ringvm_backends::summary::summary;
@@ -55,6 +55,7 @@ pub struct Program<T> {
 /// Serves the devices that `texts` describe until a signal comes.
 #[must_use]
 pub fn serve<T>(program: &Program<T>, options: &ServeOptions, texts: &[String]) -> Exit {
+    ignore_file_size_signal();
     start_tracing(options.verbose);
     match run(program, options, texts) {
         Ok(()) => Exit::Success,

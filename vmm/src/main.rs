@@ -5,9 +5,10 @@ use std::process::ExitCode;
 use ringvm::cli::{Cli, Command};
 use ringvm::exit::Exit;
 use ringvm::{check, run};
-use ringvm_backends::program::start_tracing;
+use ringvm_backends::program::{ignore_file_size_signal, start_tracing};
 
 fn main() -> ExitCode {
+    ignore_file_size_signal();
     let cli = match Cli::from_process() {
         Ok(cli) => cli,
         Err(message) => {
