@@ -6,6 +6,7 @@ mod irq;
 mod msr;
 pub mod probe;
 mod regs;
+mod run_page;
 mod signal;
 mod vcpu;
 mod vm;

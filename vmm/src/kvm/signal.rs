@@ -11,13 +11,14 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread::JoinHandle;
 
-use kvm_ioctls::VcpuFd;
 use std::os::unix::thread::JoinHandleExt;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
+use super::run_page::RunPage;
+
 thread_local! {
     /// `immediate_exit` of the vCPU of this thread. Constant, without a destructor: a handler may look at it any time.
-    static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(ptr::null_mut()) };
+    static IMMEDIATE_EXIT: Cell<*const AtomicU8> = const { Cell::new(ptr::null()) };
 }
 
 /// Installs the handler, once per process.
@@ -31,40 +32,39 @@ pub(super) fn install() -> io::Result<()> {
 extern "C" fn kicked(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
     let flag = IMMEDIATE_EXIT.get();
     if !flag.is_null() {
-        // SAFETY: the pointer is into the kvm_run mapping of the vCPU that this very thread holds (see `Armed`).
-        unsafe { AtomicU8::from_ptr(flag) }.store(1, Ordering::SeqCst);
+        // SAFETY: the pointer is into the mapping that this very thread holds (see `Armed`).
+        unsafe { &*flag }.store(1, Ordering::SeqCst);
     }
 }
 
-/// A vCPU that signals to this thread stop. Disarms when dropped, and owns the vCPU so that it can't be gone before.
+/// What a vCPU shares with the kernel, and with the signals to this thread, which stop it. Disarms when dropped, and owns the mapping so
+/// that it can't be gone before.
 pub(super) struct Armed {
-    vcpu: VcpuFd,
+    page: RunPage,
 }
 
 impl Armed {
-    /// Makes signals to this thread stop `vcpu`.
-    pub(super) fn new(mut vcpu: VcpuFd) -> Self {
-        let flag = &raw mut vcpu.get_kvm_run().immediate_exit;
-        IMMEDIATE_EXIT.set(flag);
-        Self { vcpu }
+    /// Makes signals to this thread stop the vCPU of `page`.
+    pub(super) fn new(page: RunPage) -> Self {
+        IMMEDIATE_EXIT.set(page.immediate_exit());
+        Self { page }
     }
 
     /// Lets the vCPU run again. Look for commands after this, not before.
-    pub(super) fn clear(&mut self) {
-        let flag = IMMEDIATE_EXIT.get();
-        // SAFETY: as in `kicked`; `self` is alive.
-        unsafe { AtomicU8::from_ptr(flag) }.store(0, Ordering::SeqCst);
+    pub(super) fn clear(&self) {
+        // SAFETY: the mapping is there as long as `self`.
+        unsafe { &*self.page.immediate_exit() }.store(0, Ordering::SeqCst);
     }
 
-    /// The vCPU.
-    pub(super) fn vcpu(&mut self) -> &mut VcpuFd {
-        &mut self.vcpu
+    /// What it shares with the kernel.
+    pub(super) fn page(&mut self) -> &mut RunPage {
+        &mut self.page
     }
 }
 
 impl Drop for Armed {
     fn drop(&mut self) {
-        IMMEDIATE_EXIT.set(ptr::null_mut());
+        IMMEDIATE_EXIT.set(ptr::null());
     }
 }
 

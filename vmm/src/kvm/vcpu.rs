@@ -1,6 +1,7 @@
 //! vCPUs: one thread each, which runs the guest and hands its exits to the buses.
 
 use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -12,6 +13,7 @@ use super::cpuid::{self, Template, Topology};
 use super::error::{KvmError, call};
 use super::msr;
 use super::regs::{Entry, set_boot_registers};
+use super::run_page::RunPage;
 use super::signal::{self, Armed};
 use super::vm::{Kvm, Vm};
 use crate::bus::Buses;
@@ -36,11 +38,11 @@ enum Command {
 /// The vCPUs of a machine, created and set up but not running.
 pub struct Vcpus {
     vm: Arc<Vm>,
-    fds: Vec<VcpuFd>,
+    vcpus: Vec<(VcpuFd, RunPage)>,
 }
 
 impl Vcpus {
-    /// Creates `cpus` vCPUs; the first starts at `entry`, the others wait for INIT and SIPI.
+    /// Creates the vCPUs; the first starts at `entry`, the others wait for INIT and SIPI.
     ///
     /// # Errors
     /// When KVM refuses.
@@ -49,21 +51,20 @@ impl Vcpus {
         if cpus == 0 || cpus > limit {
             return Err(KvmError::Cpus { wanted: cpus, limit });
         }
-        let fds = (0..cpus)
-            .map(|id| vm.fd.create_vcpu(u64::from(id)).map_err(call(format!("creating vCPU {id}"))))
-            .collect::<Result<Vec<_>, _>>()?;
+        let vcpus = (0..cpus).map(|id| create(vm, id)).collect::<Result<Vec<_>, _>>()?;
+        let first = &vcpus[0].0;
         let topology = Topology {
             cpus,
             tsc_deadline: kvm.tsc_deadline(),
-            tsc_khz: fds[0].get_tsc_khz().ok().filter(|&khz| khz > 0),
+            tsc_khz: first.get_tsc_khz().ok().filter(|&khz| khz > 0),
         };
         let template = Template::new(&kvm.supported_cpuid, cpuid::host, &topology);
-        for (id, fd) in (0..).zip(&fds) {
+        for (id, (fd, _)) in (0..).zip(&vcpus) {
             fd.set_cpuid2(&template.for_vcpu(id)?).map_err(call(format!("setting the CPUID of vCPU {id}")))?;
             msr::set_boot_msrs(fd);
         }
-        set_boot_registers(&fds[0], &vm.memory, entry)?;
-        Ok(Self { vm: Arc::clone(vm), fds })
+        set_boot_registers(first, &vm.memory, entry)?;
+        Ok(Self { vm: Arc::clone(vm), vcpus })
     }
 
     /// Lets them run, each on a thread of its own.
@@ -71,8 +72,8 @@ impl Vcpus {
     /// # Errors
     /// When the host has no thread left; those already started are stopped.
     pub fn start(self, buses: &Arc<Buses>, events: &Events) -> Result<Vec<VcpuThread>, KvmError> {
-        let mut threads = Vec::with_capacity(self.fds.len());
-        for (id, fd) in (0..).zip(self.fds) {
+        let mut threads = Vec::with_capacity(self.vcpus.len());
+        for (id, (fd, page)) in (0..).zip(self.vcpus) {
             let (commands, receiver) = bounded(1);
             let (running, ended) = bounded::<()>(0);
             let runner = Runner {
@@ -84,7 +85,7 @@ impl Vcpus {
             };
             let spawned = thread::Builder::new().name(format!("vcpu{id}")).stack_size(STACK).spawn(move || {
                 let _running = running;
-                runner.run(fd);
+                runner.run(fd, page);
             });
             match spawned {
                 Ok(thread) => threads.push(VcpuThread { id, thread, commands, ended }),
@@ -95,6 +96,17 @@ impl Vcpus {
             }
         }
         Ok(threads)
+    }
+}
+
+fn create(vm: &Vm, id: u32) -> Result<(VcpuFd, RunPage), KvmError> {
+    let fd = vm.fd.create_vcpu(u64::from(id)).map_err(call(format!("creating vCPU {id}")))?;
+    // SAFETY: `fd` is open for as long as it is borrowed here.
+    #[allow(unsafe_code, reason = "VcpuFd does not offer AsFd")]
+    let page = RunPage::new(unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) }, vm.fd.run_size());
+    match page {
+        Ok(page) => Ok((fd, page)),
+        Err(source) => Err(KvmError::Call { what: format!("mapping what vCPU {id} shares"), source }),
     }
 }
 
@@ -145,9 +157,9 @@ struct Runner {
 }
 
 impl Runner {
-    fn run(self, fd: VcpuFd) {
+    fn run(self, mut vcpu: VcpuFd, page: RunPage) {
         let _guard = PanicGuard { id: self.id, events: &self.events };
-        let mut armed = Armed::new(fd);
+        let mut armed = Armed::new(page);
         loop {
             armed.clear();
             match self.commands.try_recv() {
@@ -159,27 +171,26 @@ impl Runner {
                 drop(self.commands.recv());
                 return;
             }
-            if let Err(ending) = self.run_guest(&mut armed) {
+            if let Err(ending) = self.run_guest(&mut vcpu, armed.page()) {
                 self.events.end(ending);
             }
         }
     }
 
     /// Runs the guest until a signal, or until the machine is at its end.
-    fn run_guest(&self, armed: &mut Armed) -> Result<(), Ending> {
-        let vcpu = armed.vcpu();
+    fn run_guest(&self, vcpu: &mut VcpuFd, page: &mut RunPage) -> Result<(), Ending> {
         while !self.events.has_ended() {
             match vcpu.run() {
                 Ok(VcpuExit::MmioRead(address, data)) => self.buses.mmio.read(address, data),
                 Ok(VcpuExit::MmioWrite(address, data)) => self.buses.mmio.write(address, data),
-                Ok(VcpuExit::IoIn(port, _) | VcpuExit::IoOut(port, _)) => self.port_io(vcpu, port),
+                Ok(VcpuExit::IoIn(port, _) | VcpuExit::IoOut(port, _)) => self.port_io(page, port)?,
                 Ok(VcpuExit::Hlt | VcpuExit::Intr) => {}
                 Ok(VcpuExit::Shutdown) => {
                     return Err(Ending::TripleFault { vcpu: self.id, place: place(vcpu) });
                 }
                 Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => return Err(Ending::PowerOff),
                 Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => return Err(Ending::Reset),
-                Ok(VcpuExit::InternalError) => return Err(Ending::GuestCrash(self.internal_error(vcpu))),
+                Ok(VcpuExit::InternalError) => return Err(Ending::GuestCrash(self.internal_error(vcpu, page))),
                 Ok(VcpuExit::FailEntry(reason, cpu)) => {
                     return Err(Ending::HostFailure(format!(
                         "vCPU {}: the CPU refused to enter the guest (reason {reason:#x}, host CPU {cpu})",
@@ -212,29 +223,22 @@ impl Runner {
         Ok(())
     }
 
-    /// Port I/O. A string instruction comes as one exit: every element of it goes to the same port.
-    #[allow(unsafe_code, reason = "the size of an element is only in the mapped kvm_run")]
-    fn port_io(&self, vcpu: &mut VcpuFd, port: u16) {
-        let run = vcpu.get_kvm_run();
-        let base = std::ptr::from_mut(run).cast::<u8>();
-        // SAFETY: the exit was KVM_EXIT_IO, so `io` is the active member of the union.
-        let io = unsafe { run.__bindgen_anon_1.io };
-        let len = usize::from(io.size) * io.count as usize;
-        // SAFETY: KVM puts the data at this offset, inside of the mapping of kvm_run, and nothing else refers to it.
-        let data = unsafe { std::slice::from_raw_parts_mut(base.add(io.data_offset as usize), len) };
-        for element in data.chunks_exact_mut(usize::from(io.size).max(1)) {
-            if u32::from(io.direction) == kvm_bindings::KVM_EXIT_IO_IN {
+    fn port_io(&self, page: &mut RunPage, port: u16) -> Result<(), Ending> {
+        let Some(io) = page.port_io() else {
+            return Err(Ending::HostFailure(format!("vCPU {}: KVM has port I/O outside of what it shares", self.id)));
+        };
+        for element in io.data.chunks_exact_mut(io.size) {
+            if io.is_in {
                 self.buses.pio.read(u64::from(port), element);
             } else {
                 self.buses.pio.write(u64::from(port), element);
             }
         }
+        Ok(())
     }
 
-    #[allow(unsafe_code, reason = "the reason is only in the mapped kvm_run")]
-    fn internal_error(&self, vcpu: &mut VcpuFd) -> String {
-        // SAFETY: the exit was KVM_EXIT_INTERNAL_ERROR, so `internal` is the active member of the union.
-        let suberror = unsafe { vcpu.get_kvm_run().__bindgen_anon_1.internal.suberror };
+    fn internal_error(&self, vcpu: &VcpuFd, page: &RunPage) -> String {
+        let suberror = page.internal_error();
         let what = match suberror {
             1 => "met an instruction it can't emulate",
             2 => "was interrupted in delivering an exception",
