@@ -10,7 +10,7 @@ use ringvm_backends::keyval;
 use ringvm_backends::net::{NetOptions, OpenError};
 
 use crate::config::{
-    BootProtocol, Config, ConfigError, MemoryConfig, Serial, TripleFault, VhostUserOptions, check_disk,
+    BootProtocol, Config, ConfigError, CpuConfig, MemoryConfig, Serial, TripleFault, VhostUserOptions, check_disk,
 };
 
 const RUN_EXAMPLES: &str = "\
@@ -112,9 +112,10 @@ pub struct RunArgs {
     /// How the kernel is entered [default: auto]
     #[arg(long, value_name = "PROTOCOL", help_heading = "Boot")]
     pub boot: Option<BootProtocol>,
-    /// Number of vCPUs [default: 1]
-    #[arg(long, value_name = "N", help_heading = "Machine")]
-    pub cpus: Option<u32>,
+    /// vCPUs: N or count=N,nested=on,pmu=on [default: 1]. nested=on lets the guest run guests of its own, pmu=on gives it performance
+    /// counters, where the host has them; both are off unless asked for
+    #[arg(long, value_name = "OPTIONS", help_heading = "Machine")]
+    pub cpus: Option<String>,
     /// Guest memory: SIZE or size=SIZE,hugepages=2M|1G,prefault=on,ksm=on [default: 512M]. Prefaulted, and
     /// not with ksm=on, it is also held by the kernel for I/O, which is faster
     #[arg(long, value_name = "OPTIONS", help_heading = "Machine")]
@@ -173,7 +174,9 @@ impl RunArgs {
         config.initramfs = self.initramfs.or(config.initramfs);
         config.cmdline = self.cmdline.or(config.cmdline);
         set(&mut config.boot, self.boot);
-        set(&mut config.cpus, self.cpus);
+        if let Some(text) = &self.cpus {
+            config.cpus = text.parse::<CpuConfig>().map_err(|error| option("cpus", text, error.to_string()))?;
+        }
         if let Some(text) = &self.memory {
             config.memory = text.parse::<MemoryConfig>().map_err(|error| option("memory", text, error.to_string()))?;
         }
@@ -240,7 +243,7 @@ mod tests {
             .unwrap();
         let path = path.to_str().unwrap();
         let merged = config(&["--config", path, "--cpus", "2", "--disk", "y,queues=2", "--rng", "off"]).unwrap();
-        assert_eq!((merged.cpus, merged.memory.size, merged.rng), (2, 1 << 30, false));
+        assert_eq!((merged.cpus.count, merged.memory.size, merged.rng), (2, 1 << 30, false));
         assert_eq!(merged.disk.iter().map(|disk| disk.queues).collect::<Vec<_>>(), [1, 2]);
         assert_eq!(merged.kernel.as_deref(), Some(std::path::Path::new("a")));
     }
@@ -301,7 +304,9 @@ mod tests {
             (&["--kernel", "k", "--net", "tap=a,speed=1"], "there is no key `speed`"),
             (&["--kernel", "k", "--serial", "tty"], "--serial tty: `tty` is not one of"),
             (&["--kernel", "k", "--cpus", "0"], "0 vCPUs"),
-            (&["--kernel", "k", "--cpus", "many"], "invalid value 'many'"),
+            (&["--kernel", "k", "--cpus", "many"], "--cpus many: count: `many`"),
+            (&["--kernel", "k", "--cpus", "2,smt=on"], "there is no key `smt`; the keys are count, nested, pmu"),
+            (&["--kernel", "k", "--cpus", "nested=on"], "the key `count` is missing"),
             (
                 &["--kernel", "k", "--boot", "bios"],
                 "invalid value 'bios' for '--boot <PROTOCOL>' [possible values: auto,",

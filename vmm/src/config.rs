@@ -1,17 +1,18 @@
 //! The configuration of a machine: one structure behind the command line and the TOML file.
 
-use std::fmt;
+mod hardware;
+
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ringvm_backends::block::BlockOptions;
 use ringvm_backends::device::Place;
-use ringvm_backends::keyval::{self, parse_size};
 use ringvm_backends::net::NetOptions;
 use ringvm_backends::reactor::ReactorOptions;
 use serde::Deserialize;
-use serde::de::{self, Deserializer, MapAccess, Visitor};
 use thiserror::Error;
+
+pub use hardware::{ByteSize, CpuConfig, HugePages, MemoryConfig, Serial};
 
 /// Everything that can be said about a machine.
 #[derive(Clone, Debug, Deserialize, PartialEq)]
@@ -25,8 +26,8 @@ pub struct Config {
     pub cmdline: Option<String>,
     /// How the kernel is entered.
     pub boot: BootProtocol,
-    /// Number of vCPUs.
-    pub cpus: u32,
+    /// vCPUs.
+    pub cpus: CpuConfig,
     /// Guest memory.
     pub memory: MemoryConfig,
     /// Disks, in the order of their PCI slots.
@@ -61,7 +62,7 @@ impl Default for Config {
             initramfs: None,
             cmdline: None,
             boot: BootProtocol::Auto,
-            cpus: 1,
+            cpus: CpuConfig::default(),
             memory: MemoryConfig::default(),
             disk: Vec::new(),
             net: Vec::new(),
@@ -154,165 +155,6 @@ pub enum TripleFault {
     Reset,
 }
 
-/// Guest memory. As an option: `1G` or `size=1G,hugepages=2M,prefault=on,ksm=on`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct MemoryConfig {
-    /// Size in bytes.
-    pub size: u64,
-    /// Size of the host's pages behind it, if not the usual.
-    pub hugepages: Option<HugePages>,
-    /// Take all of it from the host before the guest starts.
-    pub prefault: bool,
-    /// Let the kernel merge equal pages; the memory is private then, no other process can map it.
-    pub ksm: bool,
-}
-
-impl Default for MemoryConfig {
-    fn default() -> Self {
-        Self { size: 512 << 20, hugepages: None, prefault: false, ksm: false }
-    }
-}
-
-/// Sizes of huge pages.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
-pub enum HugePages {
-    /// 2 MiB.
-    #[serde(rename = "2M")]
-    TwoMib,
-    /// 1 GiB.
-    #[serde(rename = "1G")]
-    OneGib,
-}
-
-impl HugePages {
-    /// In bytes.
-    #[must_use]
-    pub fn bytes(self) -> u64 {
-        match self {
-            Self::TwoMib => 2 << 20,
-            Self::OneGib => 1 << 30,
-        }
-    }
-}
-
-impl MemoryConfig {
-    /// Size of the pages it is made of.
-    #[must_use]
-    pub fn page(&self) -> u64 {
-        self.hugepages.map_or(4096, HugePages::bytes)
-    }
-}
-
-/// The keys of [`MemoryConfig`], as option and as table.
-#[derive(Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
-struct MemoryKeys {
-    size: ByteSize,
-    hugepages: Option<HugePages>,
-    #[serde(default)]
-    prefault: bool,
-    #[serde(default)]
-    ksm: bool,
-}
-
-impl From<MemoryKeys> for MemoryConfig {
-    fn from(keys: MemoryKeys) -> Self {
-        Self { size: keys.size.0, hugepages: keys.hugepages, prefault: keys.prefault, ksm: keys.ksm }
-    }
-}
-
-impl std::str::FromStr for MemoryConfig {
-    type Err = keyval::Error;
-
-    fn from_str(text: &str) -> Result<Self, keyval::Error> {
-        keyval::from_str::<MemoryKeys>(text, Some("size")).map(Self::from)
-    }
-}
-
-impl<'de> Deserialize<'de> for MemoryConfig {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Either;
-        impl<'de> Visitor<'de> for Either {
-            type Value = MemoryConfig;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a size like \"1G\", or a table with a size")
-            }
-
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<MemoryConfig, E> {
-                text.parse().map_err(E::custom)
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<MemoryConfig, A::Error> {
-                MemoryKeys::deserialize(de::value::MapAccessDeserializer::new(map)).map(MemoryConfig::from)
-            }
-        }
-        deserializer.deserialize_any(Either)
-    }
-}
-
-/// A number of bytes: `4096`, `512M`, `1G`; the units are powers of 1024.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ByteSize(pub u64);
-
-impl<'de> Deserialize<'de> for ByteSize {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Size;
-        impl Visitor<'_> for Size {
-            type Value = ByteSize;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a size like 4096 or \"512M\"")
-            }
-
-            fn visit_u64<E: de::Error>(self, bytes: u64) -> Result<ByteSize, E> {
-                Ok(ByteSize(bytes))
-            }
-
-            fn visit_i64<E: de::Error>(self, bytes: i64) -> Result<ByteSize, E> {
-                u64::try_from(bytes).map(ByteSize).map_err(|_| E::invalid_value(de::Unexpected::Signed(bytes), &self))
-            }
-
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<ByteSize, E> {
-                parse_size(text).map(ByteSize).map_err(E::custom)
-            }
-        }
-        deserializer.deserialize_any(Size)
-    }
-}
-
-/// What is behind the serial port.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum Serial {
-    /// Standard input and output.
-    #[default]
-    Stdio,
-    /// A file that is written anew.
-    File(PathBuf),
-    /// Nothing.
-    Null,
-}
-
-impl std::str::FromStr for Serial {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match (text, text.strip_prefix("file=")) {
-            ("stdio", _) => Ok(Self::Stdio),
-            ("null", _) => Ok(Self::Null),
-            (_, Some("")) => Err("`file=` needs a path, e.g. file=console.log".into()),
-            (_, Some(path)) => Ok(Self::File(path.into())),
-            _ => Err(format!("`{text}` is not one of stdio, file=PATH, null")),
-        }
-    }
-}
-
-impl<'de> Deserialize<'de> for Serial {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
-    }
-}
-
 /// A configuration that can't work.
 #[derive(Debug, Error)]
 pub enum ConfigError {
@@ -365,7 +207,7 @@ impl Config {
                 "there is no kernel to boot; name one with --kernel, or `kernel = …` in the configuration".into(),
             );
         }
-        if self.cpus == 0 {
+        if self.cpus.count == 0 {
             return refuse("a machine of 0 vCPUs can't run; use --cpus 1 or more".into());
         }
         if self.memory.size == 0 {
@@ -522,7 +364,7 @@ mod tests {
             "#,
         )
         .unwrap();
-        assert_eq!((config.cpus, config.boot, config.disk.len()), (2, BootProtocol::Linux, 2));
+        assert_eq!((config.cpus.count, config.boot, config.disk.len()), (2, BootProtocol::Linux, 2));
         assert_eq!((config.memory.size, config.memory.hugepages), (1 << 30, Some(HugePages::TwoMib)));
         assert_eq!(config.serial, Serial::File("/tmp/console".into()));
         assert!(config.disk[0].direct && config.disk[0].queues == 4 && config.disk[1].readonly);
@@ -533,6 +375,17 @@ mod tests {
     }
 
     #[test]
+    fn vcpus_are_a_number_or_a_table() {
+        let cpus = |text: &str| parse(&format!("kernel = \"k\"\n{text}")).unwrap().cpus;
+        assert_eq!(cpus("cpus = 3"), CpuConfig { count: 3, nested: false, pmu: false });
+        assert_eq!(cpus("cpus = { count = 2, pmu = true }"), CpuConfig { count: 2, nested: false, pmu: true });
+        assert_eq!(cpus("[cpus]\ncount = 2\nnested = true"), CpuConfig { count: 2, nested: true, pmu: false });
+        assert_eq!("4".parse(), Ok(CpuConfig { count: 4, nested: false, pmu: false }));
+        assert_eq!("2,nested=on,pmu=on".parse(), Ok(CpuConfig { count: 2, nested: true, pmu: true }));
+        assert_eq!("count=2,nested=off".parse(), Ok(CpuConfig { count: 2, nested: false, pmu: false }));
+    }
+
+    #[test]
     fn mistakes_are_named_with_their_line() {
         for (text, expected) in [
             ("kernel = \"k\"\ncpu = 2", "line 2: unknown field `cpu`"),
@@ -540,6 +393,9 @@ mod tests {
             ("kernel = ", "line 1"),
             ("cpus = 1", "there is no kernel"),
             ("kernel = \"k\"\ncpus = 0", "0 vCPUs"),
+            ("kernel = \"k\"\ncpus = \"2\"", "a number of vCPUs, or a table with a count"),
+            ("kernel = \"k\"\ncpus = -1", "a number of vCPUs"),
+            ("kernel = \"k\"\ncpus = { count = 1, smt = true }", "unknown field `smt`"),
             ("kernel = \"k\"\nmemory = \"0\"", "without memory"),
             ("kernel = \"k\"\nmemory = \"1X\"", "`1X` is not a size"),
             ("kernel = \"k\"\nserial = \"com2\"", "`com2` is not one of stdio, file=PATH, null"),

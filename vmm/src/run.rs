@@ -362,7 +362,8 @@ fn check_affinity(config: &Config) -> Result<(), RunError> {
 
 fn check_cpus(config: &Config, kvm: &Kvm) -> Result<(), KvmError> {
     let limit = kvm.max_vcpus();
-    if config.cpus > limit { Err(KvmError::Cpus { wanted: config.cpus, limit }) } else { Ok(()) }
+    let wanted = config.cpus.count;
+    if wanted > limit { Err(KvmError::Cpus { wanted, limit }) } else { Ok(()) }
 }
 
 type Devices = Vec<Box<dyn Device>>;

@@ -1,4 +1,5 @@
-//! What the guest's CPUID says: the host's supported leaves, with the topology and the caches of this machine.
+//! What the guest's CPUID says: the host's supported leaves, with the topology and the caches of this machine, and without what the
+//! guest is not to have.
 //!
 //! Every vCPU is a core of its own in one package, its APIC ID is its number. Leaf numbers and bits are those of the Intel
 //! SDM (volume 2A, CPUID) and the AMD APM (volume 3, appendix E).
@@ -27,6 +28,21 @@ const APIC_BUS_KHZ: u32 = 1_000_000;
 /// EAX, EBX, ECX, EDX.
 type Registers = [u32; 4];
 
+/// Nested virtualization: VMX; SVM and SKINIT; KVM's asynchronous page faults as exits of a nested guest.
+const NESTED: [(u32, Registers); 3] =
+    [(1, [0, 0, 1 << 5, 0]), (0x8000_0001, [0, 0, 1 << 2 | 1 << 12, 0]), (0x4000_0001, [1 << 10, 0, 0, 0])];
+/// What SVM can do.
+const NESTED_LEAVES: [u32; 1] = [0x8000_000a];
+
+/// Performance monitoring: DTES64 and PDCM, DS; LBR; AMD's IBS and its counters of the core, the north bridge and the L3 cache.
+const PMU: [(u32, Registers); 3] = [
+    (1, [0, 0, 1 << 2 | 1 << 15, 1 << 21]),
+    (7, [0, 0, 0, 1 << 19]),
+    (0x8000_0001, [0, 0, 1 << 10 | 1 << 23 | 1 << 24 | 1 << 28, 0]),
+];
+/// Its own leaves: architectural counters, LBR, more architectural counters, IBS, AMD's PerfMonV2.
+const PMU_LEAVES: [u32; 5] = [0xa, 0x1c, 0x23, 0x8000_001b, 0x8000_0022];
+
 /// Sub-leaves of the cache leaves that are looked at: nobody has more levels.
 const MAX_CACHES: u32 = 8;
 /// Caches for a host that tells of none: L1d, L1i, L2 and L3 of a common server, in the format of leaf 4.
@@ -43,9 +59,13 @@ pub(super) struct Template {
 }
 
 /// What the template depends on, beside the supported leaves.
-pub(super) struct Topology {
+pub(super) struct Traits {
     /// Number of vCPUs.
     pub(super) cpus: u32,
+    /// Whether the guest may run guests of its own.
+    pub(super) nested: bool,
+    /// Whether it has performance counters.
+    pub(super) pmu: bool,
     /// Whether the LAPIC timer has a TSC deadline mode.
     pub(super) tsc_deadline: bool,
     /// TSC frequency, where KVM tells it.
@@ -54,19 +74,25 @@ pub(super) struct Topology {
 
 impl Template {
     /// From what KVM supports and, for caches it is silent about, from `host`: the CPUID instruction of this CPU.
-    pub(super) fn new(supported: &CpuId, host: impl Fn(u32, u32) -> Registers, topology: &Topology) -> Self {
+    pub(super) fn new(supported: &CpuId, host: impl Fn(u32, u32) -> Registers, traits: &Traits) -> Self {
         let mut template = Self { entries: supported.as_slice().to_vec() };
-        template.set_basic(topology);
-        template.set_extended_topology(topology.cpus);
+        if !traits.nested {
+            template.hide(&NESTED, &NESTED_LEAVES);
+        }
+        if !traits.pmu {
+            template.hide(&PMU, &PMU_LEAVES);
+        }
+        template.set_basic(traits);
+        template.set_extended_topology(traits.cpus);
         if template.is_amd() {
-            template.set_amd(&host, topology.cpus);
+            template.set_amd(&host, traits.cpus);
         } else {
-            let caches = template.caches(4, &host, topology.cpus);
+            let caches = template.caches(4, &host, traits.cpus);
             // Cores of the package, in bits 31:26 of every sub-leaf.
-            let cores = topology.cpus.next_power_of_two().min(64) - 1;
+            let cores = traits.cpus.next_power_of_two().min(64) - 1;
             template.set_caches(4, caches.into_iter().map(|[eax, ebx, ecx, edx]| [eax | cores << 26, ebx, ecx, edx]));
         }
-        template.set_timing(topology.tsc_khz);
+        template.set_timing(traits.tsc_khz);
         template
     }
 
@@ -118,16 +144,32 @@ impl Template {
         }));
     }
 
-    fn set_basic(&mut self, topology: &Topology) {
+    /// Clears bits of leaves (their first sub-leaf), and whole leaves.
+    fn hide(&mut self, bits: &[(u32, Registers)], leaves: &[u32]) {
+        for entry in &mut self.entries {
+            if leaves.contains(&entry.function) {
+                (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
+            }
+            for (_, [eax, ebx, ecx, edx]) in bits.iter().filter(|(leaf, _)| (*leaf, 0) == (entry.function, entry.index))
+            {
+                entry.eax &= !eax;
+                entry.ebx &= !ebx;
+                entry.ecx &= !ecx;
+                entry.edx &= !edx;
+            }
+        }
+    }
+
+    fn set_basic(&mut self, traits: &Traits) {
         if let Some(leaf) = self.find_mut(0) {
             leaf.eax = leaf.eax.max(0xb);
         }
         if let Some(leaf) = self.find_mut(1) {
             // Number of addressable APIC IDs in the package.
-            leaf.ebx = leaf.ebx & 0xff00_ffff | topology.cpus.next_power_of_two().min(255) << 16;
+            leaf.ebx = leaf.ebx & 0xff00_ffff | traits.cpus.next_power_of_two().min(255) << 16;
             leaf.ecx |= LEAF1_ECX_X2APIC | LEAF1_ECX_HYPERVISOR;
-            set(&mut leaf.ecx, LEAF1_ECX_TSC_DEADLINE, topology.tsc_deadline);
-            set(&mut leaf.edx, LEAF1_EDX_HTT, topology.cpus > 1);
+            set(&mut leaf.ecx, LEAF1_ECX_TSC_DEADLINE, traits.tsc_deadline);
+            set(&mut leaf.edx, LEAF1_EDX_HTT, traits.cpus > 1);
         }
     }
 
@@ -236,6 +278,11 @@ mod tests {
     }
 
     fn template(vendor: &[u8; 4], extra: &[kvm_cpuid_entry2], host: Registers, cpus: u32) -> Template {
+        let traits = Traits { cpus, nested: false, pmu: false, tsc_deadline: true, tsc_khz: Some(2_000_000) };
+        template_of(vendor, extra, host, &traits)
+    }
+
+    fn template_of(vendor: &[u8; 4], extra: &[kvm_cpuid_entry2], host: Registers, traits: &Traits) -> Template {
         let mut leaves = vec![
             leaf(0, 0, [0xd, u32::from_le_bytes(*vendor), 0, 0]),
             leaf(1, 0, [0, 0, 0, 0]),
@@ -246,8 +293,7 @@ mod tests {
         ];
         leaves.extend_from_slice(extra);
         let supported = CpuId::from_entries(&leaves).unwrap();
-        let topology = Topology { cpus, tsc_deadline: true, tsc_khz: Some(2_000_000) };
-        Template::new(&supported, |_, index| if index == 0 { host } else { [0; 4] }, &topology)
+        Template::new(&supported, |_, index| if index == 0 { host } else { [0; 4] }, traits)
     }
 
     #[test]
@@ -286,5 +332,44 @@ mod tests {
         assert_eq!(template.registers(0x8000_0008, 0)[2], 3 | 2 << 12);
         assert_ne!(template.registers(0x8000_0001, 0)[2] & EXT1_ECX_TOPOLOGY, 0);
         assert_eq!(template.for_vcpu(3).unwrap().as_slice().iter().find(|e| e.function == 0x8000_001e).unwrap().eax, 3);
+    }
+
+    #[test]
+    fn nested_virtualization_and_the_pmu_are_there_only_when_asked_for() {
+        const ALL: Registers = [u32::MAX; 4];
+        let supported: Vec<_> = [(7, 0), (7, 1), (0xa, 0), (0x1c, 0), (0x23, 0), (0x23, 1), (0x4000_0001, 0)]
+            .into_iter()
+            .chain([(0x8000_000a, 0), (0x8000_001b, 0), (0x8000_0022, 0)])
+            .map(|(function, index)| leaf(function, index, ALL))
+            .collect();
+        for (nested, pmu) in [(false, false), (true, false), (false, true), (true, true)] {
+            let traits = Traits { cpus: 1, nested, pmu, tsc_deadline: true, tsc_khz: None };
+            let mut template = template_of(b"Auth", &supported, [0; 4], &traits);
+            for function in [1, 0x8000_0001] {
+                // What these leaves are given in `template_of` is nothing.
+                let entry = template.find_mut(function).unwrap();
+                (entry.eax, entry.ebx, entry.ecx, entry.edx) = (u32::MAX, u32::MAX, u32::MAX, u32::MAX);
+            }
+            let given = CpuId::from_entries(&template.entries).unwrap();
+            let template = Template::new(&given, |_, _| [0; 4], &traits);
+            let bit = |function, register: usize, bit: u32| template.registers(function, 0)[register] & 1 << bit != 0;
+            for (function, register, number) in
+                [(1, 2, 5), (0x8000_0001, 2, 2), (0x8000_0001, 2, 12), (0x4000_0001, 0, 10)]
+            {
+                assert_eq!(bit(function, register, number), nested, "{function:#x}.{register} bit {number}");
+            }
+            for (function, register, number) in [(1, 2, 2), (1, 2, 15), (1, 3, 21), (7, 3, 19)] {
+                assert_eq!(bit(function, register, number), pmu, "{function:#x}.{register} bit {number}");
+            }
+            for number in [10, 23, 24, 28] {
+                assert_eq!(bit(0x8000_0001, 2, number), pmu, "0x80000001.2 bit {number}");
+            }
+            assert_eq!(template.registers(0x8000_000a, 0) != [0; 4], nested);
+            for (function, index) in [(0xa, 0), (0x1c, 0), (0x23, 0), (0x23, 1), (0x8000_001b, 0), (0x8000_0022, 0)] {
+                assert_eq!(template.registers(function, index) != [0; 4], pmu, "{function:#x}.{index}");
+            }
+            assert_eq!(template.registers(7, 1), ALL, "another sub-leaf");
+            assert!(bit(1, 3, 0) && bit(1, 2, 0) && bit(7, 1, 0) && bit(0x4000_0001, 0, 0), "the rest stays");
+        }
     }
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, bounded};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use super::cpuid::{self, Template, Topology};
+use super::cpuid::{self, Template, Traits};
 use super::error::{KvmError, call};
 use super::msr;
 use super::regs::{Entry, set_boot_registers};
@@ -17,6 +17,7 @@ use super::run_page::RunPage;
 use super::signal::{self, Armed};
 use super::vm::{Kvm, Vm};
 use crate::bus::Buses;
+use crate::config::CpuConfig;
 use crate::events::{Ending, Events};
 
 /// Exits need little stack.
@@ -46,19 +47,25 @@ impl Vcpus {
     ///
     /// # Errors
     /// When KVM refuses.
-    pub fn new(kvm: &Kvm, vm: &Arc<Vm>, cpus: u32, entry: Entry) -> Result<Self, KvmError> {
-        let limit = kvm.max_vcpus();
-        if cpus == 0 || cpus > limit {
-            return Err(KvmError::Cpus { wanted: cpus, limit });
+    pub fn new(kvm: &Kvm, vm: &Arc<Vm>, cpus: CpuConfig, entry: Entry) -> Result<Self, KvmError> {
+        let (count, limit) = (cpus.count, kvm.max_vcpus());
+        if count == 0 || count > limit {
+            return Err(KvmError::Cpus { wanted: count, limit });
         }
-        let vcpus = (0..cpus).map(|id| create(vm, id)).collect::<Result<Vec<_>, _>>()?;
+        if !cpus.pmu {
+            // CPUID only says that there is none; this takes the counters themselves away, from whatever guest asks for them.
+            vm.disable_pmu()?;
+        }
+        let vcpus = (0..count).map(|id| create(vm, id)).collect::<Result<Vec<_>, _>>()?;
         let first = &vcpus[0].0;
-        let topology = Topology {
-            cpus,
+        let traits = Traits {
+            cpus: count,
+            nested: cpus.nested,
+            pmu: cpus.pmu,
             tsc_deadline: kvm.tsc_deadline(),
             tsc_khz: first.get_tsc_khz().ok().filter(|&khz| khz > 0),
         };
-        let template = Template::new(&kvm.supported_cpuid, cpuid::host, &topology);
+        let template = Template::new(&kvm.supported_cpuid, cpuid::host, &traits);
         for (id, (fd, _)) in (0..).zip(&vcpus) {
             fd.set_cpuid2(&template.for_vcpu(id)?).map_err(call(format!("setting the CPUID of vCPU {id}")))?;
             msr::set_boot_msrs(fd);

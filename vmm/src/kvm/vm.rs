@@ -3,7 +3,10 @@
 use std::io;
 use std::sync::Arc;
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
+use kvm_bindings::{
+    CpuId, KVM_CAP_PMU_CAPABILITY, KVM_MAX_CPUID_ENTRIES, KVM_PMU_CAP_DISABLE, kvm_enable_cap,
+    kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Cap, IoEventAddress, NoDatamatch, VmFd};
 use ringvm_backends::device::GuestMemory;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
@@ -103,6 +106,18 @@ impl Vm {
         let irqs = Irqs::new(Arc::clone(&fd))
             .map_err(|source| KvmError::Call { what: "setting the interrupt routes".into(), source })?;
         Ok(Self { fd, irqs, memory })
+    }
+
+    /// Takes the performance counters away from vCPUs that are created after this. A KVM that can't (before Linux 5.18) just does not
+    /// tell of them in CPUID.
+    pub(super) fn disable_pmu(&self) -> Result<(), KvmError> {
+        let can = self.fd.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into());
+        if can <= 0 || can as u32 & KVM_PMU_CAP_DISABLE == 0 {
+            return Ok(());
+        }
+        let args = [KVM_PMU_CAP_DISABLE.into(), 0, 0, 0];
+        let capability = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, args, ..Default::default() };
+        self.fd.enable_cap(&capability).map_err(call("switching the performance counters off"))
     }
 }
 

@@ -18,7 +18,7 @@ use tracing::info;
 use crate::advice::advice;
 use crate::boot::{self, BootError, BootSource, acpi};
 use crate::bus::{BusError, Buses, Handler};
-use crate::config::MemoryConfig;
+use crate::config::{CpuConfig, MemoryConfig};
 use crate::events::Events;
 use crate::kvm::{Kvm, KvmError, VcpuThread, Vcpus, Vm};
 use crate::legacy::acpi::{AcpiRegisters, PostPort};
@@ -68,8 +68,8 @@ pub enum MachineError {
 pub struct Blueprint<'a> {
     /// KVM.
     pub kvm: &'a Kvm,
-    /// Number of vCPUs.
-    pub cpus: u32,
+    /// vCPUs.
+    pub cpus: CpuConfig,
     /// Memory.
     pub memory: &'a MemoryConfig,
     /// What to boot.
@@ -96,7 +96,7 @@ impl Machine {
     pub fn build(blueprint: &Blueprint<'_>, devices: Vec<Box<dyn Device>>) -> Result<Self, MachineError> {
         let map = AddressMap::new(blueprint.memory.size, blueprint.memory.page(), blueprint.kvm.physical_bits())?;
         let memory = memory::allocate(blueprint.memory, &map.ram)?;
-        let tables = acpi::Platform { cpus: blueprint.cpus, serial: true };
+        let tables = acpi::Platform { cpus: blueprint.cpus.count, serial: true };
         let entry = boot::load(&blueprint.boot, &memory, &map, &tables)?;
         let vm = Arc::new(Vm::new(blueprint.kvm, Arc::clone(&memory))?);
         let vcpus = Vcpus::new(blueprint.kvm, &vm, blueprint.cpus, entry)?;
@@ -134,7 +134,7 @@ impl Machine {
         }
         buses.mmio.insert(ECAM.start, ECAM.end - ECAM.start, Arc::new(Mutex::new(Ecam::new(pci))))?;
         info!(
-            cpus = blueprint.cpus,
+            cpus = blueprint.cpus.count,
             memory = blueprint.memory.size,
             ?entry,
             devices = functions.len(),

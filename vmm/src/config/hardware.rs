@@ -1,0 +1,239 @@
+//! What a machine is made of besides its devices: vCPUs, memory and the serial port, each an option of a few keys or a word.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use ringvm_backends::keyval::{self, parse_size};
+use serde::Deserialize;
+use serde::de::{self, Deserializer, MapAccess, Visitor};
+
+/// vCPUs. As an option: `2` or `count=2,nested=on,pmu=on`. What is off by default keeps parts of KVM out of the guest's reach that few
+/// guests need.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CpuConfig {
+    /// How many.
+    pub count: u32,
+    /// Whether the guest may run guests of its own (VMX, SVM).
+    pub nested: bool,
+    /// Whether the guest has performance counters.
+    pub pmu: bool,
+}
+
+impl Default for CpuConfig {
+    fn default() -> Self {
+        Self { count: 1, nested: false, pmu: false }
+    }
+}
+
+/// The keys of [`CpuConfig`], as option and as table.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct CpuKeys {
+    count: u32,
+    #[serde(default)]
+    nested: bool,
+    #[serde(default)]
+    pmu: bool,
+}
+
+impl From<CpuKeys> for CpuConfig {
+    fn from(keys: CpuKeys) -> Self {
+        Self { count: keys.count, nested: keys.nested, pmu: keys.pmu }
+    }
+}
+
+impl std::str::FromStr for CpuConfig {
+    type Err = keyval::Error;
+
+    fn from_str(text: &str) -> Result<Self, keyval::Error> {
+        keyval::from_str::<CpuKeys>(text, Some("count")).map(Self::from)
+    }
+}
+
+impl<'de> Deserialize<'de> for CpuConfig {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Either;
+        impl<'de> Visitor<'de> for Either {
+            type Value = CpuConfig;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a number of vCPUs, or a table with a count")
+            }
+
+            fn visit_u64<E: de::Error>(self, count: u64) -> Result<CpuConfig, E> {
+                let count =
+                    u32::try_from(count).map_err(|_| E::invalid_value(de::Unexpected::Unsigned(count), &self))?;
+                Ok(CpuConfig { count, ..CpuConfig::default() })
+            }
+
+            fn visit_i64<E: de::Error>(self, count: i64) -> Result<CpuConfig, E> {
+                let sound = u64::try_from(count).map_err(|_| E::invalid_value(de::Unexpected::Signed(count), &self))?;
+                self.visit_u64(sound)
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<CpuConfig, A::Error> {
+                CpuKeys::deserialize(de::value::MapAccessDeserializer::new(map)).map(CpuConfig::from)
+            }
+        }
+        deserializer.deserialize_any(Either)
+    }
+}
+
+/// Guest memory. As an option: `1G` or `size=1G,hugepages=2M,prefault=on,ksm=on`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemoryConfig {
+    /// Size in bytes.
+    pub size: u64,
+    /// Size of the host's pages behind it, if not the usual.
+    pub hugepages: Option<HugePages>,
+    /// Take all of it from the host before the guest starts.
+    pub prefault: bool,
+    /// Let the kernel merge equal pages; the memory is private then, no other process can map it.
+    pub ksm: bool,
+}
+
+impl Default for MemoryConfig {
+    fn default() -> Self {
+        Self { size: 512 << 20, hugepages: None, prefault: false, ksm: false }
+    }
+}
+
+/// Sizes of huge pages.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+pub enum HugePages {
+    /// 2 MiB.
+    #[serde(rename = "2M")]
+    TwoMib,
+    /// 1 GiB.
+    #[serde(rename = "1G")]
+    OneGib,
+}
+
+impl HugePages {
+    /// In bytes.
+    #[must_use]
+    pub fn bytes(self) -> u64 {
+        match self {
+            Self::TwoMib => 2 << 20,
+            Self::OneGib => 1 << 30,
+        }
+    }
+}
+
+impl MemoryConfig {
+    /// Size of the pages it is made of.
+    #[must_use]
+    pub fn page(&self) -> u64 {
+        self.hugepages.map_or(4096, HugePages::bytes)
+    }
+}
+
+/// The keys of [`MemoryConfig`], as option and as table.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct MemoryKeys {
+    size: ByteSize,
+    hugepages: Option<HugePages>,
+    #[serde(default)]
+    prefault: bool,
+    #[serde(default)]
+    ksm: bool,
+}
+
+impl From<MemoryKeys> for MemoryConfig {
+    fn from(keys: MemoryKeys) -> Self {
+        Self { size: keys.size.0, hugepages: keys.hugepages, prefault: keys.prefault, ksm: keys.ksm }
+    }
+}
+
+impl std::str::FromStr for MemoryConfig {
+    type Err = keyval::Error;
+
+    fn from_str(text: &str) -> Result<Self, keyval::Error> {
+        keyval::from_str::<MemoryKeys>(text, Some("size")).map(Self::from)
+    }
+}
+
+impl<'de> Deserialize<'de> for MemoryConfig {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Either;
+        impl<'de> Visitor<'de> for Either {
+            type Value = MemoryConfig;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a size like \"1G\", or a table with a size")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<MemoryConfig, E> {
+                text.parse().map_err(E::custom)
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<MemoryConfig, A::Error> {
+                MemoryKeys::deserialize(de::value::MapAccessDeserializer::new(map)).map(MemoryConfig::from)
+            }
+        }
+        deserializer.deserialize_any(Either)
+    }
+}
+
+/// A number of bytes: `4096`, `512M`, `1G`; the units are powers of 1024.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ByteSize(pub u64);
+
+impl<'de> Deserialize<'de> for ByteSize {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Size;
+        impl Visitor<'_> for Size {
+            type Value = ByteSize;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a size like 4096 or \"512M\"")
+            }
+
+            fn visit_u64<E: de::Error>(self, bytes: u64) -> Result<ByteSize, E> {
+                Ok(ByteSize(bytes))
+            }
+
+            fn visit_i64<E: de::Error>(self, bytes: i64) -> Result<ByteSize, E> {
+                u64::try_from(bytes).map(ByteSize).map_err(|_| E::invalid_value(de::Unexpected::Signed(bytes), &self))
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<ByteSize, E> {
+                parse_size(text).map(ByteSize).map_err(E::custom)
+            }
+        }
+        deserializer.deserialize_any(Size)
+    }
+}
+
+/// What is behind the serial port.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Serial {
+    /// Standard input and output.
+    #[default]
+    Stdio,
+    /// A file that is written anew.
+    File(PathBuf),
+    /// Nothing.
+    Null,
+}
+
+impl std::str::FromStr for Serial {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match (text, text.strip_prefix("file=")) {
+            ("stdio", _) => Ok(Self::Stdio),
+            ("null", _) => Ok(Self::Null),
+            (_, Some("")) => Err("`file=` needs a path, e.g. file=console.log".into()),
+            (_, Some(path)) => Ok(Self::File(path.into())),
+            _ => Err(format!("`{text}` is not one of stdio, file=PATH, null")),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Serial {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
+    }
+}
