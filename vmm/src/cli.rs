@@ -120,7 +120,8 @@ pub struct RunArgs {
     /// not with ksm=on, it is also held by the kernel for I/O, which is faster
     #[arg(long, value_name = "OPTIONS", help_heading = "Machine")]
     pub memory: Option<String>,
-    /// Serial port: stdio, file=PATH or null [default: stdio]
+    /// Serial port: stdio, file=PATH or null [default: stdio]. A file is written anew, for its owner only, up to file=PATH,max=SIZE
+    /// [default: 64M]; what the guest writes after that is dropped
     #[arg(long, value_name = "WHERE", help_heading = "Machine")]
     pub serial: Option<String>,
     /// Entropy device (virtio-rng) [default: off]
@@ -307,6 +308,7 @@ mod tests {
             (&["--kernel", "k", "--cpus", "many"], "--cpus many: count: `many`"),
             (&["--kernel", "k", "--cpus", "2,smt=on"], "there is no key `smt`; the keys are count, nested, pmu"),
             (&["--kernel", "k", "--cpus", "nested=on"], "the key `count` is missing"),
+            (&["--kernel", "k", "--serial", "file=x,max=lots"], "max: `lots` is not a size"),
             (
                 &["--kernel", "k", "--boot", "bios"],
                 "invalid value 'bios' for '--boot <PROTOCOL>' [possible values: auto,",

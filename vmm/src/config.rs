@@ -366,7 +366,7 @@ mod tests {
         .unwrap();
         assert_eq!((config.cpus.count, config.boot, config.disk.len()), (2, BootProtocol::Linux, 2));
         assert_eq!((config.memory.size, config.memory.hugepages), (1 << 30, Some(HugePages::TwoMib)));
-        assert_eq!(config.serial, Serial::File("/tmp/console".into()));
+        assert_eq!(config.serial, Serial::File { path: "/tmp/console".into(), max: 64 << 20 });
         assert!(config.disk[0].direct && config.disk[0].queues == 4 && config.disk[1].readonly);
         let options = config.reactor_options();
         assert_eq!((options.count, options.poll), (2, Duration::ZERO));
@@ -383,6 +383,23 @@ mod tests {
         assert_eq!("4".parse(), Ok(CpuConfig { count: 4, nested: false, pmu: false }));
         assert_eq!("2,nested=on,pmu=on".parse(), Ok(CpuConfig { count: 2, nested: true, pmu: true }));
         assert_eq!("count=2,nested=off".parse(), Ok(CpuConfig { count: 2, nested: false, pmu: false }));
+    }
+
+    #[test]
+    fn a_serial_file_has_a_limit() {
+        let file = |path: &str, max| Ok(Serial::File { path: path.into(), max });
+        assert_eq!("file=/a,b.log".parse(), file("/a,b.log", 64 << 20));
+        assert_eq!("file=/a.log,max=1G".parse(), file("/a.log", 1 << 30));
+        assert_eq!("file=max=1,max=4096".parse(), file("max=1", 4096));
+        for (text, expected) in [
+            ("file=", "needs a path"),
+            ("file=,max=1M", "needs a path"),
+            ("file=a,max=0", "max=0"),
+            ("file=a,max=lots", "`lots`"),
+        ] {
+            let error = text.parse::<Serial>().unwrap_err();
+            assert!(error.contains(expected), "{text}: {error}");
+        }
     }
 
     #[test]

@@ -30,6 +30,7 @@ use crate::events::{Ending, Event, Events};
 use crate::exit::Exit;
 use crate::kvm::{Kvm, KvmError};
 use crate::legacy::console::{Console, Streams};
+use crate::legacy::serial_file::SerialFile;
 use crate::legacy::terminal::{RawMode, is_interactive};
 use crate::machine::ending::{Stopped, flush};
 use crate::machine::{Blueprint, Machine, MachineError, Running};
@@ -185,7 +186,7 @@ pub fn run(config: &Config) -> Result<Exit, RunError> {
         Serial::Stdio => {
             RawMode::enter().map_err(|source| RunError::Host { what: "putting the terminal into raw mode", source })?
         }
-        Serial::File(_) | Serial::Null => None,
+        Serial::File { .. } | Serial::Null => None,
     };
     let result = run_machines(config, &blueprint, machine, &receiver, &movers);
     drop(signals);
@@ -419,13 +420,11 @@ fn open_devices(config: &Config, events: &Events) -> Result<(Devices, Vec<Mover>
 fn open_console(config: &Config, events: &Events) -> Result<Option<Console>, RunError> {
     let streams = match &config.serial {
         Serial::Null => return Ok(None),
-        Serial::File(path) => {
-            let output = File::create(path).map_err(|source| RunError::Serial {
-                what: format!("file={}", path.display()),
-                source,
-                advice: "name a file that can be written",
+        Serial::File { path, max } => {
+            let SerialFile { output, limit } = SerialFile::open(path, *max).map_err(|(source, advice)| {
+                RunError::Serial { what: format!("file={}", path.display()), source, advice }
             })?;
-            Streams { output, name: path.display().to_string(), input: None, escape: false }
+            Streams { output, name: path.display().to_string(), limit, input: None, escape: false }
         }
         Serial::Stdio => {
             let dup = |fd: &dyn AsFd| fd.as_fd().try_clone_to_owned();
@@ -439,7 +438,7 @@ fn open_console(config: &Config, events: &Events) -> Result<Option<Console>, Run
             let interactive = is_interactive();
             // Without a standard input, or in the background of a terminal, there is just no input.
             let input = (interactive || !isatty(stdin())).then(|| dup(&stdin()).ok().map(File::from)).flatten();
-            Streams { output: output.into(), name: "standard output".into(), input, escape: interactive }
+            Streams { output: output.into(), name: "standard output".into(), limit: None, input, escape: interactive }
         }
     };
     let console = Console::start(streams, events.clone());

@@ -7,6 +7,9 @@ use ringvm_backends::keyval::{self, parse_size};
 use serde::Deserialize;
 use serde::de::{self, Deserializer, MapAccess, Visitor};
 
+/// What a guest may write to a serial file if nobody says how much: more than a person reads, less than a disk holds.
+const SERIAL_MAX: u64 = 64 << 20;
+
 /// vCPUs. As an option: `2` or `count=2,nested=on,pmu=on`. What is off by default keeps parts of KVM out of the guest's reach that few
 /// guests need.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -212,8 +215,13 @@ pub enum Serial {
     /// Standard input and output.
     #[default]
     Stdio,
-    /// A file that is written anew.
-    File(PathBuf),
+    /// A file that is written anew, or a character device such as a pty.
+    File {
+        /// Where it is.
+        path: PathBuf,
+        /// Most bytes that are written to a file; what the guest says after that is dropped.
+        max: u64,
+    },
     /// Nothing.
     Null,
 }
@@ -225,8 +233,17 @@ impl std::str::FromStr for Serial {
         match (text, text.strip_prefix("file=")) {
             ("stdio", _) => Ok(Self::Stdio),
             ("null", _) => Ok(Self::Null),
-            (_, Some("")) => Err("`file=` needs a path, e.g. file=console.log".into()),
-            (_, Some(path)) => Ok(Self::File(path.into())),
+            (_, Some(file)) => {
+                let (path, max) = match file.rsplit_once(",max=") {
+                    Some((path, max)) => (path, parse_size(max).map_err(|error| format!("max: {error}"))?),
+                    None => (file, SERIAL_MAX),
+                };
+                match (path, max) {
+                    ("", _) => Err("`file=` needs a path, e.g. file=console.log".into()),
+                    (_, 0) => Err("max=0 would keep nothing; use null, or a size like max=64M".into()),
+                    _ => Ok(Self::File { path: path.into(), max }),
+                }
+            }
             _ => Err(format!("`{text}` is not one of stdio, file=PATH, null")),
         }
     }

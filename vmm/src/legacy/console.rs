@@ -46,6 +46,8 @@ pub struct Streams {
     pub output: File,
     /// Name of the output in messages.
     pub name: String,
+    /// How many bytes it may take: a guest that writes without end must not fill a disk.
+    pub limit: Option<u64>,
     /// What the guest reads, if anything.
     pub input: Option<File>,
     /// Whether Ctrl-A in the input is the escape: it is when a person types.
@@ -73,7 +75,7 @@ struct State {
     pending: VecDeque<u8>,
     dropping: bool,
     dropped: u64,
-    /// The output is gone: everything is dropped.
+    /// The output is gone or full, which was said: everything is dropped, and not counted.
     closed: bool,
     stopping: bool,
     port: Option<Arc<Mutex<SerialPort>>>,
@@ -103,7 +105,10 @@ impl Shared {
         if state.dropping && state.pending.len() <= CAPACITY / 2 {
             state.dropping = false;
         }
-        if state.closed || state.dropping {
+        if state.closed {
+            return;
+        }
+        if state.dropping {
             state.dropped += 1;
             return;
         }
@@ -252,27 +257,44 @@ impl Worker {
 
     /// Writes a piece of the output; returns whether some went out.
     fn write(&mut self) -> bool {
-        let chunk: Vec<u8> = self.shared.lock().pending.iter().take(CHUNK).copied().collect();
+        let most = self.streams.limit.map_or(CHUNK, |limit| limit.min(CHUNK as u64) as usize);
+        let chunk: Vec<u8> = self.shared.lock().pending.iter().take(most).copied().collect();
+        if chunk.is_empty() {
+            self.close();
+            let name = &self.streams.name;
+            warn!(
+                "serial console: {name} has grown to its limit, what the guest writes from now on is dropped; max= sets it"
+            );
+            return false;
+        }
         let result = self.streams.output.write(&chunk);
         let mut state = self.shared.lock();
         match result {
             Ok(count) => {
                 state.pending.drain(..count);
                 self.shared.room.notify_all();
+                if let Some(limit) = &mut self.streams.limit {
+                    *limit -= count as u64;
+                }
                 count > 0
             }
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => false,
             Err(error) => {
-                state.closed = true;
-                state.dropped += state.pending.len() as u64;
-                state.pending = VecDeque::new();
-                self.shared.room.notify_all();
                 drop(state);
+                self.close();
                 let name = &self.streams.name;
                 warn!("serial console: writing to {name}: {error}; the guest goes on without it");
                 false
             }
         }
+    }
+
+    /// Drops what waits, and whatever will come.
+    fn close(&self) {
+        let mut state = self.shared.lock();
+        state.closed = true;
+        state.pending = VecDeque::new();
+        self.shared.room.notify_all();
     }
 
     fn read(&mut self) {
@@ -352,7 +374,7 @@ mod tests {
 
     fn console(output: File, input: Option<File>, escape: bool) -> (Console, Receiver<Event>) {
         let (events, receiver) = Events::channel();
-        let streams = Streams { output, name: "a pipe".into(), input, escape };
+        let streams = Streams { output, name: "a pipe".into(), limit: None, input, escape };
         (Console::start(streams, events).unwrap(), receiver)
     }
 
@@ -407,6 +429,23 @@ mod tests {
         }
         console.finish();
         assert!(shared.lock().closed);
+    }
+
+    #[test]
+    fn a_guest_that_writes_without_end_does_not_fill_the_disk() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        for limit in [10_000, 1, 4096] {
+            file.as_file().set_len(0).unwrap();
+            let output = file.reopen().unwrap();
+            let streams = Streams { output, name: "a file".into(), limit: Some(limit), input: None, escape: false };
+            let (events, _receiver) = Events::channel();
+            let console = Console::start(streams, events).unwrap();
+            let shared = console.shared();
+            (0..200_000).for_each(|_| shared.put(b'x'));
+            console.finish();
+            assert_eq!(file.as_file().metadata().unwrap().len(), limit);
+            assert!(shared.lock().closed);
+        }
     }
 
     #[test]

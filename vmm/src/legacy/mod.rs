@@ -5,5 +5,6 @@ pub mod console;
 pub mod i8042;
 pub mod rtc;
 pub mod serial;
+pub mod serial_file;
 pub mod stdio;
 pub mod terminal;
