@@ -6,7 +6,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use ringvm_tests::native::{Ended, ringvm};
+use ringvm_tests::native::{Ended, program, ringvm};
 use tempfile::TempDir;
 
 /// The configuration can't work.
@@ -127,6 +127,7 @@ fn options_that_are_unknown_or_contradict_each_other() {
         (&["--cpus", "0"], &["cpu"]),
         (&["--cpus", "many"], &["--cpus", "many"]),
         (&["--cpus", "100000"], &["cpu", "100000"]),
+        (&["--cpus", "1,nested=perhaps"], &["--cpus 1,nested=perhaps", "`perhaps`"]),
         (&["--cpus"], &["--cpus"]),
         (&["--serial", "com1"], &["--serial", "com1", "stdio"]),
         (&["--boot", "bios"], &["--boot", "bios"]),
@@ -187,6 +188,27 @@ fn a_disk_that_is_locked_by_another_process() {
 }
 
 #[test]
+fn a_disk_by_a_number_that_is_not_its_own() {
+    let files = Files::new();
+    let image = files.sparse("x.img", 1 << 20);
+    let disks = |options: &[&str]| {
+        // This test may have inherited some itself.
+        let inherit = "exec 3>&- 4>&- 5>&- 6>&- 8>&- 9>&- 7<>\"$1\"; shift; exec \"$@\"";
+        let ringvm = ringvm_tests::paths::ringvm().expect("the binary is built");
+        let mut words = vec!["-c", inherit, "sh", &image, ringvm.to_str().expect("a path of ASCII")];
+        words.extend(["run", "--kernel", &files.kernel, "--serial", "null"]);
+        options.iter().for_each(|option| words.extend(["--disk", option]));
+        program("sh", words).run().unwrap_or_else(|e| panic!("{e}"))
+    };
+    refused(&disks(&["fd=7", "fd=7"]), CONFIGURATION, &["disk fd 7", "named twice"]);
+    // Nobody has inherited these, but ringvm has descriptors of its own there.
+    for number in ["3", "4", "5", "6", "8", "9"] {
+        let words = [&format!("disk fd {number}"), "Bad file descriptor", "inherit it open"];
+        refused(&disks(&[&format!("fd={number}")]), CONFIGURATION, &words);
+    }
+}
+
+#[test]
 fn a_configuration_file_that_is_missing_or_wrong() {
     let files = Files::new();
     let absent = text(&files.path("absent.toml"));
@@ -220,6 +242,24 @@ fn a_serial_file_that_cannot_be_written() {
 }
 
 #[test]
+fn a_serial_file_that_is_something_else() {
+    let files = Files::new();
+    let serial = |path: &str| run(vec!["--kernel", &files.kernel, "--serial", &format!("file={path}")]);
+    // Opening it for writing would wait for a reader.
+    let fifo = files.path("fifo");
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, 0o600.into(), 0).expect("a FIFO");
+    refused(&serial(&text(&fifo)), CONFIGURATION, &[&text(&fifo), "neither a regular file nor", "name a file, a pty"]);
+    let precious = files.bytes("precious", b"kept");
+    symlink(&precious, files.path("link")).expect("a link");
+    let link = text(&files.path("link"));
+    refused(&serial(&link), CONFIGURATION, &[&link, "symbolic link", "name the file itself"]);
+    assert_eq!(fs::read(&precious).expect("it is there"), b"kept");
+    let folder = text(files.folder.path());
+    refused(&serial(&folder), CONFIGURATION, &[&folder, "irectory"]);
+    refused(&serial("x,max=0"), CONFIGURATION, &["--serial file=x,max=0", "max=64M"]);
+}
+
+#[test]
 fn help_is_on_stdout_and_has_examples() {
     for arguments in [&["--help"][..], &["run", "--help"], &["check", "--help"], &["--version"]] {
         let ended = ringvm(arguments).and_then(|vm| vm.run()).unwrap_or_else(|e| panic!("{e}"));
@@ -227,7 +267,8 @@ fn help_is_on_stdout_and_has_examples() {
         assert!(ended.stdout.contains("ringvm"), "{}", ended.stdout);
     }
     let help = ringvm(["run", "--help"]).and_then(|vm| vm.run()).unwrap_or_else(|e| panic!("{e}"));
-    for word in ["Example", "--kernel", "--disk", "path=", "--config", "Exit codes"] {
+    for word in ["Example", "--kernel", "--disk", "path=", "--config", "Exit codes", "nested=on", "pmu=on", "max=SIZE"]
+    {
         assert!(help.stdout.contains(word), "{word} in {}", help.stdout);
     }
     let nothing = ringvm([""; 0]).and_then(|vm| vm.run()).unwrap_or_else(|e| panic!("{e}"));

@@ -90,6 +90,7 @@ fn names_and_descriptors_that_are_no_tap() {
     run_with(open, "", "fds=[7]").assert_refused(CONFIGURATION, &["fd 7", "it is no tap"]);
     // Of the driver, but of no interface.
     run_with(open, "", "fds=[8]").assert_refused(CONFIGURATION, &["fd 8", "it is no tap"]);
+    run_with(open, "", "fds=[8,8],queues=2").assert_refused(CONFIGURATION, &["fd 8", "named twice"]);
 }
 
 #[test]

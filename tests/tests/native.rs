@@ -4,12 +4,13 @@
 //! what is left of it.
 
 use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use ringvm_tests::embedded::{self, assert_success, disk, figure, guest, guest_in, image, ready, succeed};
-use ringvm_tests::native::{LIMIT, Place, children, pinned};
+use ringvm_tests::native::{LIMIT, Place, RingVm, children, pinned, program};
 use ringvm_tests::paths;
 use rustix::process::Signal;
 
@@ -247,4 +248,100 @@ fn a_closed_stdout_is_said_before_the_guest_starts() {
     let said = String::from_utf8_lossy(&child.stderr).into_owned();
     assert!(child.status.code() == Some(2) && said.contains("standard output"), "{:?} {said}", child.status);
     assert_eq!(said.lines().count(), 1, "{said}");
+}
+
+/// `ringvm run` with these arguments, started by a shell that has done something first. `$0` of the script is a file.
+fn after(script: &str, file: &str, arguments: &[&str]) -> RingVm {
+    let ringvm = paths::ringvm().expect("the binary is built");
+    let script = format!("{script}\nexec \"$@\"");
+    let ringvm = ringvm.to_str().expect("a path of ours is text");
+    let kernel = embedded::kernel().to_str().expect("a path of ours is text");
+    let words = ["-ec", &script, file, ringvm, "run", "--kernel", kernel, "--memory", "64M"];
+    program("sh", words.iter().chain(arguments))
+}
+
+/// Where the descriptors of a process lead.
+fn links(pid: u32) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).expect("it runs");
+    entries.filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok()).collect()
+}
+
+#[test]
+fn a_daemon_gets_no_descriptor_that_is_not_its_own() {
+    if !ready() {
+        return;
+    }
+    let (mine, theirs) = (image(16), image(16));
+    let stray = tempfile::NamedTempFile::new().expect("a temporary file");
+    let script = format!("exec 7<>{:?} 9<>\"$0\"", mine.path());
+    let theirs = disk(&theirs, Place::Daemon, "queues=1");
+    let job = "job=verify disk=1 depth=4 until=told";
+    let options = ["--cmdline", job, "--disk", "fd=7", "--disk", &theirs];
+    let mut running = after(&script, stray.path().to_str().expect("it is text"), &options).start().expect("it starts");
+    running.expect("ringvm-guest: start job=verify", LIMIT).expect("the guest comes up");
+    let count = |pid, path: &Path| links(pid).iter().filter(|link| *link == path).count();
+    assert_eq!(count(running.pid(), mine.path()), 1, "the image under its own number, and no copy of it");
+    assert_eq!(count(running.pid(), stray.path()), 1, "what a path like /dev/fd/9 may lead to");
+    let daemons = children(running.pid());
+    assert_eq!(daemons.len(), 1, "{daemons:?}");
+    let theirs = links(daemons[0]);
+    assert!(count(daemons[0], mine.path()) == 0 && count(daemons[0], stray.path()) == 0, "{theirs:?}");
+    running.tell_enough().expect("the guest works");
+    assert_success(&running.end(LIMIT).expect("it ends"));
+}
+
+#[test]
+fn a_write_beyond_the_file_size_limit_is_an_error_of_the_disk() {
+    everywhere(|place| {
+        let image = image(512);
+        // In units of 512 bytes. The guest's memory is a file as well.
+        let script = "ulimit -f 262144";
+        let disk = disk(&image, place, "queues=1");
+        let options = ["--cmdline", "job=rand-write ops=500 depth=8", "--disk", &disk];
+        let ended = after(script, "sh", &options).run().expect("it ends");
+        assert_success(&ended);
+        let errors = figure(&ended.stdout, "errors");
+        assert!((1..500).contains(&errors), "{errors} of 500 are beyond the limit: {}", ended.stdout);
+    });
+}
+
+#[test]
+fn nested_virtualization_and_counters_are_there_only_when_asked_for() {
+    if !ready() {
+        return;
+    }
+    const DTES64_VMX_PDCM: u64 = 1 << 2 | 1 << 5 | 1 << 15;
+    let features = |cpus: &str| {
+        let said = succeed("job=info", &["--cpus", cpus]);
+        let hex = said.split("features_ecx=0x").nth(1).and_then(|rest| rest.split_whitespace().next());
+        u64::from_str_radix(hex.expect("the guest says its features"), 16).expect("a number")
+    };
+    assert_eq!(features("1") & DTES64_VMX_PDCM, 0);
+    // What there is then depends on the host.
+    let all = features("1,nested=on,pmu=on");
+    println!("with both: {:#x}", all & DTES64_VMX_PDCM);
+    assert_eq!(all & !DTES64_VMX_PDCM, features("1") & !DTES64_VMX_PDCM);
+}
+
+#[test]
+fn a_serial_file_grows_to_its_limit_and_the_guest_goes_on() {
+    if !ready() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let log = folder.path().join("console.log");
+    let run = |serial: &str| {
+        let options = ["--cmdline", "job=info job=info job=info", "--serial", serial];
+        let ended = after("", "sh", &options).run().expect("it ends");
+        assert!(ended.code() == 0 && ended.stdout.is_empty(), "{} {}", ended.stdout, ended.stderr);
+        ended.stderr
+    };
+    assert_eq!(run(&format!("file={}", log.display())), "");
+    let whole = std::fs::read(&log).expect("the log");
+    assert!(String::from_utf8_lossy(&whole).contains("ringvm-guest: done"));
+    let said = run(&format!("file={},max=1000", log.display()));
+    assert!(std::fs::read(&log).expect("the log") == whole[..1000]);
+    assert!(said.lines().count() == 1 && said.contains("console.log has grown to its limit"), "{said}");
+    // A device keeps nothing, so it has no limit.
+    assert_eq!(run("file=/dev/null,max=1"), "");
 }
