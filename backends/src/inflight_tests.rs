@@ -2,8 +2,10 @@
 
 use std::cell::Cell;
 use std::collections::VecDeque;
+use std::os::unix::fs::FileExt;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
+use bolero::TypeGenerator;
 use proptest::prelude::*;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
@@ -371,4 +373,71 @@ fn pitfall_55_a_receiver_that_stops_gives_back_what_its_predecessor_held() {
         assert_eq!(state.next_avail, state.next_used);
         assert_eq!(model.driver.used_index(), state.next_used);
     }
+}
+
+/// One entry of a table that somebody has left.
+#[derive(Clone, Copy, Debug, TypeGenerator)]
+struct Entry {
+    mark: u8,
+    padding: [u8; 5],
+    link: u16,
+    number: u64,
+}
+
+/// A table that somebody has left, mostly of the right version and size so that the entries are looked at.
+#[derive(Clone, Debug, TypeGenerator)]
+struct LeftTable {
+    version: u16,
+    entries: u16,
+    last_batch: u16,
+    used: u16,
+    table: [Entry; 2 * SIZE as usize],
+}
+
+impl LeftTable {
+    fn bytes(&self) -> Vec<u8> {
+        let near = |value: u16, most: u16| if value % 16 == 15 { value } else { value % most };
+        let version = if self.version % 8 == 7 { self.version } else { self.version % 2 };
+        let entries = if self.entries % 8 == 7 { self.entries } else { 2 * SIZE };
+        let mut bytes = vec![0; 8];
+        for word in [version, entries, near(self.last_batch, SIZE + 2), self.used] {
+            bytes.extend(word.to_le_bytes());
+        }
+        for &Entry { mark, padding, link, number } in &self.table {
+            bytes.push(if mark % 8 == 7 { mark } else { mark & 1 });
+            bytes.extend(padding);
+            bytes.extend(near(link, SIZE + 2).to_le_bytes());
+            bytes.extend(number.to_le_bytes());
+        }
+        bytes
+    }
+}
+
+/// Whatever a predecessor or a neighbour has left in a table, it is taken over within bounds or refused. Its heads are served
+/// once: not again after their answers were published, even if the end came before the table said so.
+#[test]
+fn fuzz_inflight_table() {
+    bolero::check!().with_type::<(LeftTable, u16, bool, u8)>().for_each(|(left, published, smaller, answered)| {
+        let area = InflightArea::new(2, 2 * SIZE).unwrap();
+        let neighbour = table_len(2 * SIZE);
+        let size = if *smaller { SIZE } else { 2 * SIZE };
+        let used = if published % 4 == 3 { *published } else { left.used.wrapping_add(published % (SIZE + 2)) };
+        area.file().write_all_at(&left.bytes(), 0).unwrap();
+        let mut table = area.table(0).unwrap();
+        let Ok(heads) = table.take_over(size, used) else { return };
+        assert!(heads.iter().all(|&head| head < size));
+        assert!(heads.iter().enumerate().all(|(i, head)| !heads[..i].contains(head)), "{heads:?}");
+        let mut again = area.table(0).unwrap();
+        assert_eq!(again.take_over(size, used).as_ref(), Ok(&heads), "nothing has happened in between");
+        // The queue goes on, and crashes after it has published some answers.
+        let (done, open) = heads.split_at(heads.len().min(usize::from(*answered)));
+        done.iter().for_each(|&head| table.completed(head));
+        let used = used.wrapping_add(done.len() as u16);
+        assert_eq!(area.table(0).unwrap().take_over(size, used).as_deref(), Ok(open));
+        table.published(used);
+        assert_eq!(area.table(0).unwrap().take_over(size, used).as_deref(), Ok(open));
+        let mut other = vec![0; neighbour as usize];
+        area.file().read_exact_at(&mut other, neighbour).unwrap();
+        assert!(other.iter().all(|&byte| byte == 0), "another queue's table was written to");
+    });
 }

@@ -8,15 +8,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use bolero::TypeGenerator;
 use rustix::event::{EventfdFlags, eventfd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
 use crate::device::{GuestMemory, QueueParts, QueueState};
-use crate::driver::{Buffer, Driver};
+use crate::driver::{Buffer, Descriptor, Driver};
+use crate::interrupt::Interrupt;
+use crate::queue::{Queue, RING_FEATURES};
 use crate::queues::Queues;
-use crate::reactor::{ReactorOptions, ReactorPool};
+use crate::reactor::{End, ReactorOptions, ReactorPool};
 
 const DATA: u64 = 0x10_0000;
 const SIZE: u16 = 64;
@@ -256,4 +259,213 @@ fn a_ring_of_more_buffers_than_the_kernel_takes_pieces_goes_on_with_those_that_i
         assert_eq!((0..800).map(|_| rig.used()).sum::<u32>(), 1600, "round {round}");
     }
     assert_eq!(rig.counts(), (3, 0, 0));
+}
+
+/// Reads from what is always there and brings nothing: what came of a read is made up.
+struct Scripted {
+    fd: OwnedFd,
+    enabled: Arc<AtomicBool>,
+    frame_len: u64,
+    merges: bool,
+    /// Each bit that is set drops a frame.
+    drops: u8,
+    received: u32,
+}
+
+impl Source for Scripted {
+    const OPS: &'static [&'static str] = &["received", "dropped"];
+
+    fn frame_len(&self) -> u64 {
+        self.frame_len
+    }
+
+    fn merges(&self) -> bool {
+        self.merges
+    }
+
+    fn enabled(&self) -> bool {
+        self.enabled.load(Ordering::Acquire)
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    fn received(&mut self, room: &GuestIo, len: u64, chains: u16) -> Verdict {
+        assert!((1..=room.len()).contains(&len) && chains > 0);
+        self.received += 1;
+        if self.drops >> (self.received % 8) & 1 == 1 { Verdict::Drop(1) } else { Verdict::Deliver(len) }
+    }
+}
+
+/// What happens next to a receiver.
+#[derive(Clone, Debug, TypeGenerator)]
+enum Event {
+    /// Buffers are offered: the pieces of each.
+    Offer(Vec<(u8, u8)>),
+    /// Something is written into the ring that no driver writes.
+    Spoil {
+        index: u16,
+        addr: u64,
+        len: u32,
+        flags: u16,
+        next: u16,
+        avail: u16,
+    },
+    /// A turn, and what its reads bring.
+    Turn(Vec<Outcome>),
+    Enable(bool),
+}
+
+#[derive(Clone, Copy, Debug, TypeGenerator)]
+enum Outcome {
+    /// As many bytes, within the room.
+    Bytes(u16),
+    Error(u8),
+}
+
+impl Outcome {
+    fn result(self, room: u64) -> i32 {
+        const ERRORS: [i32; 13] = [
+            0,
+            libc::EAGAIN,
+            libc::EAGAIN,
+            libc::EINTR,
+            libc::ECANCELED,
+            libc::EOPNOTSUPP,
+            libc::EBADFD,
+            libc::EINVAL,
+            libc::EIO,
+            libc::EMSGSIZE,
+            libc::ENOBUFS,
+            libc::EFAULT,
+            libc::ENODEV,
+        ];
+        match self {
+            Self::Bytes(count) if room > 0 => 1 + (u64::from(count) % room.min(1 << 20)) as i32,
+            Self::Bytes(_) => 0,
+            Self::Error(which) => -ERRORS[usize::from(which) % ERRORS.len()],
+        }
+    }
+}
+
+/// A receiver and its ring, a turn at a time.
+struct Stage {
+    ring: Ring,
+    receiver: Receiver<Scripted>,
+}
+
+impl Stage {
+    /// Enters what was pushed and waits for it; reads end as `outcomes` say, and with nothing to read behind those.
+    fn settle(&mut self, outcomes: &mut dyn Iterator<Item = Outcome>) {
+        let mut batch = Vec::new();
+        loop {
+            self.ring.submit().unwrap();
+            if self.ring.in_flight() == 0 {
+                return;
+            }
+            if !self.ring.has_completions() {
+                continue;
+            }
+            self.ring.reap(&mut batch);
+            for &(token, _) in &batch {
+                let result = match self.receiver.reads.get(token.slot as usize) {
+                    Some(read) => outcomes.next().unwrap_or(Outcome::Error(1)).result(read.room().len()),
+                    None => 1,
+                };
+                self.receiver.completed(token.slot, result, Instant::now(), &mut self.ring);
+            }
+        }
+    }
+}
+
+/// Whatever is offered and whatever reads bring, each buffer comes back once and none is lost, unless the ring was broken.
+#[test]
+fn fuzz_receiver() {
+    const SIZE: u16 = 16;
+    let mem: GuestMemory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 4 << 20)]).unwrap());
+    let (here, _peer) = UnixDatagram::pair().unwrap();
+    here.shutdown(std::net::Shutdown::Read).unwrap();
+    bolero::check!().with_type::<(Vec<Event>, u16, u8, bool, bool, bool)>().for_each(
+        |(events, frame_len, drops, merges, in_order, suspends)| {
+            let mut driver = Driver::new(Arc::clone(&mem), 0, SIZE, RING_FEATURES);
+            let enabled = Arc::new(AtomicBool::new(true));
+            let frame_len = 1 + u64::from(frame_len % 300);
+            let source = Scripted {
+                fd: here.as_fd().try_clone_to_owned().unwrap(),
+                enabled: Arc::clone(&enabled),
+                frame_len,
+                merges: *merges,
+                drops: *drops,
+                received: 0,
+            };
+            let faults = Arc::new(AtomicUsize::new(0));
+            let counter = Arc::clone(&faults);
+            let fault = Interrupt::Call(Arc::new(move || {
+                counter.fetch_add(1, Ordering::Relaxed);
+            }));
+            let mut queue =
+                Queue::new(Arc::clone(&mem), &driver.ring(), RING_FEATURES, QueueState::default(), Interrupt::None)
+                    .unwrap();
+            queue.in_order = *in_order;
+            let service = Service::new("fuzzed.0".into(), queue, fault, 0, Scripted::OPS);
+            let mut stage = Stage { ring: Ring::new().unwrap(), receiver: Receiver::new(service, source) };
+            let (mut offered, mut used, mut spoilt) = (0, 0, false);
+            for event in events.iter().take(32) {
+                match event {
+                    Event::Offer(buffers) => {
+                        for &(pieces, len) in buffers.iter().take(usize::from(SIZE)) {
+                            // Of a piece or a few; in one case of many nothing to write to.
+                            let writable = pieces != u8::MAX;
+                            let pieces = (0..=u64::from(pieces % 3)).map(|piece| Buffer {
+                                addr: DATA + piece * 0x100,
+                                len: len.into(),
+                                writable,
+                            });
+                            offered += usize::from(driver.add(&pieces.collect::<Vec<_>>()).is_some());
+                        }
+                        driver.publish();
+                    }
+                    &Event::Spoil { index, addr, len, flags, next, avail } => {
+                        spoilt = true;
+                        let desc = Descriptor { addr: addr & 0x7f_ffff, len: len & 0xffff, flags: flags & 7, next };
+                        driver.write_descriptor(driver.ring().desc, index % SIZE, desc);
+                        driver.write_avail_entry(index, next % (SIZE + 1));
+                        if avail.is_multiple_of(4) {
+                            driver.write_avail_index(avail / 4);
+                        }
+                    }
+                    Event::Turn(outcomes) => {
+                        stage.receiver.turn(&mut stage.ring);
+                        stage.settle(&mut outcomes.iter().copied());
+                        stage.receiver.service().publish();
+                        assert!(stage.receiver.is_idle());
+                        if !spoilt {
+                            used += std::iter::from_fn(|| driver.next_used()).count();
+                        }
+                    }
+                    Event::Enable(on) => enabled.store(*on, Ordering::Release),
+                }
+            }
+            let end = if *suspends { End::Suspended } else { End::Drained };
+            stage.receiver.service().stop(end);
+            stage.receiver.stop(&mut stage.ring);
+            stage.settle(&mut std::iter::empty());
+            assert!(stage.receiver.is_idle());
+            stage.receiver.give_back();
+            stage.receiver.service().publish();
+            if spoilt {
+                return;
+            }
+            used += std::iter::from_fn(|| driver.next_used()).count();
+            let left = stage.receiver.service().end();
+            if faults.load(Ordering::Relaxed) == 0 {
+                // What was not used is before the next device: as if it had never been taken.
+                assert_eq!(left.left, [0; 0]);
+                assert_eq!(usize::from(left.state.next_used), used);
+                assert_eq!(usize::from(left.state.next_avail), used, "of {offered}");
+            }
+            assert!(used <= offered);
+        },
+    );
 }

@@ -76,3 +76,7 @@ impl<'a> StateReader<'a> {
         if self.0.is_empty() { Ok(()) } else { Err("something follows behind its end") }
     }
 }
+
+#[cfg(test)]
+#[path = "state_tests.rs"]
+mod tests;

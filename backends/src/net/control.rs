@@ -205,3 +205,7 @@ impl Handler for ControlHandler {
         Step::Fault("control commands have nothing to resume")
     }
 }
+
+#[cfg(test)]
+#[path = "control_tests.rs"]
+mod tests;
