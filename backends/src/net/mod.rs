@@ -318,6 +318,7 @@ impl Device for NetDevice {
         self.control.receivers.lock().unwrap_or_else(PoisonError::into_inner).fill_with(|| None);
         self.control.reset_filter();
         self.control.announce.store(false, Ordering::Release);
+        self.control.guest_offloads.store(0, Ordering::Relaxed);
         self.control.pairs_said.store(false, Ordering::Release);
         self.control_runs = false;
         // A driver serves one pair until it says otherwise; frames spread over others would be lost.
