@@ -330,3 +330,7 @@ mod tests {
         assert!(message.contains("No such file"), "{message}");
     }
 }
+
+#[cfg(test)]
+#[path = "kernel_tests.rs"]
+mod fuzz_tests;

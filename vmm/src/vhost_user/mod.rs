@@ -640,3 +640,6 @@ impl Drop for VhostUserDevice {
         self.shared.lock().link = None;
     }
 }
+
+#[cfg(test)]
+mod random_daemon_tests;

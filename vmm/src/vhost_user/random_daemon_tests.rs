@@ -1,0 +1,302 @@
+//! Our frontend against a daemon that answers what it likes, with whatever descriptors.
+#![allow(unsafe_code, reason = "a table of descriptors of its own")]
+
+use std::fs::File;
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use bolero::TypeGenerator;
+use rustix::fs::MemfdFlags;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+
+use super::*;
+
+const SIZE: u16 = 16;
+const QUEUES: u16 = 2;
+/// A daemon that is asked for nothing for so long has left the frontend without something, and closes the connection.
+const IDLE: Duration = Duration::from_millis(4);
+/// Longest wait for threads that end by themselves.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// What a daemon says to one message: what it should, for the most part.
+#[derive(Clone, Debug, TypeGenerator)]
+struct Answer {
+    how: u8,
+    number: u64,
+    body: Vec<u8>,
+    /// Descriptors that come with it.
+    files: u8,
+    header: [u32; 3],
+}
+
+/// What the driver does meanwhile.
+#[derive(Clone, Debug, TypeGenerator)]
+enum Act {
+    Features(u64),
+    Start {
+        queue: u8,
+        left: Vec<u8>,
+        relayed: bool,
+        outside: u8,
+    },
+    Stop(u8),
+    Suspend(u8),
+    WriteConfig {
+        offset: u8,
+        data: Vec<u8>,
+    },
+    ReadConfig {
+        offset: u32,
+        len: u8,
+    },
+    Reset,
+    /// What the daemon has said by then is heard.
+    Wait,
+}
+
+/// Messages of the frontend that have an answer of their own.
+const GET_FEATURES: u32 = 1;
+const GET_VRING_BASE: u32 = 11;
+const GET_PROTOCOL_FEATURES: u32 = 15;
+const GET_QUEUE_NUM: u32 = 17;
+const SET_BACKEND_REQ_FD: u32 = 21;
+const GET_CONFIG: u32 = 24;
+const GET_INFLIGHT_FD: u32 = 31;
+const SKIP_DRAIN: u32 = 45;
+/// MQ, REPLY_ACK, BACKEND_REQ, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, and both bits of suspending.
+const PROTOCOL: u64 = 1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 20 | 1 << 23;
+
+fn words(words: &[u32]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_ne_bytes()).collect()
+}
+
+fn send(stream: impl AsFd, bytes: &[u8], files: &[OwnedFd]) {
+    let files: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(40))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    assert!(files.is_empty() || control.push(SendAncillaryMessage::ScmRights(&files)));
+    // The frontend may have gone, or not read what was said before.
+    let _ =
+        rustix::net::sendmsg(stream, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
+}
+
+/// Reads so many bytes, and the descriptors that come with them; `None` if they don't come.
+fn receive(stream: &UnixStream, len: usize, files: &mut Vec<OwnedFd>) -> Option<Vec<u8>> {
+    let mut bytes = vec![0; len];
+    let mut filled = 0;
+    while filled < len {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(16))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut room = [IoSliceMut::new(&mut bytes[filled..])];
+        let count = rustix::net::recvmsg(stream, &mut room, &mut control, RecvFlags::CMSG_CLOEXEC).ok()?.bytes;
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(came) = message {
+                files.extend(came);
+            }
+        }
+        filled += count;
+        if count == 0 {
+            return None;
+        }
+    }
+    Some(bytes)
+}
+
+/// Answers message after message until nothing is left to say.
+struct Daemon {
+    script: std::vec::IntoIter<Answer>,
+    /// Where events are sent.
+    events: Option<OwnedFd>,
+}
+
+impl Daemon {
+    fn run(mut self, listener: &UnixListener, stop: &AtomicBool) {
+        while self.script.len() > 0 {
+            let (stream, _) = listener.accept().unwrap();
+            if stop.load(Ordering::Acquire) {
+                return;
+            }
+            stream.set_read_timeout(Some(IDLE)).unwrap();
+            while self.serve(&stream).is_some() {}
+            self.events = None;
+        }
+    }
+
+    /// Answers one message. `None` is the end of the connection.
+    fn serve(&mut self, stream: &UnixStream) -> Option<()> {
+        let mut files = Vec::new();
+        let header = receive(stream, 12, &mut files)?;
+        let word = |bytes: &[u8], at: usize| u32::from_ne_bytes(bytes[at..at + 4].try_into().unwrap());
+        let (request, flags, size) = (word(&header, 0), word(&header, 4), word(&header, 8));
+        let body = receive(stream, (size as usize).min(1 << 16), &mut files)?;
+        if request == SET_BACKEND_REQ_FD {
+            self.events = files.pop();
+        }
+        let own = [GET_FEATURES, GET_VRING_BASE, GET_PROTOCOL_FEATURES, GET_QUEUE_NUM, GET_CONFIG, GET_INFLIGHT_FD];
+        if !own.contains(&request) && request != SKIP_DRAIN && flags & 8 == 0 {
+            return Some(());
+        }
+        let answer = self.script.next()?;
+        let number = |sound: u64| if answer.how % 16 == 12 { answer.number } else { sound }.to_ne_bytes().to_vec();
+        let mut files = Vec::new();
+        let mut reply = match request {
+            GET_FEATURES => number(1 << 32 | 1 << 30 | 1 << 28 | 1 << 12 | 1 << 9),
+            GET_PROTOCOL_FEATURES => number(PROTOCOL),
+            GET_QUEUE_NUM => number(QUEUES.into()),
+            GET_CONFIG => {
+                let mut space = body;
+                if let Some(queues) = space.get_mut(12 + 34..12 + 36) {
+                    queues.copy_from_slice(&QUEUES.to_le_bytes());
+                }
+                space
+            }
+            GET_VRING_BASE | SKIP_DRAIN => {
+                [body[..4.min(body.len())].to_vec(), words(&[answer.number as u32])].concat()
+            }
+            GET_INFLIGHT_FD => {
+                let len = if answer.how % 16 == 12 { answer.number } else { 0x1000 };
+                let file = rustix::fs::memfd_create("table", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+                rustix::fs::ftruncate(&file, 0x1000).unwrap();
+                let table = &answer.body[..answer.body.len().min(0x1000)];
+                let _ = rustix::io::pwrite(&file, table, 0);
+                files.push(file);
+                let mut area = [len, 0].map(u64::to_ne_bytes).concat();
+                area.extend(body.get(16..).unwrap_or_default());
+                area
+            }
+            _ => number(0),
+        };
+        let mut header = [request, 1 | 1 << 2, reply.len() as u32];
+        match answer.how % 16 {
+            0 => return None,
+            1 => return Some(()),
+            2 => reply = answer.body,
+            3 => (header, reply) = (answer.header, answer.body),
+            4 => header[(answer.number % 3) as usize] = answer.header[0],
+            5 => reply.truncate(answer.number as usize % 32),
+            6 => reply.iter_mut().zip(&answer.body).for_each(|(byte, other)| *byte ^= other),
+            7 => files.extend((0..answer.files % 40).map(|_| File::open("/dev/null").unwrap().into())),
+            8 => files.clear(),
+            9 => {
+                // The configuration space has changed, or something else has happened.
+                let sound = answer.number % 4 != 3;
+                let event = if sound { words(&[2, 1, 0]) } else { answer.body };
+                let with = (0..answer.files % 3).map(|_| File::open("/dev/null").unwrap().into());
+                self.events.iter().for_each(|events| send(events, &event, &with.clone().collect::<Vec<_>>()));
+            }
+            _ => {}
+        }
+        send(stream, &[words(&header), reply].concat(), &files);
+        Some(())
+    }
+}
+
+fn open_descriptors() -> usize {
+    std::fs::read_dir("/proc/thread-self/fd").unwrap().count()
+}
+
+fn drive(device: &mut VhostUserDevice, memory: &GuestMemory, acts: &[Act]) {
+    let mut running = [false; QUEUES as usize];
+    for act in acts {
+        match *act {
+            Act::Features(bits) => {
+                if !running.contains(&true) {
+                    let _ = device.ack_features(device.info.features & bits | 1 << 32);
+                }
+            }
+            Act::Start { queue, ref left, relayed, outside } => {
+                let index = u16::from(queue) % (QUEUES + 1);
+                let base = 0x1000 * u64::from(index);
+                let used = if outside % 8 == 7 { 1 << 40 } else { base + 0x200 };
+                let ring = RingConfig { size: SIZE, desc: base, avail: base + 0x100, used };
+                let mut parts = QueueParts::new(ring, Arc::clone(memory), event().unwrap());
+                parts.left = left.iter().take(4).map(|head| u16::from(*head) % SIZE).collect();
+                if relayed {
+                    parts.call = Interrupt::Call(Arc::new(|| {}));
+                }
+                let there = usize::from(index) < device.info.queue_sizes.len();
+                let started = device.start_queue(index, parts).is_ok();
+                assert!(!started || there && !running[usize::from(index)]);
+                if started {
+                    running[usize::from(index)] = true;
+                }
+            }
+            Act::Stop(queue) => {
+                let index = u16::from(queue) % QUEUES;
+                let was = std::mem::take(&mut running[usize::from(index)]);
+                assert_eq!(device.stop_queue(index).is_some(), was);
+            }
+            Act::Suspend(queues) => {
+                let asked: Vec<u16> = (0..QUEUES).filter(|queue| queues >> queue & 1 == 1).collect();
+                for (&index, end) in asked.iter().zip(device.suspend(&asked)) {
+                    assert_eq!(end.is_some(), std::mem::take(&mut running[usize::from(index)]));
+                    assert!(end.is_none_or(|end| end.left.iter().all(|&head| head < SIZE)));
+                }
+            }
+            Act::WriteConfig { offset, ref data } => drop(device.write_config(offset.into(), data)),
+            Act::ReadConfig { offset, len } => device.read_config(offset, &mut vec![0; len.into()]),
+            Act::Reset => {
+                device.reset();
+                running = [false; QUEUES as usize];
+            }
+            Act::Wait => thread::yield_now(),
+        }
+    }
+}
+
+fn guest_memory() -> GuestMemory {
+    let file = rustix::fs::memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&file, 0x1_0000).unwrap();
+    let ranges = [(GuestAddress(0), 0x1_0000, Some(FileOffset::new(file.into(), 0)))];
+    Arc::new(GuestMemoryMmap::from_ranges_with_files(ranges).unwrap())
+}
+
+fn connect(path: &Path, device_type: u32) -> Result<VhostUserDevice, ConnectError> {
+    let wanted = Wanted { device_type, queues: None, queue_size: SIZE };
+    VhostUserDevice::connect("fuzzed", Peer::Socket(path.into()), &wanted)
+}
+
+/// Whatever a daemon answers, calls of the device end, and no descriptor of the daemon's stays.
+#[test]
+fn fuzz_frontend() {
+    // Other tests open and close at the same time, so this one has a table of descriptors of its own, and so have the threads
+    // that it starts. Of those that it found it keeps none: somebody may wait for them to be closed.
+    // SAFETY: what the other threads own stays open in their table, and nothing of this thread is open yet.
+    assert_eq!(unsafe { libc::unshare(libc::CLONE_FILES) }, 0);
+    // SAFETY: as above.
+    assert_eq!(unsafe { libc::close_range(3, u32::MAX, 0) }, 0);
+
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("socket");
+    let memory = guest_memory();
+    bolero::check!().with_type::<(Vec<Answer>, Vec<Act>, bool)>().for_each(|(script, acts, is_nic)| {
+        let before = open_descriptors();
+        let _ = std::fs::remove_file(&path);
+        let listener = UnixListener::bind(&path).unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let (daemon, stopped) = (Daemon { script: script.clone().into_iter(), events: None }, Arc::clone(&stop));
+        let daemon = thread::spawn(move || daemon.run(&listener, &stopped));
+        if !script.is_empty()
+            && let Ok(mut device) = connect(&path, if *is_nic { VIRTIO_ID_NET } else { VIRTIO_ID_BLOCK })
+        {
+            drive(&mut device, &memory, &acts[..acts.len().min(24)]);
+        }
+        stop.store(true, Ordering::Release);
+        // It may wait for somebody to come.
+        let _ = UnixStream::connect(&path);
+        daemon.join().unwrap();
+        // Threads that watch the time end soon after what they watched.
+        let start = Instant::now();
+        while open_descriptors() != before {
+            assert!(start.elapsed() < PATIENCE, "{} descriptors have leaked", open_descriptors() - before);
+            thread::yield_now();
+        }
+    });
+}
