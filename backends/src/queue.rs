@@ -7,14 +7,16 @@
 //! chain of three descriptors against 59, see `docs/performance.md`).
 #![allow(unsafe_code, reason = "ring areas are reached through host pointers that were checked at creation")]
 
+mod suppression;
+
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
 
 use thiserror::Error;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{
-    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT,
-    VRING_DESC_F_NEXT, VRING_DESC_F_WRITE, VRING_USED_F_NO_NOTIFY,
+    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+    VRING_USED_F_NO_NOTIFY,
 };
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
@@ -24,6 +26,7 @@ use crate::guest_io::{GuestIo, read_once};
 use crate::inflight::{InflightTable, crash_point};
 use crate::interrupt::Interrupt;
 use crate::ring::MAX_PIECES;
+use suppression::{Words, ask_for_kick, wants_interrupt};
 
 /// Feature bits that this ring implements; every device offers them.
 pub const RING_FEATURES: u64 =
@@ -313,7 +316,7 @@ impl Queue {
     /// Whether the driver has made something available that was not popped.
     #[must_use]
     pub fn has_avail(&self) -> bool {
-        !self.replay.is_empty() || self.avail_word(1).load(Ordering::Acquire) != self.next_avail
+        self.has_replay() || self.avail_index() != self.next_avail
     }
 
     /// Whether a predecessor has left anything that was not taken again.
@@ -434,15 +437,7 @@ impl Queue {
             crash_point();
             table.published(self.next_used);
         }
-        // The index must be visible before the driver's wish is read (2.7.10.1), else both sides may go to sleep.
-        fence(Ordering::SeqCst);
-        let wanted = if self.event_idx {
-            let used_event = self.avail_word(2 + usize::from(self.size)).load(Ordering::Relaxed);
-            // The driver waits for an entry in [old, next_used).
-            self.next_used.wrapping_sub(used_event).wrapping_sub(1) < self.next_used.wrapping_sub(old)
-        } else {
-            u32::from(self.avail_word(0).load(Ordering::Relaxed)) & VRING_AVAIL_F_NO_INTERRUPT == 0
-        };
+        let wanted = wants_interrupt(self, self.event_idx, old, self.next_used);
         if wanted {
             self.call.raise();
         }
@@ -461,19 +456,13 @@ impl Queue {
 
     /// Asks for a kick at the next available entry. Returns whether one has appeared meanwhile; then look again.
     pub fn enable_kicks(&mut self) -> bool {
-        if self.event_idx {
-            self.used_word(2 + usize::from(self.size) * 4).store(self.next_avail, Ordering::Relaxed);
-        } else {
-            self.used_word(0).store(0, Ordering::Relaxed);
-        }
+        let came = ask_for_kick(self, self.event_idx, self.next_avail);
         if let Some(writes) = &self.writes {
             // Either of the two that it was.
             writes.used_written(0, 2);
             writes.used_written(4 + 8 * u64::from(self.size), 2);
         }
-        // The wish must be visible before the index is read once more (2.7.10.1), else a kick is lost.
-        fence(Ordering::SeqCst);
-        self.has_avail()
+        came || self.has_replay()
     }
 
     /// Raises the interrupt whatever the driver wishes: after a change of place it may have missed one.
@@ -558,6 +547,38 @@ impl Queue {
             }
         }
         Err(RingError::TooLong(head))
+    }
+}
+
+impl Words for Queue {
+    #[inline(always)]
+    fn avail_flags(&self) -> u16 {
+        self.avail_word(0).load(Ordering::Relaxed)
+    }
+
+    #[inline(always)]
+    fn avail_index(&self) -> u16 {
+        self.avail_word(1).load(Ordering::Acquire)
+    }
+
+    #[inline(always)]
+    fn used_event(&self) -> u16 {
+        self.avail_word(2 + usize::from(self.size)).load(Ordering::Relaxed)
+    }
+
+    #[inline(always)]
+    fn set_used_flags(&self, flags: u16) {
+        self.used_word(0).store(flags, Ordering::Relaxed);
+    }
+
+    #[inline(always)]
+    fn set_avail_event(&self, index: u16) {
+        self.used_word(2 + usize::from(self.size) * 4).store(index, Ordering::Relaxed);
+    }
+
+    #[inline(always)]
+    fn fence(&self) {
+        fence(Ordering::SeqCst);
     }
 }
 
