@@ -1,7 +1,7 @@
 //! Option strings like `path=/x.img,direct=on,queues=4`, read into any serde type.
 //!
 //! `key=value` pairs are separated by commas; the first item may be a value alone where the option names a key for it.
-//! Switches are `on` and `off`, lists are `[a,b]`, and a value in double quotes may hold commas and brackets.
+//! Switches are `on` and `off`, lists are `[a,b]`, and a value in double quotes may hold commas, brackets and, doubled, quotes.
 
 use std::fmt;
 
@@ -50,6 +50,12 @@ impl serde::de::Error for Error {
 pub fn from_str<T: DeserializeOwned>(input: &str, positional: Option<&'static str>) -> Result<T, Error> {
     let pairs = parse(input, positional)?;
     T::deserialize(Pairs { pairs })
+}
+
+/// Writes a value of any text as it is read again.
+#[must_use]
+pub fn quote(value: &str) -> String {
+    format!("\"{}\"", value.replace('"', "\"\""))
 }
 
 /// Reads a number of bytes.
@@ -137,9 +143,19 @@ fn end(rest: &str) -> Result<&str, String> {
 
 /// Reads a word up to one of `stops`, or a quoted one.
 fn word<'a>(input: &'a str, stops: &[char]) -> Result<(String, &'a str), String> {
-    if let Some(quoted) = input.strip_prefix('"') {
-        let end = quoted.find('"').ok_or("the quote is not closed")?;
-        return Ok((quoted[..end].to_owned(), &quoted[end + 1..]));
+    if let Some(mut rest) = input.strip_prefix('"') {
+        let mut word = String::new();
+        loop {
+            let (part, after) = rest.split_once('"').ok_or("the quote is not closed")?;
+            word.push_str(part);
+            match after.strip_prefix('"') {
+                None => return Ok((word, after)),
+                Some(more) => {
+                    word.push('"');
+                    rest = more;
+                }
+            }
+        }
     }
     let end = input.find(stops).unwrap_or(input.len());
     Ok((input[..end].to_owned(), &input[end..]))
@@ -336,6 +352,14 @@ mod tests {
 
     fn options(input: &str) -> Result<Options, String> {
         from_str(input, Some("path")).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_quoted_value_is_read_as_it_was() {
+        for text in ["", "a", "\"", "\"\"", "a,b=[c]", "\",direct=on,kind=\"raw", "\"x\"", "ends with \""] {
+            let read = options(&format!("path={},direct=on", quote(text))).unwrap();
+            assert_eq!((read.path.as_str(), read.direct, read.kind), (text, true, None));
+        }
     }
 
     #[test]

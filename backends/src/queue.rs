@@ -208,15 +208,7 @@ impl Queue {
         from: QueueState,
         call: Interrupt,
     ) -> Result<Self, RingError> {
-        if !ring.size.is_power_of_two() || ring.size > 1 << 15 {
-            return Err(RingError::Size(ring.size));
-        }
-        let size = u64::from(ring.size);
-        // The two event words are part of the areas whether or not they are negotiated; a driver that leaves them out
-        // at the very end of memory is one nobody has met.
-        let desc = area(&mem, "descriptor table", ring.desc, DESC_LEN * size, 16)?;
-        let avail = area(&mem, "available ring", ring.avail, 6 + 2 * size, 2)?;
-        let used = area(&mem, "used ring", ring.used, 6 + 8 * size, 4)?;
+        let [desc, avail, used] = areas(&mem, ring)?;
         Ok(Self {
             mem,
             near: Cell::new(Near::NOWHERE),
@@ -685,6 +677,29 @@ pub fn avail_index(mem: &GuestMemory, ring: &RingConfig) -> Option<u16> {
     let avail = host_range(mem, ring.avail, 6 + 2 * u64::from(ring.size)).filter(|_| ring.avail.is_multiple_of(2))?;
     // SAFETY: as above.
     Some(unsafe { &*avail.cast::<AtomicU16>().add(1) }.load(Ordering::Acquire))
+}
+
+/// Checks the layout of a ring that somebody else will serve: all three areas lie in memory as a whole.
+///
+/// # Errors
+/// A size, alignment or address that can't be served.
+pub fn check_ring(mem: &GuestMemory, ring: &RingConfig) -> Result<(), RingError> {
+    areas(mem, ring).map(drop)
+}
+
+/// The descriptor table, the available ring and the used ring of a checked layout.
+fn areas(mem: &GuestMemory, ring: &RingConfig) -> Result<[*mut u8; 3], RingError> {
+    if !ring.size.is_power_of_two() || ring.size > 1 << 15 {
+        return Err(RingError::Size(ring.size));
+    }
+    let size = u64::from(ring.size);
+    // The two event words are part of the areas whether or not they are negotiated; a driver that leaves them out
+    // at the very end of memory is one nobody has met.
+    Ok([
+        area(mem, "descriptor table", ring.desc, DESC_LEN * size, 16)?,
+        area(mem, "available ring", ring.avail, 6 + 2 * size, 2)?,
+        area(mem, "used ring", ring.used, 6 + 8 * size, 4)?,
+    ])
 }
 
 fn area(mem: &GuestMemory, area: &'static str, addr: u64, len: u64, align: u64) -> Result<*mut u8, RingError> {

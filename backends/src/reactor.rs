@@ -12,7 +12,7 @@ mod stepped;
 
 use std::future::poll_fn;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc as reply;
@@ -125,6 +125,17 @@ impl ReactorPool {
         self.0.iter().min_by_key(|reactor| reactor.load.load(Ordering::Relaxed)).expect("at least one thread")
     }
 
+    /// Has every ring keep a file open until nothing is in flight in it any more, also when the process is killed. Returns
+    /// whether all do; the descriptor may then be closed.
+    #[must_use]
+    pub fn keep(&self, file: &Arc<OwnedFd>) -> bool {
+        self.0.iter().all(|reactor| {
+            let (reply, answer) = reply::channel();
+            reactor.send(Command::Keep { file: Arc::clone(file), reply });
+            answer.recv().unwrap_or(false)
+        })
+    }
+
     /// The thread with this index.
     #[must_use]
     pub fn get(&self, index: usize) -> Option<&Reactor> {
@@ -147,6 +158,7 @@ enum Command {
     Attach { kick: EventFd, build: Build, reply: reply::Sender<io::Result<u32>> },
     Detach { task: u32, end: End, reply: reply::Sender<Left> },
     Stats { task: u32, reply: reply::Sender<QueueStats> },
+    Keep { file: Arc<OwnedFd>, reply: reply::Sender<bool> },
 }
 
 /// How a task comes to its end.
@@ -483,6 +495,12 @@ impl Core {
                 if let Some(Some(seat)) = self.seats.get_mut(task as usize) {
                     drop(reply.send(seat.task.service().stats.clone()));
                 }
+            }
+            Command::Keep { file, reply } => {
+                let kept = self.ring.keep(file.as_fd());
+                // Before the answer, so that the caller's is then the only handle.
+                drop(file);
+                let _ = reply.send(kept);
             }
         }
     }

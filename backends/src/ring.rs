@@ -145,17 +145,29 @@ impl Ring {
             held.users += 1;
             return;
         }
+        if let Some(place) = self.register(raw) {
+            self.held[index] = Some(Held { place, users: 1 });
+        }
+    }
+
+    /// Has the kernel keep a file open for as long as the ring exists, which is until nothing is in flight in it, whatever becomes
+    /// of the process. The descriptor may be closed afterwards. Returns whether the kernel can.
+    pub fn keep(&mut self, fd: BorrowedFd<'_>) -> bool {
+        self.register(fd.as_raw_fd()).is_some()
+    }
+
+    /// Puts a file into the kernel's table, and returns its place there.
+    fn register(&mut self, fd: RawFd) -> Option<u32> {
         let submitter = self.ring.submitter();
         let places = self.places.get_or_insert_with(|| {
             let made = submitter.register_files_sparse(MAX_HELD);
             // Kernels before 5.19 have no empty tables.
             if made.is_ok() { (0..MAX_HELD).rev().collect() } else { Vec::new() }
         });
-        let Some(&place) = places.last() else { return };
-        if submitter.register_files_update(place, &[raw]).is_ok() {
-            places.pop();
-            self.held[index] = Some(Held { place, users: 1 });
-        }
+        let &place = places.last()?;
+        submitter.register_files_update(place, &[fd]).ok()?;
+        places.pop();
+        Some(place)
     }
 
     /// The counterpart of [`Self::hold`]. Nothing with the file may be in flight any more.
@@ -545,6 +557,26 @@ mod tests {
         std::iter::repeat_with(|| ring.hold_more())
             .take_while(|more| !matches!(more, Ok(false)))
             .try_fold(0, |n, more| more.map(|_| n + 1))
+    }
+
+    #[test]
+    fn a_file_that_is_kept_is_open_until_the_ring_goes() {
+        let is_open = |reader: &io::PipeReader| {
+            let mut fds = [rustix::event::PollFd::new(reader, rustix::event::PollFlags::empty())];
+            rustix::event::poll(&mut fds, Some(&rustix::event::Timespec::default())) == Ok(0)
+        };
+        let (reader, writer) = io::pipe().unwrap();
+        let mut ring = Ring::new().unwrap();
+        assert!(ring.keep(writer.as_fd()));
+        let number = writer.as_raw_fd();
+        drop(writer);
+        assert!(is_open(&reader));
+        // Whatever gets the number of the descriptor next is not taken for it.
+        // SAFETY: the number is only looked up.
+        let reused = unsafe { BorrowedFd::borrow_raw(number) };
+        assert!(!ring.name(reused).1.contains(squeue::Flags::FIXED_FILE));
+        drop(ring);
+        assert!(!is_open(&reader));
     }
 
     #[test]

@@ -193,6 +193,11 @@ pub fn children(pid: u32) -> Vec<u32> {
     numbers.filter(|&child| parent(child) == Some(pid)).collect()
 }
 
+/// Whether a process runs.
+pub fn is_alive(pid: u32) -> bool {
+    parent(pid).is_some()
+}
+
 /// The parent of a process that runs.
 fn parent(pid: u32) -> Option<u32> {
     // The name in parentheses may hold anything; behind it come the state and the parent.

@@ -1,10 +1,12 @@
 //! The options that every daemon has.
 
-use std::os::fd::RawFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, Parser};
+use ringvm_backends::inherited;
 use ringvm_backends::keyval::parse_size;
 use ringvm_backends::reactor::{OnPanic, ReactorOptions};
 
@@ -22,6 +24,10 @@ pub struct ServeOptions {
     /// Serve this inherited socket, listening or connected, instead; a connected one is served once
     #[arg(long, value_name = "N", conflicts_with = "socket")]
     pub fd: Vec<RawFd>,
+    /// Keep this inherited descriptor open until nothing is in flight in the kernel any more, also when this process is killed
+    /// (its other end, say of a pipe, tells whoever starts the next one)
+    #[arg(long, value_name = "N")]
+    pub sentinel_fd: Option<RawFd>,
     /// Connect to the sockets, on which frontends listen, instead of listening on them
     #[arg(long, requires = "socket")]
     pub client: bool,
@@ -68,6 +74,16 @@ impl ServeOptions {
         }
         let sources = fds.iter().map(|fd| Source::inherited(*fd)).collect::<Result<_, SourceError>>();
         sources.map_err(|error| error.to_string())
+    }
+
+    /// Takes the descriptor that outlives this process in the kernel.
+    pub(crate) fn inherit_sentinel(&self) -> Result<Option<Arc<OwnedFd>>, String> {
+        let Some(fd) = self.sentinel_fd else { return Ok(None) };
+        if self.fd.contains(&fd) {
+            return Err(format!("--sentinel-fd {fd} is a socket already"));
+        }
+        let taken = inherited::take(fd).map_err(|error| format!("--sentinel-fd {fd}: {error}"))?;
+        Ok(Some(Arc::new(taken)))
     }
 
     /// Where clients come from: what was inherited, or the sockets that are named.

@@ -82,8 +82,11 @@ fn run<T>(program: &Program<T>, options: &ServeOptions, texts: &[String]) -> Res
     let specs = texts.iter().map(read).collect::<Result<Vec<_>, _>>()?;
     received::raise_limit();
     let inherited = options.inherit(specs.len()).map_err(wrong)?;
+    let sentinel = options.inherit_sentinel().map_err(wrong)?;
     let reactors = options.reactor_options(specs.iter().map(program.queues).sum()).map_err(wrong)?;
     let pool = ReactorPool::new(&reactors).map_err(|error| host("starting the I/O threads", error))?;
+    // On kernels before 5.19 it is held by the process itself.
+    let _sentinel = sentinel.filter(|sentinel| !pool.keep(sentinel));
     let open = |(index, spec)| (program.open)(&options.device_name(program.kind, index), spec, &pool).map_err(wrong);
     let devices = specs.iter().enumerate().map(open).collect::<Result<Vec<_>, _>>()?;
     let sources = options.open_sources(inherited).map_err(wrong)?;

@@ -116,7 +116,8 @@ impl<'a> Session<'a> {
             Err(refused) => (refused, None),
         };
         let name = known.map_or_else(|| format!("message {request}"), |known| format!("{known:?}"));
-        self.refusals += 1;
+        // Features are the guest's choice, which its frontend only passes on.
+        self.refusals += u32::from(!matches!(refused, Refused::Features(_)));
         if self.refusals > MAX_REFUSALS {
             return Err(SessionError::Hopeless);
         }

@@ -379,7 +379,7 @@ fn open_devices(config: &Config, events: &Events) -> Result<(Devices, Vec<Mover>
     let pool = pool.map_err(|source| RunError::Reactor { source })?;
     let here = || pool.as_ref().ok_or_else(|| RunError::Internal("there are no I/O threads".into()));
     let daemon = |name: &str, socket: &Path, wanted| {
-        VhostUserDevice::connect(name, Peer::Socket(socket.to_owned()), &wanted).map(Box::new)
+        VhostUserDevice::connect(name, Peer::at(socket.to_owned()), &wanted).map(Box::new)
     };
     let mut devices: Devices = Vec::new();
     let mut movers = Vec::new();

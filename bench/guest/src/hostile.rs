@@ -285,6 +285,22 @@ const ACTS: &[(&str, Expect, Act)] = &[
         bed.queue.queue.ring_doorbell(0);
         bed.watch()
     }),
+    ("one-area-outside-memory", Expect::Survives, |bed| {
+        let transport = &bed.blk.transport;
+        let areas = [common::QUEUE_DESC, common::QUEUE_DRIVER, common::QUEUE_DEVICE];
+        // Again and again: whoever serves the queue must not pay for each time.
+        for round in 0..60 {
+            transport.negotiate(virtio::VERSION_1);
+            transport.common.write::<u16>(common::QUEUE_SELECT, 0);
+            for (index, area) in areas.into_iter().enumerate() {
+                let at = if index == round % 3 { NOWHERE as usize } else { bed.data.base() };
+                transport.write_address(area, at);
+            }
+            transport.common.write::<u16>(common::QUEUE_ENABLE, 1);
+            transport.add_status(virtio::DRIVER_OK);
+        }
+        bed.watch()
+    }),
     ("ring-misaligned", Expect::Survives, |bed| {
         let transport = &bed.blk.transport;
         transport.negotiate(virtio::VERSION_1);

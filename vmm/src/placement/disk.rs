@@ -18,6 +18,7 @@ use ringvm_backends::device::{
 };
 use ringvm_backends::event::SharedEvent;
 use ringvm_backends::interrupt::Interrupt;
+use ringvm_backends::keyval;
 use ringvm_backends::reactor::{ReactorOptions, ReactorPool};
 use ringvm_backends::stats::DeviceStats;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
@@ -73,14 +74,7 @@ impl Server {
 }
 
 struct Placed {
-    name: String,
-    options: BlockOptions,
-    reactors: ReactorOptions,
-    stats: bool,
-    /// Keeps the lock, wherever the disk is.
-    image: Option<Arc<OwnedFd>>,
-    /// As long as it was ever served here.
-    pool: Option<ReactorPool>,
+    source: Source,
     server: Server,
     place: Place,
     features: Option<u64>,
@@ -139,16 +133,18 @@ impl PlacedDisk {
         stats: bool,
     ) -> Result<(Self, Mover), PlaceError> {
         let image = options.open_image()?.map(|file: File| Arc::new(OwnedFd::from(file)));
-        let mut pool = pool.cloned();
-        let server = serve(name, options, options.place, reactors, &mut pool, image.as_ref(), stats)?;
-        let info = server.device_ref().info().clone();
-        let shared = Arc::new(Mutex::new(Placed {
+        let mut source = Source {
             name: name.to_owned(),
             options: options.clone(),
             reactors: reactors.clone(),
             stats,
             image,
-            pool,
+            pool: pool.cloned(),
+        };
+        let server = source.serve(options.place)?;
+        let info = server.device_ref().info().clone();
+        let shared = Arc::new(Mutex::new(Placed {
+            source,
             server,
             place: options.place,
             features: None,
@@ -170,40 +166,46 @@ fn lock(placed: &Mutex<Placed>) -> MutexGuard<'_, Placed> {
     placed.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Serves the disk in a place.
-fn serve(
-    name: &str,
-    options: &BlockOptions,
-    place: Place,
-    reactors: &ReactorOptions,
-    pool: &mut Option<ReactorPool>,
-    image: Option<&Arc<OwnedFd>>,
+/// What it takes to serve the disk anywhere.
+#[derive(Clone)]
+struct Source {
+    name: String,
+    options: BlockOptions,
+    reactors: ReactorOptions,
     stats: bool,
-) -> Result<Server, PlaceError> {
-    match place {
-        Place::Process => {
-            let pool = match pool {
-                Some(pool) => pool,
-                None => pool.insert(ReactorPool::new(reactors).map_err(|source| PlaceError::Host {
-                    device: name.to_owned(),
-                    what: "starting I/O threads",
-                    source,
-                })?),
-            };
-            let image = image.map(|image| image.try_clone().map(File::from)).transpose().map_err(|source| {
-                PlaceError::Host { device: name.to_owned(), what: "duplicating the image's descriptor", source }
-            })?;
-            Ok(Server::Process(Box::new(BlockDevice::with_image(name, options, image, pool)?)))
-        }
-        Place::Daemon => {
-            let program = Program::new(
-                program(PROGRAM),
-                arguments(name, options, reactors, stats),
-                image.cloned().into_iter().collect(),
-            );
-            let wanted =
-                Wanted { device_type: VIRTIO_ID_BLOCK, queues: Some(options.queues), queue_size: options.queue_size };
-            Ok(Server::Daemon(VhostUserDevice::connect(name, Peer::Program(program), &wanted)?))
+    /// Keeps the lock, wherever the disk is.
+    image: Option<Arc<OwnedFd>>,
+    /// As long as it was ever served here.
+    pool: Option<ReactorPool>,
+}
+
+impl Source {
+    /// Serves the disk in a place.
+    fn serve(&mut self, place: Place) -> Result<Server, PlaceError> {
+        let Self { name, options, reactors, stats, image, pool } = self;
+        let host = |what, source| PlaceError::Host { device: name.clone(), what, source };
+        match place {
+            Place::Process => {
+                let pool = match pool {
+                    Some(pool) => pool,
+                    None => {
+                        pool.insert(ReactorPool::new(reactors).map_err(|error| host("starting I/O threads", error))?)
+                    }
+                };
+                let image = image.as_ref().map(|image| image.try_clone().map(File::from)).transpose();
+                let image = image.map_err(|error| host("duplicating the image's descriptor", error))?;
+                Ok(Server::Process(Box::new(BlockDevice::with_image(name, options, image, pool)?)))
+            }
+            Place::Daemon => {
+                let program = Program::new(
+                    program(PROGRAM),
+                    arguments(name, options, reactors, *stats),
+                    image.iter().cloned().collect(),
+                );
+                let (queues, queue_size) = (Some(options.queues), options.queue_size);
+                let wanted = Wanted { device_type: VIRTIO_ID_BLOCK, queues, queue_size };
+                Ok(Server::Daemon(VhostUserDevice::connect(name, Peer::Program(program), &wanted)?))
+            }
         }
     }
 }
@@ -226,7 +228,7 @@ fn arguments(name: &str, options: &BlockOptions, reactors: &ReactorOptions, stat
         add("block-size", &size);
     }
     if let Some(serial) = &options.serial {
-        add("serial", &format_args!("\"{serial}\""));
+        add("serial", &keyval::quote(serial));
     }
     let mut words = vec!["--disk".into(), disk.into()];
     words.extend(common_arguments(name, reactors, usize::from(options.queues), stats));
@@ -247,18 +249,21 @@ impl Placed {
         Ok(())
     }
 
-    fn move_to(&mut self, place: Place) -> Result<Moved, PlaceError> {
+    /// Whether the disk can be served in a place at all.
+    fn check(&self, place: Place) -> Result<(), PlaceError> {
         let is_shared = |kept: &Kept| kept.mem.iter().all(|region| region.file_offset().is_some());
         if place == Place::Daemon && !self.running.values().all(is_shared) {
-            return Err(PlaceError::Private { device: self.name.clone() });
+            return Err(PlaceError::Private { device: self.source.name.clone() });
         }
-        let Self { name, options, reactors, pool, image, stats, .. } = self;
-        let mut next = serve(name, options, place, reactors, pool, image.as_ref(), *stats)?;
+        Ok(())
+    }
+
+    fn move_to(&mut self, place: Place, mut next: Server) -> Result<Moved, PlaceError> {
         self.prepare(&mut next)?;
         if let Server::Daemon(device) = &self.server
             && !device.is_connected()
         {
-            return Err(PlaceError::Away { device: self.name.clone() });
+            return Err(PlaceError::Away { device: self.source.name.clone() });
         }
         self.lent |= place == Place::Daemon;
         let lent = self.lent;
@@ -266,19 +271,21 @@ impl Placed {
         let indices: Vec<u16> = self.running.keys().copied().collect();
         let ends = self.server.device().suspend(&indices);
         let ends: Vec<Suspended> = ends.into_iter().map(Option::unwrap_or_default).collect();
-        let mut failure = None;
-        for (index, end) in indices.iter().zip(&ends) {
+        // Whatever a daemon that died has in flight could land on top of what the next place writes.
+        let is_quiet = !matches!(&self.server, Server::Daemon(device) if !device.is_quiet());
+        let mut failure = (!is_quiet).then(|| PlaceError::Away { device: self.source.name.clone() });
+        for (index, end) in indices.iter().zip(&ends).take_while(|_| is_quiet) {
             let kept = &self.running[index];
             let parts = interrupt(&kept.call, lent, place).and_then(|call| kept.parts(end.clone(), call));
             let result = parts
                 .map_err(|source| DeviceError::Host {
-                    device: self.name.clone(),
+                    device: self.source.name.clone(),
                     what: "duplicating a doorbell",
                     source,
                 })
                 .and_then(|parts| next.device().start_queue(*index, parts));
             if let Err(error) = result {
-                failure.get_or_insert(error);
+                failure.get_or_insert(error.into());
             }
         }
         if let Some(error) = failure {
@@ -291,7 +298,7 @@ impl Placed {
                     self.server.device().start_queue(index, parts)?;
                 }
             }
-            return Err(error.into());
+            return Err(error);
         }
         for kept in self.running.values() {
             // What the old place has said last may not have been heard (PITFALLS 48).
@@ -301,7 +308,7 @@ impl Placed {
         self.past.merge(&self.server.device().stats());
         self.server = next;
         self.place = place;
-        Ok(Moved { name: self.name.clone(), place, pause })
+        Ok(Moved { name: self.source.name.clone(), place, pause })
     }
 }
 
@@ -311,12 +318,20 @@ impl Mover {
     /// # Errors
     /// When it can't be served there. It goes on where it is.
     pub fn toggle(&self) -> Result<Moved, PlaceError> {
-        let mut placed = lock(&self.0);
-        let place = match placed.place {
-            Place::Process => Place::Daemon,
-            Place::Daemon => Place::Process,
+        let (place, mut source) = {
+            let placed = lock(&self.0);
+            let place = match placed.place {
+                Place::Process => Place::Daemon,
+                Place::Daemon => Place::Process,
+            };
+            placed.check(place)?;
+            (place, placed.source.clone())
         };
-        placed.move_to(place)
+        // Without the lock: a daemon may take its time, and meanwhile the guest uses the disk where it is.
+        let next = source.serve(place)?;
+        let mut placed = lock(&self.0);
+        placed.source = source;
+        placed.move_to(place, next)
     }
 }
 
@@ -347,13 +362,13 @@ impl Device for PlacedDisk {
         let mut placed = self.lock();
         let QueueParts { ring, mem, kick, call, fault, .. } = &parts;
         let kick = kick.try_clone().map_err(|source| DeviceError::Host {
-            device: placed.name.clone(),
+            device: placed.source.name.clone(),
             what: "duplicating a doorbell",
             source,
         })?;
         let kept = Kept { ring: *ring, mem: Arc::clone(mem), kick, call: call.clone(), fault: fault.clone() };
         parts.call = interrupt(call, placed.lent, placed.place).map_err(|source| DeviceError::Host {
-            device: placed.name.clone(),
+            device: placed.source.name.clone(),
             what: "duplicating an interrupt",
             source,
         })?;
@@ -390,10 +405,10 @@ impl Device for PlacedDisk {
 
     fn flush(&mut self) -> Result<(), DeviceError> {
         let mut placed = self.lock();
-        let Some(image) = &placed.image else { return placed.server.device().flush() };
+        let Some(image) = &placed.source.image else { return placed.server.device().flush() };
         // The same file, wherever it was written.
         rustix::fs::fdatasync(image).map_err(|source| DeviceError::Host {
-            device: placed.name.clone(),
+            device: placed.source.name.clone(),
             what: "flushing",
             source: source.into(),
         })
@@ -412,6 +427,17 @@ mod tests {
     use vm_memory::{GuestAddress, GuestMemoryMmap};
 
     use super::*;
+
+    #[test]
+    fn a_serial_number_adds_no_options_to_a_daemons() {
+        let serial = Some("\",queue-size=2,x=\"".to_owned());
+        let options =
+            BlockOptions { serial, storage: StorageKind::Null, size: Some(1 << 20), ..BlockOptions::default() };
+        let words = arguments("disk0", &options, &ReactorOptions::default(), false);
+        let disk = words[1].to_str().unwrap();
+        let read: BlockOptions = keyval::from_str(disk, Some("path")).unwrap();
+        assert_eq!(read, BlockOptions { direct: read.direct, ..options }, "{disk}");
+    }
 
     #[test]
     fn a_disk_of_a_guest_with_private_memory_stays_where_it_is() {

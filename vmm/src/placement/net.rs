@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use ringvm_backends::keyval;
 use ringvm_backends::net::{Mac, NetOptions};
 use ringvm_backends::reactor::ReactorOptions;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
@@ -29,7 +30,7 @@ pub fn nic_in_daemon(
     let mut inherited: Vec<Arc<OwnedFd>> = Vec::new();
     let mut mtu = options.mtu;
     let port = match &options.link {
-        Some(link) => format!("link=\"{}\"", link.display()),
+        Some(link) => format!("link={}", keyval::quote(&link.display().to_string())),
         None if options.loopback => "loopback=on".to_owned(),
         None => {
             let port = options.open()?;

@@ -1,7 +1,7 @@
 //! One connection to a daemon: the messages that bring it to where the device is. Whatever fails ends the connection, never
 //! more than that.
 
-use std::fs::File;
+use std::error::Error;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use ringvm_backends::device::{GuestMemory, QueueState, RingConfig};
-use ringvm_backends::inflight::{InflightArea, InflightTable};
+use ringvm_backends::event::is_raised;
 use thiserror::Error;
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures as Protocol,
@@ -23,12 +23,11 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::inflight::Inflight;
 use super::patience::Patience;
 
-/// Longest wait for the answers to messages that need no work of the device.
+/// Longest wait for what is done in one go: a greeting, a message with its answer, all rings of a device.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Longest wait for a ring to end what it has in flight.
-const DRAIN_PATIENCE: Duration = Duration::from_secs(60);
 /// What is asked of a daemon, if it offers it.
 const WANTED: Protocol = Protocol::MQ
     .union(Protocol::REPLY_ACK)
@@ -39,6 +38,8 @@ const WANTED: Protocol = Protocol::MQ
 /// What the crate has no names for, wanted both or not at all: a ring may leave requests in the table when it stops, and does
 /// so if it is asked to.
 const SUSPENDING: Protocol = Protocol::from_bits_retain(1 << 20 | 1 << 23);
+/// GET_VRING_BASE.
+const GET_VRING_BASE: u32 = 11;
 /// GET_PROTOCOL_FEATURES.
 const GET_PROTOCOL_FEATURES: u32 = 15;
 /// GET_VRING_BASE_SKIP_DRAIN.
@@ -47,6 +48,8 @@ const GET_VRING_BASE_SKIP_DRAIN: u32 = 45;
 const VERSION: u32 = 1;
 const REPLY: u32 = 1 << 2;
 const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+/// Events that are heard before anything else is done.
+const MOST_EVENTS: usize = 64;
 /// More queues than this have no index in the messages that carry descriptors.
 const MAX_QUEUES: u64 = 256;
 
@@ -56,11 +59,24 @@ const MAX_QUEUES: u64 = 256;
 pub(super) struct LinkError {
     what: &'static str,
     source: io::Error,
+    /// The daemon has refused, or nothing was sent: the connection is as good as before.
+    harmless: bool,
 }
 
 impl LinkError {
-    fn new(what: &'static str, message: impl Into<String>) -> Self {
-        Self { what, source: io::Error::other(message.into()) }
+    /// The daemon did what can't be gone on with.
+    pub(super) fn broken(what: &'static str, message: impl Into<String>) -> Self {
+        Self { what, source: io::Error::other(message.into()), harmless: false }
+    }
+
+    /// There was nothing to send.
+    pub(super) fn ours(what: &'static str, message: impl Into<String>) -> Self {
+        Self { what, source: io::Error::other(message.into()), harmless: true }
+    }
+
+    /// Whether the connection can't be used any more.
+    pub(super) fn ends_connection(&self) -> bool {
+        !self.harmless
     }
 }
 
@@ -68,44 +84,24 @@ trait Context<T> {
     fn context(self, what: &'static str) -> Result<T, LinkError>;
 }
 
-impl<T, E: std::error::Error + Send + Sync + 'static> Context<T> for Result<T, E> {
+impl<T, E: Error + Send + Sync + 'static> Context<T> for Result<T, E> {
     fn context(self, what: &'static str) -> Result<T, LinkError> {
-        self.map_err(|error| LinkError { what, source: io::Error::other(error) })
+        self.map_err(|error| {
+            let harmless = is_harmless(&error);
+            LinkError { what, source: io::Error::other(error), harmless }
+        })
     }
 }
 
-/// The memory of requests in flight that a daemon has made, which outlives it here.
-pub(super) struct Inflight {
-    about: VhostUserInflight,
-    file: File,
-}
-
-impl Inflight {
-    /// Takes what is left of a queue out of its table.
-    pub(super) fn take_out(&self, index: u16, size: u16, used: u16) -> Vec<u16> {
-        // A table that can't be read was never written to by a daemon that serves anything.
-        self.table(index).and_then(|mut table| table.take_out(size, used).ok()).unwrap_or_default()
-    }
-
-    /// Puts what is left of a queue into its table.
-    pub(super) fn put_in(
-        inflight: Option<&Self>,
-        index: u16,
-        size: u16,
-        used: u16,
-        left: &[u16],
-    ) -> Result<(), LinkError> {
-        let what = "handing over requests in flight";
-        let table = inflight.and_then(|inflight| inflight.table(index));
-        let mut table = table.ok_or_else(|| LinkError::new(what, "it keeps no table of them"))?;
-        table.put_in(size, used, left).map_err(|reason| LinkError::new(what, reason))
-    }
-
-    fn table(&self, index: u16) -> Option<InflightTable> {
-        let VhostUserInflight { mmap_size, mmap_offset, num_queues, queue_size } = self.about;
-        let file = self.file.try_clone().ok()?;
-        InflightArea::from_file(file.into(), mmap_offset, mmap_size, num_queues, queue_size).ok()?.table(index)
-    }
+/// Whether an error of the crate's leaves the connection as it was: the daemon has refused, or the crate did.
+fn is_harmless(error: &(dyn Error + 'static)) -> bool {
+    use vhost::vhost_user::Error as Protocol;
+    matches!(
+        error.downcast_ref(),
+        Some(vhost::Error::VhostUserProtocol(
+            Protocol::BackendInternalError | Protocol::InvalidParam | Protocol::InactiveFeature(_)
+        ))
+    )
 }
 
 /// What one ring needs over there.
@@ -209,9 +205,14 @@ impl Link {
         let result = work(self);
         self.patience.limit(None);
         result.map_err(|error| match self.patience.has_ended() {
-            true => LinkError::new(error.what, "it does not answer"),
+            true => LinkError::broken(error.what, "it does not answer"),
             false => error,
         })
+    }
+
+    /// Whether the other side was waited for in vain.
+    pub(super) fn hangs(&self) -> bool {
+        self.patience.has_ended()
     }
 
     /// The socket, to learn when it ends.
@@ -226,10 +227,15 @@ impl Link {
         self.events.as_ref().map(|events| unsafe { BorrowedFd::borrow_raw(events.as_raw_fd()) })
     }
 
-    /// Hears it. Returns whether the configuration space has changed.
+    /// Hears it, up to a bound. Returns whether the configuration space has changed.
     pub(super) fn hear(&mut self) -> Result<bool, LinkError> {
-        if let Some(events) = &mut self.events {
-            events.handle_request().context("hearing an event")?;
+        for _ in 0..MOST_EVENTS {
+            if !self.events().is_some_and(is_raised) {
+                break;
+            }
+            if let Some(events) = &mut self.events {
+                events.handle_request().context("hearing an event")?;
+            }
         }
         Ok(self.config_changed.swap(false, Ordering::AcqRel))
     }
@@ -237,6 +243,11 @@ impl Link {
     /// Whether the daemon notes requests in flight in a table.
     pub(super) fn keeps_table(&self) -> bool {
         self.protocol.contains(Protocol::INFLIGHT_SHMFD)
+    }
+
+    /// Whether rings end at once, with what is in flight left in the table.
+    pub(super) fn suspends(&self) -> bool {
+        self.protocol.contains(SUSPENDING)
     }
 
     /// Whether the configuration space is the daemon's.
@@ -266,7 +277,7 @@ impl Link {
     /// Shows it the guest's memory.
     pub(super) fn set_memory(&mut self, memory: &GuestMemory) -> Result<(), LinkError> {
         let regions = memory.iter().map(VhostUserMemoryRegionInfo::from_guest_region).collect::<Result<Vec<_>, _>>();
-        let regions = regions.context("sharing the guest's memory")?;
+        let regions = regions.map_err(|error| LinkError::ours("sharing the guest's memory", error.to_string()))?;
         self.frontend.set_mem_table(&regions).context("SET_MEM_TABLE")?;
         Ok(())
     }
@@ -288,17 +299,18 @@ impl Link {
                 let (about, file) = self.frontend.get_inflight_fd(&wanted).context("GET_INFLIGHT_FD")?;
                 // What is not answered is as it was asked for.
                 let about = VhostUserInflight { num_queues: queues, queue_size, ..about };
-                kept.insert(Inflight { about, file })
+                kept.insert(Inflight::new(about, file)?)
             }
         };
-        self.frontend.set_inflight_fd(&inflight.about, inflight.file.as_raw_fd()).context("SET_INFLIGHT_FD")
+        self.frontend.set_inflight_fd(inflight.about(), inflight.fd()).context("SET_INFLIGHT_FD")
     }
 
     /// Has a ring served.
     pub(super) fn start(&mut self, index: u16, memory: &GuestMemory, vring: &Vring<'_>) -> Result<(), LinkError> {
         let host = |address: u64| {
-            let host = memory.get_host_address(GuestAddress(address)).context("finding the ring in memory")?;
-            Ok::<_, LinkError>(host as u64)
+            let host = memory.get_host_address(GuestAddress(address));
+            host.map(|host| host as u64)
+                .map_err(|error| LinkError::ours("finding the ring in memory", error.to_string()))
         };
         let RingConfig { size, desc, avail, used } = *vring.ring;
         let addresses = VringConfigData {
@@ -323,34 +335,23 @@ impl Link {
         Ok(())
     }
 
-    /// Has a ring ended, with nothing in flight, and hears where it stands.
-    pub(super) fn stop(&mut self, index: u16) -> Result<u16, LinkError> {
-        self.patience.limit(Some(DRAIN_PATIENCE));
-        let base = self.frontend.get_vring_base(index.into()).context("GET_VRING_BASE")?;
-        self.patience.limit(Some(PATIENCE));
-        u16::try_from(base).map_err(|_| LinkError::new("GET_VRING_BASE", format!("{base} is no ring index")))
-    }
-
-    /// Has rings ended at once, with what is in flight left in the table, and hears where each stands. Where the daemon knows of
-    /// no such thing it is as [`Self::stop`].
-    pub(super) fn suspend(&mut self, indices: &[u16]) -> Result<Vec<u16>, LinkError> {
-        if !self.protocol.contains(SUSPENDING) {
-            return indices.iter().map(|&index| self.stop(index)).collect();
-        }
-        let what = "GET_VRING_BASE_SKIP_DRAIN";
-        self.patience.limit(Some(DRAIN_PATIENCE));
-        // The ring, and room for a position. All are asked before one is waited for.
-        let request =
-            |&index: &u16| message(GET_VRING_BASE_SKIP_DRAIN, [index.into(), 0].map(u32::to_ne_bytes).as_flattened());
-        (&self.socket).write_all(&indices.iter().flat_map(request).collect::<Vec<_>>()).context(what)?;
-        let position = |&index: &u16| {
-            let [ring, base] = hear(&self.socket, GET_VRING_BASE_SKIP_DRAIN).context(what)?;
-            let base = u16::try_from(base).ok().filter(|_| ring == u32::from(index));
-            base.ok_or_else(|| LinkError::new(what, format!("the answer for ring {index} is {base:?} of ring {ring}")))
+    /// Has rings ended, all together, and hears where each stands. Where the daemon knows how, that is at once, with what is in
+    /// flight left in the table; else with nothing in flight.
+    pub(super) fn stop(&mut self, indices: &[u16]) -> Result<Vec<u16>, LinkError> {
+        let (request, what) = match self.suspends() {
+            true => (GET_VRING_BASE_SKIP_DRAIN, "GET_VRING_BASE_SKIP_DRAIN"),
+            false => (GET_VRING_BASE, "GET_VRING_BASE"),
         };
-        let positions = indices.iter().map(position).collect();
-        self.patience.limit(Some(PATIENCE));
-        positions
+        // The ring, and room for a position. All are asked before one is waited for.
+        let ask = |&index: &u16| message(request, [index.into(), 0].map(u32::to_ne_bytes).as_flattened());
+        (&self.socket).write_all(&indices.iter().flat_map(ask).collect::<Vec<_>>()).context(what)?;
+        let position = |&index: &u16| {
+            let [ring, base] = hear(&self.socket, request).context(what)?;
+            let position = u16::try_from(base).ok().filter(|_| ring == u32::from(index));
+            position
+                .ok_or_else(|| LinkError::broken(what, format!("the answer for ring {index} is {base} of ring {ring}")))
+        };
+        indices.iter().map(position).collect()
     }
 
     /// Back to the state before the features were accepted, where the daemon knows of such a thing.

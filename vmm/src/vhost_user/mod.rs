@@ -1,52 +1,57 @@
 //! A device whose queues run in another process, over vhost-user (the specification is part of QEMU's documentation).
 //!
 //! Doorbells and interrupts pass straight between KVM and the daemon; this is control only, and it never gives up: what the
-//! driver has set up is kept here, and a thread brings every new connection to the same state. While nobody is there, the
-//! driver just waits. Requests in flight are in a table that outlives the daemon, and its successor serves them again.
+//! driver has set up is kept by a thread of the device's own ([`keeper`]), which brings every new connection to the same state.
+//! While nobody is there, the driver just waits. Requests in flight are in a table that outlives the daemon, and its successor
+//! serves them again.
 
+mod inflight;
+mod keeper;
 mod link;
+mod offer;
 mod patience;
 pub mod peer;
+mod program;
+mod sentinel;
+mod shared;
+#[cfg(test)]
+mod tests;
 
-use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::mem;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use ringvm_backends::device::{
-    Device, DeviceError, DeviceInfo, GuestMemory, QueueParts, QueueState, RingConfig, Suspended,
+    Device, DeviceError, DeviceInfo, GuestMemory, QueueParts, QueueState, RingConfig, Suspended, read_space,
 };
-use ringvm_backends::event::{SharedEvent, borrow, take};
+use ringvm_backends::event::SharedEvent;
 use ringvm_backends::interrupt::Interrupt;
-use ringvm_backends::queue::{RING_FEATURES, used_index};
+use ringvm_backends::queue::{check_ring, used_index};
 use ringvm_backends::stats::DeviceStats;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use thiserror::Error;
-use tracing::{debug, info, warn};
-use virtio_bindings::virtio_blk::VIRTIO_BLK_F_MQ;
-use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET};
-use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_RX_EXTRA,
-    VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ,
-    VIRTIO_NET_F_MTU, VIRTIO_NET_F_SPEED_DUPLEX, VIRTIO_NET_F_STATUS,
-};
+use tracing::{debug, warn};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use link::{About, Inflight, Link, LinkError, Vring};
+use keeper::{Job, Keeper, Ring};
+use link::{Link, LinkError};
+use offer::Field;
 use peer::Peer;
+use shared::Shared;
 
 /// How long the first connection may take.
 const GREETING: Duration = Duration::from_secs(10);
-/// Pause before another attempt to connect: doubled from the first to the last.
-const FIRST_PAUSE: Duration = Duration::from_millis(2);
-const LAST_PAUSE: Duration = Duration::from_secs(1);
-/// Feature bits of the ring and the transport (virtio 1.3, section 6), of which only those that our transport has are taken.
-const RESERVED_FEATURES: u64 = ((1 << 42) - 1) & !((1 << 24) - 1);
-/// Largest configuration space that is asked for: what fits a message.
-const MAX_CONFIG: u32 = 256;
-/// Where `writeback` of a disk lies, the one field of its configuration space that is the driver's.
-const BLOCK_WRITEBACK: u32 = 32;
+/// Longest wait for what a daemon does at once. All rings that are stopped one after another share it.
+const ANSWER: Duration = Duration::from_secs(2);
+/// Longest wait for all rings of a daemon that can stop only with nothing in flight.
+const DRAIN: Duration = Duration::from_secs(10);
+/// Longest wait for what a dead daemon has in flight in the kernel, where rings are suspended. A reset waits for as long as it
+/// takes: the guest uses its memory for something else then.
+const AFTERLIFE: Duration = Duration::from_millis(500);
+/// How long the keeper may take to notice that a connection was ended.
+const NOTICE: Duration = Duration::from_secs(2);
 
 /// What a device in another process is to be.
 #[derive(Clone, Debug)]
@@ -73,53 +78,14 @@ pub struct ConnectError {
 pub struct VhostUserDevice {
     info: DeviceInfo,
     shared: Arc<Shared>,
-    keeper: Option<JoinHandle<()>>,
-}
-
-struct Shared {
-    name: String,
-    state: Mutex<State>,
-    /// Has the keeper look at the state.
-    wake: EventFd,
-}
-
-/// What the driver has set up, wherever the daemon is.
-struct State {
-    peer: Peer,
-    link: Option<Link>,
-    queue_size: u16,
-    /// Accepted by the driver.
-    features: Option<u64>,
-    memory: Option<GuestMemory>,
-    /// Shown to the daemon of this connection.
-    shown: bool,
-    rings: Vec<Option<Ring>>,
-    inflight: Option<Inflight>,
-    config: Vec<u8>,
-    /// What the driver has written to it, by offset.
-    written: BTreeMap<u32, Vec<u8>>,
-    config_changed: Interrupt,
-    /// Said once that the daemon is away.
-    told_away: bool,
-    /// What was wrong with the last one that came, said once.
-    told_reason: String,
-    ends: bool,
-}
-
-/// A ring that runs, as far as the driver knows.
-struct Ring {
-    ring: RingConfig,
-    kick: EventFd,
-    call: Arc<EventFd>,
-    /// Raises the two, which every daemon that was here holds as well.
-    again: [SharedEvent; 2],
-    /// Where calls go that can't go straight.
-    relay: Option<Interrupt>,
-    err: EventFd,
-    fault: Interrupt,
-    from: QueueState,
-    /// What the table of requests in flight does not hold yet.
-    left: Vec<u16>,
+    /// To the keeper, which ends when this is gone.
+    jobs: Option<Sender<Job>>,
+    /// Disconnected when the keeper has ended.
+    ended: Receiver<()>,
+    /// Rings that run, as far as the driver knows.
+    running: Vec<Option<(RingConfig, GuestMemory)>>,
+    /// How long the stops since the last start have taken.
+    spent: Duration,
 }
 
 fn event() -> io::Result<EventFd> {
@@ -154,13 +120,14 @@ impl VhostUserDevice {
             }
         };
         let failed = |reason: LinkError| error("talking to", reason.to_string(), "; is it a vhost-user daemon?");
-        let (mut link, about) = Link::open(socket, is_counted(wanted.device_type)).map_err(failed)?;
+        let (mut link, about) = Link::open(socket, offer::is_counted(wanted.device_type)).map_err(failed)?;
         let config = match wanted.device_type {
             _ if !link.has_config() => Vec::new(),
-            device_type => link.within_limits(|link| link.read_config(config_len(device_type))).map_err(failed)?,
+            kind => link.within_limits(|link| link.read_config(offer::config_len(kind))).map_err(failed)?,
         };
-        let offered = features(wanted.device_type, about.features, !config.is_empty());
-        let count = queue_count(wanted, &about, &config, offered).map_err(|reason| error("using", reason, ""))?;
+        let offered = offer::features(wanted.device_type, about.features, !config.is_empty());
+        let count =
+            offer::queue_count(wanted, &about, &config, offered).map_err(|reason| error("using", reason, ""))?;
         let info = DeviceInfo {
             device_type: wanted.device_type,
             name: name.to_owned(),
@@ -174,322 +141,83 @@ impl VhostUserDevice {
             reason: source.to_string(),
             hint: "",
         };
-        let state = State {
-            peer,
-            link: Some(link),
-            queue_size: wanted.queue_size,
-            features: None,
-            memory: None,
-            shown: false,
-            rings: (0..count).map(|_| None).collect(),
-            inflight: None,
-            config,
-            written: BTreeMap::new(),
-            config_changed: Interrupt::None,
-            told_away: false,
-            told_reason: String::new(),
-            ends: false,
-        };
-        let wake = event().map_err(|source| host("making an event", source))?;
-        let shared = Arc::new(Shared { name: name.to_owned(), state: Mutex::new(state), wake });
-        let keeper = Arc::clone(&shared);
-        let keeper = thread::Builder::new().name(format!("vhost-{name}")).spawn(move || keeper.keep());
-        Ok(Self { info, shared, keeper: Some(keeper.map_err(|source| host("starting a thread", source))?) })
+        let shared = Arc::new(Shared::new(name).map_err(|source| host("making an event", source))?);
+        shared.view().config = config;
+        let keeper = Keeper::new(Arc::clone(&shared), peer, link, count, wanted.queue_size);
+        let (jobs, inbox) = mpsc::channel();
+        let (alive, ended) = mpsc::channel::<()>();
+        let thread = thread::Builder::new().name(format!("vhost-{name}")).spawn(move || {
+            keeper.run(&inbox);
+            drop(alive);
+        });
+        thread.map_err(|source| host("starting a thread", source))?;
+        let running = (0..count).map(|_| None).collect();
+        Ok(Self { info, shared, jobs: Some(jobs), ended, running, spent: Duration::ZERO })
     }
-}
 
-impl VhostUserDevice {
     /// Whether a daemon is there.
     #[must_use]
     pub fn is_connected(&self) -> bool {
-        self.shared.lock().link.is_some()
+        self.shared.view().connected
     }
-}
 
-/// What is offered to the driver of what the daemon offers.
-fn features(device_type: u32, theirs: u64, has_config: bool) -> u64 {
-    /// What a driver would look for in a configuration space, and what comes with a control queue.
-    const NEED_CONFIG: u64 = 1 << VIRTIO_NET_F_MTU
-        | 1 << VIRTIO_NET_F_MAC
-        | 1 << VIRTIO_NET_F_STATUS
-        | 1 << VIRTIO_NET_F_CTRL_VQ
-        | 1 << VIRTIO_NET_F_CTRL_RX
-        | 1 << VIRTIO_NET_F_CTRL_VLAN
-        | 1 << VIRTIO_NET_F_CTRL_RX_EXTRA
-        | 1 << VIRTIO_NET_F_GUEST_ANNOUNCE
-        | 1 << VIRTIO_NET_F_MQ
-        | 1 << VIRTIO_NET_F_CTRL_MAC_ADDR
-        | 1 << VIRTIO_NET_F_CTRL_GUEST_OFFLOADS
-        | 1 << VIRTIO_NET_F_SPEED_DUPLEX;
-    let without = if device_type == VIRTIO_ID_NET && !has_config { NEED_CONFIG } else { 0 };
-    theirs & (!RESERVED_FEATURES | RING_FEATURES) & !without
-}
-
-/// Whether a daemon for this kind of device is asked how many queues it has, rather than its configuration space.
-fn is_counted(device_type: u32) -> bool {
-    !matches!(device_type, VIRTIO_ID_BLOCK | VIRTIO_ID_NET)
-}
-
-/// Length of the configuration space of a kind of device.
-fn config_len(device_type: u32) -> u32 {
-    match device_type {
-        VIRTIO_ID_BLOCK => 60,
-        VIRTIO_ID_NET => 24,
-        _ => MAX_CONFIG,
+    /// Whether nothing is in flight of a daemon of ours that has died. Queues that were suspended may go on elsewhere only then.
+    #[must_use]
+    pub fn is_quiet(&self) -> bool {
+        self.shared.outlast(Some(Duration::ZERO))
     }
-}
 
-/// How many queues the driver gets.
-fn queue_count(wanted: &Wanted, about: &About, config: &[u8], offered: u64) -> Result<u16, String> {
-    /// Where `num_queues` of a disk lies, and `max_virtqueue_pairs` of a NIC.
-    const BLOCK_QUEUES: std::ops::Range<usize> = 34..36;
-    const NET_PAIRS: std::ops::Range<usize> = 8..10;
-    let word = |range: std::ops::Range<usize>| {
-        let bytes = config.get(range)?.try_into().ok()?;
-        Some(u16::from_le_bytes(bytes)).filter(|&count| count > 0)
-    };
-    let has = |feature: u32| offered & 1 << feature != 0;
-    let there = match wanted.device_type {
-        VIRTIO_ID_BLOCK if has(VIRTIO_BLK_F_MQ) => word(BLOCK_QUEUES).unwrap_or(1),
-        VIRTIO_ID_BLOCK => 1,
-        // The control queue is behind all pairs (virtio 1.3, 5.1.2), whether or not the daemon counts it.
-        VIRTIO_ID_NET => {
-            let pairs = if has(VIRTIO_NET_F_MQ) { word(NET_PAIRS).unwrap_or(1) } else { 1 };
-            pairs.saturating_mul(2).saturating_add(u16::from(has(VIRTIO_NET_F_CTRL_VQ)))
+    /// Has the keeper do something some time.
+    fn send(&self, work: impl FnOnce(&mut Keeper) + Send + 'static) {
+        if let Some(jobs) = &self.jobs {
+            // Without a keeper there is no daemon either: whoever waits for an answer sees that.
+            let _ = jobs.send(Box::new(work));
+            self.shared.wake();
         }
-        _ => about.queues.unwrap_or(1).max(1),
-    };
-    match wanted.queues {
-        Some(0) => Err("it can't have 0 queues".into()),
-        Some(wanted) if wanted > there => Err(format!("it has {there} queues, not {wanted}")),
-        Some(wanted) => Ok(wanted),
-        None => Ok(there),
-    }
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn wake(&self) {
-        // A full counter is awake.
-        let _ = self.wake.write(1);
-    }
-
-    /// The connection has failed: what follows is the keeper's.
-    fn lost(&self, state: &mut State, error: &dyn std::fmt::Display) {
-        if state.link.take().is_some() && !std::mem::replace(&mut state.told_away, true) {
-            warn!(device = self.name, "the daemon at {} is away ({error}); the guest waits for it", state.peer.name());
-        }
-        self.wake();
-    }
-
-    /// Does `work` over the connection, if there is one; a failure ends it.
-    fn try_with<T>(
+    /// Has the keeper do something, and waits for the answer. After so long the connection is ended, and with it whatever the
+    /// keeper waits for. `None` if there is no answer even then.
+    fn ask<T: Send + 'static>(
         &self,
-        state: &mut State,
-        work: impl FnOnce(&mut State, &mut Link) -> Result<T, LinkError>,
+        limit: Duration,
+        work: impl FnOnce(&mut Keeper) -> T + Send + 'static,
     ) -> Option<T> {
-        let mut link = state.link.take()?;
-        let result = link.within_limits(|link| work(state, link));
-        state.link = Some(link);
-        result.map_err(|error| self.lost(state, &error)).ok()
-    }
-
-    /// The life of the keeper thread.
-    fn keep(&self) {
-        let mut pause = FIRST_PAUSE;
-        loop {
-            let mut state = self.lock();
-            if state.ends {
-                return;
+        let (reply, answer) = mpsc::channel();
+        self.send(move |keeper| drop(reply.send(work(keeper))));
+        match answer.recv_timeout(limit) {
+            Err(RecvTimeoutError::Timeout) => {
+                self.shared.break_off();
+                answer.recv_timeout(NOTICE).ok()
             }
-            if state.link.is_none() {
-                match self.reconnect(&mut state) {
-                    Ok(()) => {
-                        pause = FIRST_PAUSE;
-                        state.told_reason.clear();
-                        if std::mem::take(&mut state.told_away) {
-                            warn!(device = self.name, "the daemon at {} is back", state.peer.name());
-                        }
-                    }
-                    Err(reason) => {
-                        if reason.is_empty() || state.told_reason == reason {
-                            debug!(device = self.name, reason, "connecting again");
-                        } else {
-                            warn!(device = self.name, "the daemon at {} can't be used: {reason}", state.peer.name());
-                            state.told_reason = reason;
-                        }
-                        drop(state);
-                        self.sleep(pause);
-                        pause = (pause * 2).min(LAST_PAUSE);
-                        continue;
-                    }
-                }
-            }
-            drop(state);
-            self.watch();
+            answer => answer.ok(),
         }
     }
 
-    /// Waits for a while, or until it is woken.
-    fn sleep(&self, pause: Duration) {
-        let timeout = Timespec { tv_sec: pause.as_secs() as i64, tv_nsec: pause.subsec_nanos().into() };
-        let mut fds = [PollFd::from_borrowed_fd(borrow(&self.wake), PollFlags::IN)];
-        // Woken by a signal is woken.
-        let _ = poll(&mut fds, Some(&timeout));
-        let _ = self.wake.read();
+    /// As [`Self::ask`], if a daemon is there to answer; otherwise it is done for the next one that comes.
+    fn ask_or_send<T: Send + 'static>(&self, work: impl FnOnce(&mut Keeper) -> T + Send + 'static) -> Option<T> {
+        if self.is_connected() {
+            return self.ask(ANSWER, work);
+        }
+        self.send(move |keeper| drop(work(keeper)));
+        None
     }
 
-    /// Waits until there is something to do, and does it.
-    fn watch(&self) {
-        // Duplicates, so that nothing is held while waiting.
-        let (socket, events, rings) = {
-            let state = self.lock();
-            let Some(link) = &state.link else { return };
-            let Ok(socket) = link.socket().try_clone_to_owned() else { return };
-            let events = link.events().and_then(|fd| fd.try_clone_to_owned().ok());
-            let rings: Vec<_> = state
-                .rings
-                .iter()
-                .enumerate()
-                .filter_map(|(index, ring)| ring.as_ref().map(|ring| (index, ring)))
-                .filter_map(|(index, ring)| {
-                    let call = ring.relay.as_ref().map(|_| Arc::clone(&ring.call));
-                    Some((index, ring.err.try_clone().ok()?, call))
-                })
-                .collect();
-            (socket, events, rings)
-        };
-        let mut fds =
-            vec![PollFd::from_borrowed_fd(borrow(&self.wake), PollFlags::IN), PollFd::new(&socket, PollFlags::RDHUP)];
-        if let Some(events) = &events {
-            fds.push(PollFd::new(events, PollFlags::IN));
-        }
-        for (_, err, call) in &rings {
-            fds.push(PollFd::from_borrowed_fd(borrow(err), PollFlags::IN));
-            if let Some(call) = call {
-                fds.push(PollFd::from_borrowed_fd(borrow(call), PollFlags::IN));
-            }
-        }
-        if poll(&mut fds, None).is_err() {
-            return;
-        }
-        let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
-        let mut ready = ready.into_iter();
-        let mut next = || ready.next().unwrap_or(false);
-        if next() {
-            let _ = self.wake.read();
-        }
-        if next() {
-            let mut state = self.lock();
-            self.lost(&mut state, &"it has closed the connection");
-            return;
-        }
-        let mut state = self.lock();
-        if events.is_some() && next() {
-            self.hear(&mut state);
-        }
-        for (index, err, call) in &rings {
-            if next()
-                && take(borrow(err))
-                && let Some(ring) = &state.rings[*index]
-            {
-                ring.fault.raise();
-            }
-            if let Some(call) = call
-                && next()
-                && take(borrow(call))
-                && let Some(relay) = state.rings[*index].as_ref().and_then(|ring| ring.relay.clone())
-            {
-                relay.raise();
-            }
-        }
+    /// How long all stops may take that follow each other.
+    fn stop_limit(&self) -> Duration {
+        if self.shared.view().suspends { ANSWER } else { DRAIN }
     }
 
-    /// Hears what the daemon has to say.
-    fn hear(&self, state: &mut State) {
-        let changed = self.try_with(state, |state, link| {
-            let changed = link.hear()? && link.has_config();
-            if changed {
-                state.config = link.read_config(state.config.len() as u32)?;
-            }
-            Ok(changed)
-        });
-        if changed == Some(true) {
-            info!(device = self.name, "the daemon has changed the configuration space");
-            state.config_changed.raise();
-        }
+    /// Takes note that a ring does not run any more. Returns its layout and where it stands by what is in memory.
+    fn take_running(&mut self, index: u16) -> Option<(RingConfig, QueueState)> {
+        let (ring, memory) = self.running.get_mut(usize::from(index))?.take()?;
+        let used = used_index(&memory, &ring).unwrap_or_default();
+        Some((ring, QueueState { next_avail: used, next_used: used }))
     }
 
-    /// Connects, and brings the daemon to where the device is. What is said of a failure is empty if just nobody is there.
-    fn reconnect(&self, state: &mut State) -> Result<(), String> {
-        let socket = state.peer.connect().map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused if matches!(state.peer, Peer::Socket(_)) => {
-                String::new()
-            }
-            _ => error.to_string(),
-        })?;
-        // How many queues it has does not matter any more.
-        let (mut link, about) = Link::open(socket, false).map_err(|error| error.to_string())?;
-        let accepted = state.features.unwrap_or(0);
-        if accepted & !about.features != 0 {
-            let missing = accepted & !about.features;
-            return Err(format!("it lacks features that the driver has accepted: {missing:#x}"));
-        }
-        state.shown = false;
-        link.within_limits(|link| self.replay(state, link)).map_err(|error| error.to_string())?;
-        state.link = Some(link);
-        Ok(())
+    fn queue_error(&self, index: u16, reason: &'static str) -> DeviceError {
+        DeviceError::Queue { device: self.info.name.clone(), index, reason }
     }
-
-    fn replay(&self, state: &mut State, link: &mut Link) -> Result<(), LinkError> {
-        let Some(features) = state.features else { return Ok(()) };
-        link.set_features(features)?;
-        if link.has_config() && !state.config.is_empty() {
-            for (&offset, data) in &state.written {
-                // A daemon that refuses what the one before took says so by what it is read to hold.
-                let _ = link.write_config(offset, data);
-            }
-            let now = link.read_config(state.config.len() as u32)?;
-            if now != state.config {
-                state.config = now;
-                state.config_changed.raise();
-            }
-        }
-        // As the transport starts them.
-        for index in (0..state.rings.len()).rev() {
-            let Some(ring) = &mut state.rings[index] else { continue };
-            // All that is known of a ring whose server is gone; the table knows more.
-            if let Some(used) = state.memory.as_ref().and_then(|memory| used_index(memory, &ring.ring)) {
-                ring.from = QueueState { next_avail: used, next_used: used };
-            }
-            start(state, link, index as u16)?;
-            let ring = state.rings[index].as_ref().expect("it was there just now");
-            // Whatever was said while nobody listened is said again (PITFALLS 48).
-            ring.again.iter().for_each(SharedEvent::raise);
-        }
-        Ok(())
-    }
-}
-
-/// Starts a ring over there, with what has to be said before the first of them.
-fn start(state: &mut State, link: &mut Link, index: u16) -> Result<(), LinkError> {
-    let State { memory, rings, inflight, shown, queue_size, .. } = state;
-    let count = rings.len() as u16;
-    let (Some(memory), Some(ring)) = (memory, &mut rings[usize::from(index)]) else { return Ok(()) };
-    if !*shown {
-        link.set_inflight(inflight, count, *queue_size)?;
-        link.set_memory(memory)?;
-        *shown = true;
-    }
-    let Ring { ring, kick, call, err, from, left, .. } = ring;
-    if !left.is_empty() {
-        Inflight::put_in(inflight.as_ref(), index, ring.size, from.next_used, left)?;
-        left.clear();
-    }
-    link.start(index, memory, &Vring { ring, from: *from, kick, call, err })
 }
 
 impl Device for VhostUserDevice {
@@ -499,59 +227,59 @@ impl Device for VhostUserDevice {
 
     fn ack_features(&mut self, features: u64) -> Result<(), DeviceError> {
         self.info.check_features(features)?;
-        let mut state = self.shared.lock();
-        state.features = Some(features);
-        self.shared.try_with(&mut state, |_, link| link.set_features(features));
+        if self.ask_or_send(move |keeper| keeper.accept(features)) == Some(false) {
+            let device = self.info.name.clone();
+            return Err(DeviceError::Features { device, features, reason: "its daemon refuses them" });
+        }
         Ok(())
     }
 
     fn read_config(&self, offset: u32, data: &mut [u8]) {
-        ringvm_backends::device::read_space(&self.shared.lock().config, offset, data);
+        read_space(&self.shared.view().config, offset, data);
     }
 
     fn write_config(&mut self, offset: u32, data: &[u8]) -> Result<(), DeviceError> {
-        let mut state = self.shared.lock();
-        let written = self.shared.try_with(&mut state, |state, link| {
-            if !link.has_config() {
-                return Ok(false);
-            }
-            link.write_config(offset, data)?;
-            state.config = link.read_config(state.config.len() as u32)?;
-            Ok(true)
-        });
-        // While nobody is there to say so, it is known of one field that it is the driver's.
-        let taken = written.unwrap_or(self.info.device_type == VIRTIO_ID_BLOCK && offset == BLOCK_WRITEBACK);
-        let end = offset as usize + data.len();
-        if taken && let Some(place) = state.config.get_mut(offset as usize..end) {
-            if written.is_none() {
-                place.copy_from_slice(data);
-            }
-            state.written.insert(offset, data.to_vec());
-            return Ok(());
+        let refused = || DeviceError::Config { device: self.info.name.clone(), offset, len: data.len() };
+        let field = offer::field(self.info.device_type, offset, data.len());
+        let end = (offset as usize).checked_add(data.len());
+        let end = end.filter(|&end| end <= self.info.config_len as usize).ok_or_else(refused)?;
+        if field == Field::ReadOnly || !self.shared.view().has_config {
+            return Err(refused());
         }
-        Err(DeviceError::Config { device: self.info.name.clone(), offset, len: data.len() })
+        let bytes = data.to_vec();
+        let answer = self.is_connected().then(|| self.ask(ANSWER, move |keeper| keeper.write_config(offset, &bytes)));
+        match answer.flatten().flatten() {
+            Some(true) => Ok(()),
+            // While nobody is there to say so, it is known of one field that it is the driver's.
+            None if field == Field::Drivers => {
+                self.shared.view().config[offset as usize..end].copy_from_slice(data);
+                let bytes = data.to_vec();
+                self.send(move |keeper| drop(keeper.written.insert(offset, bytes)));
+                Ok(())
+            }
+            _ => Err(refused()),
+        }
     }
 
     fn start_queue(&mut self, index: u16, parts: QueueParts) -> Result<(), DeviceError> {
         let name = || self.info.name.clone();
         let host = |what, source| DeviceError::Host { device: name(), what, source };
         let QueueParts { ring, mem, kick, call, fault, from, left, inflight: _, log: _, in_order: _ } = parts;
-        let mut state = self.shared.lock();
-        let place = state.rings.get(usize::from(index));
-        match place {
-            None => return Err(DeviceError::Queue { device: name(), index, reason: "does not exist" }),
-            Some(Some(_)) => return Err(DeviceError::Queue { device: name(), index, reason: "runs already" }),
-            Some(None) => {}
+        match (self.running.get(usize::from(index)), self.info.queue_sizes.get(usize::from(index))) {
+            (Some(None), Some(&size)) if ring.size <= size => {}
+            (Some(None), _) => return Err(self.queue_error(index, "is longer than its daemon serves")),
+            (Some(Some(_)), _) => return Err(self.queue_error(index, "runs already")),
+            (None, _) => return Err(self.queue_error(index, "does not exist")),
         }
-        if !left.is_empty() && state.link.as_ref().is_some_and(|link| !link.keeps_table()) {
-            let reason = "has requests in flight, of which its daemon can't be told";
-            return Err(DeviceError::Queue { device: name(), index, reason });
+        let (connected, keeps_table) = {
+            let view = self.shared.view();
+            (view.connected, view.keeps_table)
+        };
+        if !left.is_empty() && connected && !keeps_table {
+            return Err(self.queue_error(index, "has requests in flight, of which its daemon can't be told"));
         }
-        // What the driver got wrong is its own fault, not the daemon's.
-        let known = used_index(&mem, &ring).is_some() && ring.size.is_power_of_two() && ring.size <= state.queue_size;
-        if !known {
-            return Err(DeviceError::Queue { device: name(), index, reason: "has a layout that can't be served" });
-        }
+        // What the driver got wrong is its own fault, and nothing to try a daemon with.
+        check_ring(&mem, &ring).map_err(|source| DeviceError::Ring { device: name(), index, source })?;
         let (call, relay) = match call {
             Interrupt::Event(call) => (call, None),
             Interrupt::None => (Arc::new(event().map_err(|error| host("making an event", error))?), None),
@@ -561,65 +289,58 @@ impl Device for VhostUserDevice {
         let again = [SharedEvent::of(&kick), SharedEvent::of(&call)];
         let [kick_again, call_again] = again.map(|event| event.map_err(|error| host("duplicating an event", error)));
         let again = [kick_again?, call_again?];
-        if state.memory.as_ref().is_none_or(|known| !Arc::ptr_eq(known, &mem)) {
-            state.shown = false;
-            state.memory = Some(mem);
+        let memory = Arc::clone(&mem);
+        let run = Ring { ring, kick, call, again, relay, err, fault, faulty: false, from, left };
+        self.spent = Duration::ZERO;
+        if self.ask_or_send(move |keeper| keeper.add(index, memory, run)) == Some(false) {
+            return Err(self.queue_error(index, "is refused by its daemon"));
         }
-        state.rings[usize::from(index)] = Some(Ring { ring, kick, call, again, relay, err, fault, from, left });
-        self.shared.try_with(&mut state, |state, link| start(state, link, index));
-        // The keeper watches one more ring.
-        self.shared.wake();
+        self.running[usize::from(index)] = Some((ring, mem));
         Ok(())
     }
 
     fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
-        let mut state = self.shared.lock();
-        state.rings.get(usize::from(index))?.as_ref()?;
-        let base = self.shared.try_with(&mut state, |_, link| link.stop(index));
-        let ring = state.rings[usize::from(index)].take()?;
-        let used = state.memory.as_ref().and_then(|memory| used_index(memory, &ring.ring)).unwrap_or_default();
-        // Without a daemon nothing is in flight but what the table says, and that is served first when the ring starts again.
-        Some(QueueState { next_avail: base.unwrap_or(used), next_used: used })
+        self.running.get(usize::from(index))?.as_ref()?;
+        let start = Instant::now();
+        let limit = self.stop_limit().saturating_sub(self.spent);
+        let ends = self.ask(limit, move |keeper| keeper.stop(&[index]));
+        self.spent += start.elapsed();
+        self.shared.outlast(None);
+        let (_, state) = self.take_running(index)?;
+        // What the table says is left is served first when the ring starts again.
+        Some(ends.and_then(|ends| ends.into_iter().next()?).map_or(state, |end| end.state))
     }
 
     fn suspend(&mut self, queues: &[u16]) -> Vec<Option<Suspended>> {
-        let mut state = self.shared.lock();
-        let runs = |index: &u16| state.rings.get(usize::from(*index)).is_some_and(Option::is_some);
-        let running: Vec<u16> = queues.iter().copied().filter(runs).collect();
-        let bases = self.shared.try_with(&mut state, |_, link| link.suspend(&running));
-        let mut bases = bases.unwrap_or_default().into_iter();
-        let mut end = |&index: &u16| {
-            let Ring { ring, left: unsaid, .. } = state.rings.get_mut(usize::from(index))?.take()?;
-            let used = state.memory.as_ref().and_then(|memory| used_index(memory, &ring)).unwrap_or_default();
-            let table = state.inflight.as_ref();
-            let mut left = table.map_or(Vec::new(), |table| table.take_out(index, ring.size, used));
-            left.extend(unsaid);
-            // Whatever was looked at was given back or is left, also where nobody could be asked.
-            let base = bases.next().filter(|_| left.is_empty());
-            let next_avail = base.unwrap_or_else(|| used.wrapping_add(left.len() as u16));
-            Some(Suspended { state: QueueState { next_avail, next_used: used }, left })
-        };
-        queues.iter().map(&mut end).collect()
+        let wanted = queues.to_vec();
+        let running: Vec<_> = queues.iter().map(|&index| self.take_running(index)).collect();
+        if running.iter().all(Option::is_none) {
+            return queues.iter().map(|_| None).collect();
+        }
+        let rings: Vec<_> = running.iter().map(|running| running.as_ref().map_or(0, |(ring, _)| ring.size)).collect();
+        let ends = self.ask(self.stop_limit(), move |keeper| {
+            let ends = keeper.stop(&wanted);
+            let ends = ends.into_iter().zip(wanted).zip(rings);
+            ends.map(|((end, index), size)| Some(keeper.take_left(index, size, end?))).collect::<Vec<_>>()
+        });
+        self.shared.outlast(Some(AFTERLIFE));
+        ends.unwrap_or_else(|| {
+            let state = |running: &Option<(RingConfig, QueueState)>| running.as_ref().map(|&(_, state)| state);
+            running.iter().map(|ring| Some(Suspended { state: state(ring)?, left: Vec::new() })).collect()
+        })
     }
 
     fn reset(&mut self) {
-        for index in 0..self.info.queue_sizes.len() {
-            self.stop_queue(index as u16);
-        }
-        let mut state = self.shared.lock();
-        (state.features, state.memory, state.inflight, state.shown) = (None, None, None, false);
-        state.written.clear();
-        self.shared.try_with(&mut state, |state, link| {
-            link.reset()?;
-            if link.has_config() {
-                state.config = link.read_config(state.config.len() as u32)?;
-            }
-            Ok(())
-        });
+        let runs = self.running.iter().any(Option::is_some);
+        let limit = if runs { self.stop_limit() } else { ANSWER };
+        self.ask(limit.saturating_sub(self.spent), Keeper::reset);
+        self.shared.outlast(None);
+        self.spent = Duration::ZERO;
+        self.running.fill_with(|| None);
     }
 
     fn on_config_change(&mut self, notify: Interrupt) {
-        self.shared.lock().config_changed = notify;
+        self.shared.view().config_changed = notify;
     }
 
     fn stats(&self) -> DeviceStats {
@@ -630,14 +351,16 @@ impl Device for VhostUserDevice {
 
 impl Drop for VhostUserDevice {
     fn drop(&mut self) {
-        self.reset();
-        self.shared.lock().ends = true;
+        self.ask(ANSWER.saturating_sub(self.spent), Keeper::reset);
+        // The keeper ends, and a daemon of ours with it.
+        drop(mem::take(&mut self.jobs));
         self.shared.wake();
-        if let Some(keeper) = self.keeper.take() {
-            drop(keeper.join());
+        if self.ended.recv_timeout(ANSWER) == Err(RecvTimeoutError::Timeout) {
+            self.shared.break_off();
+            if self.ended.recv_timeout(NOTICE) == Err(RecvTimeoutError::Timeout) {
+                warn!(device = self.info.name, "its daemon can't be ended now, and is left alone");
+            }
         }
-        // The connection first: a daemon of ours ends with it.
-        self.shared.lock().link = None;
     }
 }
 

@@ -1,31 +1,99 @@
 //! Where the other side is, and how a connection to it is had.
 
-use std::ffi::OsString;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::path::{Path, PathBuf};
+
+use rustix::net::sockopt::socket_peercred;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::process::{Uid, geteuid};
+use tracing::warn;
+
+pub use super::program::{INHERITED, Program};
 
 /// A daemon to connect to, or one of our own.
 #[derive(Debug)]
 pub enum Peer {
     /// Somebody listens, or will, at this socket.
-    Socket(PathBuf),
+    Socket(Listener),
     /// A program that is started, again and again if need be, and serves what it inherits.
     Program(Program),
 }
 
+/// A socket at which somebody listens.
+#[derive(Debug)]
+pub struct Listener {
+    path: PathBuf,
+    /// The user who served the first connection.
+    user: Option<Uid>,
+}
+
+impl From<PathBuf> for Listener {
+    fn from(path: PathBuf) -> Self {
+        Self { path, user: None }
+    }
+}
+
+impl Listener {
+    /// Connects. Whoever answers gets the guest's memory, so it must be the user who did so first, or one who may read it anyway.
+    fn connect(&mut self) -> io::Result<UnixStream> {
+        let stream = connect(&self.path)?;
+        let user = socket_peercred(&stream)?.uid;
+        if self.user.is_none() {
+            self.warn_of_others();
+        }
+        let first = *self.user.get_or_insert(user);
+        if user != first && user != geteuid() && !user.is_root() {
+            let (now, first) = (user.as_raw(), first.as_raw());
+            let message =
+                format!("user {now} serves it now, and user {first} did before: the guest's memory is not for others");
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, message));
+        }
+        Ok(stream)
+    }
+
+    /// Says so if other users could put a socket of theirs in the place of this one.
+    fn warn_of_others(&self) {
+        /// Who may write, and that only owners may remove.
+        const WRITABLE: u32 = 0o022;
+        const STICKY: u32 = 0o1000;
+        let folder = self.path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let Ok(about) = folder.metadata() else { return };
+        if about.mode() & WRITABLE != 0 && about.mode() & STICKY == 0 {
+            warn!(
+                "{}: other users may write to this folder, so that they can put themselves in the place of the daemon at {}; \
+                 chmod go-w it",
+                folder.display(),
+                self.path.display()
+            );
+        }
+    }
+}
+
+/// Connects without waiting, also not for a listener that accepts nobody.
+fn connect(path: &Path) -> io::Result<UnixStream> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    let stream = UnixStream::from(socket);
+    stream.set_nonblocking(false)?;
+    Ok(stream)
+}
+
 impl Peer {
+    /// The daemon that listens at a socket.
+    #[must_use]
+    pub fn at(path: PathBuf) -> Self {
+        Self::Socket(path.into())
+    }
+
     /// For people.
     #[must_use]
     pub fn name(&self) -> String {
         match self {
-            Self::Socket(path) => path.display().to_string(),
-            Self::Program(program) => program.path.display().to_string(),
+            Self::Socket(listener) => listener.path.display().to_string(),
+            Self::Program(program) => program.name(),
         }
     }
 
@@ -35,101 +103,95 @@ impl Peer {
     /// When nobody is there, or the program can't be started.
     pub fn connect(&mut self) -> io::Result<UnixStream> {
         match self {
-            Self::Socket(path) => UnixStream::connect(path),
+            Self::Socket(listener) => listener.connect(),
             Self::Program(program) => program.start(),
         }
     }
-}
 
-/// A program that serves a device over an inherited connection.
-#[derive(Debug)]
-pub struct Program {
-    path: PathBuf,
-    /// Its arguments but for the connection.
-    arguments: Vec<OsString>,
-    /// What else it inherits, under numbers from [`INHERITED`] on.
-    inherited: Vec<Arc<OwnedFd>>,
-    child: Option<Child>,
-}
-
-/// How long a program may take to end.
-const FAREWELL: Duration = Duration::from_secs(3);
-/// The number under which the program finds its connection.
-const CONNECTION: i32 = 3;
-/// Beyond all numbers that a program is given.
-const OUT_OF_THE_WAY: i32 = 128;
-/// The first number under which it finds what else it inherits.
-pub const INHERITED: i32 = 4;
-
-impl Program {
-    /// The program at `path`, with `inherited` open under numbers from [`INHERITED`] on.
-    #[must_use]
-    pub fn new(path: PathBuf, arguments: Vec<OsString>, inherited: Vec<Arc<OwnedFd>>) -> Self {
-        Self { path, arguments, inherited, child: None }
-    }
-
-    #[allow(unsafe_code, reason = "descriptors get their numbers between fork and exec")]
-    fn start(&mut self) -> io::Result<UnixStream> {
-        self.end();
-        let (ours, theirs) = UnixStream::pair()?;
-        let mut command = Command::new(&self.path);
-        command.args(&self.arguments).arg("--fd").arg(CONNECTION.to_string());
-        command.stdin(Stdio::null()).stdout(Stdio::null());
-        // What the program finds, in the order of the numbers.
-        let mut wanted: Vec<RawFd> = vec![theirs.as_raw_fd()];
-        wanted.extend(self.inherited.iter().map(|fd| fd.as_raw_fd()));
-        // Signals of the terminal are for us; the program ends when its connection does.
-        command.process_group(0);
-        // SAFETY: only calls that are safe after fork; the descriptors are open in the parent, which waits in spawn().
-        unsafe {
-            command.pre_exec(move || {
-                // First out of the way, so that none is overwritten by the number of another.
-                for fd in &mut wanted {
-                    *fd = check(libc::fcntl(*fd, libc::F_DUPFD_CLOEXEC, OUT_OF_THE_WAY))?;
-                }
-                for (&fd, number) in wanted.iter().zip(CONNECTION..) {
-                    check(libc::dup2(fd, number))?;
-                }
-                // Threads of ours may have blocked signals that the program waits for.
-                let mut none = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
-                libc::sigemptyset(none.as_mut_ptr());
-                check(libc::sigprocmask(libc::SIG_SETMASK, none.as_ptr(), std::ptr::null_mut()))?;
-                Ok(())
-            });
+    /// The connection to a program is lost: it is killed, at once if it hangs, else if it does not end by itself.
+    pub(super) fn lost(&mut self, hangs: bool) {
+        if let Self::Program(program) = self {
+            program.lost(hangs);
         }
-        let child = command.spawn().map_err(|error| {
-            let hint = "; it is installed beside ringvm, or named by RINGVM_DAEMONS (a directory)";
-            io::Error::new(error.kind(), format!("starting {}: {error}{hint}", self.path.display()))
-        })?;
-        self.child = Some(child);
-        Ok(ours)
     }
 
-    /// Its process, while it runs.
-    #[must_use]
-    pub fn pid(&self) -> Option<u32> {
-        self.child.as_ref().map(Child::id)
-    }
-
-    fn end(&mut self) {
-        let Some(mut child) = self.child.take() else { return };
-        // It has lost its connection, so it is on its way out, after a word of statistics perhaps.
-        let start = Instant::now();
-        while matches!(child.try_wait(), Ok(None)) && start.elapsed() < FAREWELL {
-            std::thread::sleep(Duration::from_millis(2));
+    /// Kills a program that is not needed any more, and waits until it has ended, for a moment at most.
+    pub(super) fn end(&mut self) {
+        if let Self::Program(program) = self {
+            program.kill();
         }
-        // One that hangs; of one that has ended this is an error.
-        let _ = child.kill();
-        let _ = child.wait();
+    }
+
+    /// Whether something of a program that has lost its connection is left, for which the next one has to wait.
+    pub(super) fn has_predecessor(&mut self) -> bool {
+        match self {
+            Self::Socket(_) => false,
+            Self::Program(program) => program.has_predecessor(),
+        }
+    }
+
+    /// The program that was started last.
+    pub(super) fn program(&self) -> Option<&Program> {
+        match self {
+            Self::Socket(_) => None,
+            Self::Program(program) => Some(program),
+        }
     }
 }
 
-fn check(result: libc::c_int) -> io::Result<libc::c_int> {
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
-}
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixListener;
 
-impl Drop for Program {
-    fn drop(&mut self) {
-        self.end();
+    use super::*;
+
+    #[test]
+    fn a_listener_that_accepts_nobody_is_not_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let listener = UnixListener::bind(&path).unwrap();
+        rustix::net::listen(&listener, 0).unwrap();
+        let mut peer = Listener::from(path);
+        let mut waiting = Vec::new();
+        // The backlog holds a few.
+        let refused = (0..1000).find_map(|_| peer.connect().map(|stream| waiting.push(stream)).err());
+        assert_eq!(refused.expect("it is full some time").kind(), io::ErrorKind::WouldBlock);
+    }
+
+    #[test]
+    fn a_socket_that_another_user_serves_now_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let _listener = UnixListener::bind(&path).unwrap();
+        let mut peer = Listener::from(path);
+        peer.connect().unwrap();
+        assert_eq!(peer.user, Some(geteuid()));
+        // As if somebody else had been there first: ours and root's are as good.
+        peer.user = Some(Uid::from_raw(4242));
+        peer.connect().unwrap();
+        if !geteuid().is_root() {
+            return;
+        }
+        // A listener of somebody who is neither.
+        std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
+        let theirs = folder.path().join("t");
+        let serve = "import os,socket,sys,time;os.setuid(4343);s=socket.socket(socket.AF_UNIX);s.bind(sys.argv[1]);\
+                     s.listen();sys.stdout.write('x');sys.stdout.flush();time.sleep(60)";
+        let child = std::process::Command::new("python3")
+            .args(["-c", serve])
+            .arg(&theirs)
+            .stdout(std::process::Stdio::piped())
+            .spawn();
+        let Ok(mut child) = child else { return };
+        let mut said = [0];
+        io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut said).unwrap();
+        let mut peer = Listener::from(theirs);
+        peer.user = Some(Uid::from_raw(4242));
+        let error = peer.connect().unwrap_err();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+        assert!(error.to_string().contains("user 4343") && error.to_string().contains("user 4242"), "{error}");
     }
 }

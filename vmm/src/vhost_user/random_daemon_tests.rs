@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,6 +14,7 @@ use rustix::fs::MemfdFlags;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
 };
+use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
 use super::*;
@@ -260,7 +261,7 @@ fn guest_memory() -> GuestMemory {
 
 fn connect(path: &Path, device_type: u32) -> Result<VhostUserDevice, ConnectError> {
     let wanted = Wanted { device_type, queues: None, queue_size: SIZE };
-    VhostUserDevice::connect("fuzzed", Peer::Socket(path.into()), &wanted)
+    VhostUserDevice::connect("fuzzed", Peer::Socket(path.to_owned().into()), &wanted)
 }
 
 /// Whatever a daemon answers, calls of the device end, and no descriptor of the daemon's stays.

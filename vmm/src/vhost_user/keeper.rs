@@ -1,0 +1,556 @@
+//! The thread that owns a device's connection. It alone talks to the daemon, so nobody else ever waits for a daemon that does not
+//! answer longer than they want to: the device asks it with a [`Job`] and a limit, and ends the connection when that has passed.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::mem;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, TryRecvError};
+use std::time::{Duration, Instant};
+
+use ringvm_backends::device::{GuestMemory, QueueState, RingConfig, Suspended};
+use ringvm_backends::event::{SharedEvent, borrow, take};
+use ringvm_backends::interrupt::Interrupt;
+use ringvm_backends::queue::used_index;
+use rustix::event::{PollFd, PollFlags, poll};
+use tracing::{debug, info, warn};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::inflight::Inflight;
+use super::link::{Link, LinkError, Vring};
+use super::peer::Peer;
+use super::sentinel::timespec;
+use super::shared::{Breaker, Shared};
+
+/// Pause before another attempt to connect: doubled from the first to the last. The shorter limit is for daemons that came up
+/// and were lost soon.
+const FIRST_PAUSE: Duration = Duration::from_millis(2);
+const LAST_SHORT_PAUSE: Duration = Duration::from_millis(100);
+const LAST_PAUSE: Duration = Duration::from_secs(1);
+/// A connection that has lasted so long was a good one.
+const GOOD: Duration = Duration::from_secs(10);
+/// After this time it is said that a dead daemon's I/O is waited for.
+const LONG: Duration = Duration::from_secs(1);
+/// Between two times of hearing what the daemon has to say.
+const EVENT_PAUSE: Duration = Duration::from_millis(100);
+
+/// What the keeper is asked to do.
+pub(super) type Job = Box<dyn FnOnce(&mut Keeper) + Send>;
+
+/// A ring that runs, as far as the driver knows.
+pub(super) struct Ring {
+    pub(super) ring: RingConfig,
+    pub(super) kick: EventFd,
+    pub(super) call: Arc<EventFd>,
+    /// Raises the two, which every daemon that was here holds as well.
+    pub(super) again: [SharedEvent; 2],
+    /// Where calls go that can't go straight.
+    pub(super) relay: Option<Interrupt>,
+    pub(super) err: EventFd,
+    pub(super) fault: Interrupt,
+    /// The fault was raised, which is the end until a reset.
+    pub(super) faulty: bool,
+    pub(super) from: QueueState,
+    /// What the table of requests in flight does not hold yet.
+    pub(super) left: Vec<u16>,
+}
+
+impl Ring {
+    fn fail(&mut self) {
+        if !mem::replace(&mut self.faulty, true) {
+            self.fault.raise();
+        }
+    }
+}
+
+/// What the driver has set up, and the daemon that is told.
+pub(super) struct Keeper {
+    shared: Arc<Shared>,
+    peer: Peer,
+    link: Option<Link>,
+    /// Since when the connection is there.
+    since: Instant,
+    /// Before the next attempt.
+    pause: Duration,
+    next_attempt: Instant,
+    next_event: Instant,
+    queue_size: u16,
+    /// Accepted by the driver.
+    features: Option<u64>,
+    /// The daemon refuses them.
+    refused: bool,
+    pub(super) memory: Option<GuestMemory>,
+    /// Shown to the daemon of this connection.
+    shown: bool,
+    pub(super) rings: Vec<Option<Ring>>,
+    inflight: Option<Inflight>,
+    /// What the driver has written to the configuration space, by offset.
+    pub(super) written: BTreeMap<u32, Vec<u8>>,
+    /// Said once that the daemon is away.
+    told_away: bool,
+    /// What was wrong with the last one that came, said once.
+    told_reason: String,
+    /// Since when a predecessor is waited for, and whether that was said.
+    waiting: Option<(Instant, bool)>,
+}
+
+impl Keeper {
+    /// The keeper of a device that was connected just now.
+    pub(super) fn new(shared: Arc<Shared>, peer: Peer, link: Link, rings: u16, queue_size: u16) -> Self {
+        let now = Instant::now();
+        let mut keeper = Self {
+            shared,
+            peer,
+            link: None,
+            since: now,
+            pause: FIRST_PAUSE,
+            next_attempt: now,
+            next_event: now,
+            queue_size,
+            features: None,
+            refused: false,
+            memory: None,
+            shown: false,
+            rings: (0..rings).map(|_| None).collect(),
+            inflight: None,
+            written: BTreeMap::new(),
+            told_away: false,
+            told_reason: String::new(),
+            waiting: None,
+        };
+        keeper.arm(link.socket());
+        keeper.connected(link);
+        keeper
+    }
+
+    /// The life of the thread. It ends when nobody can ask for anything any more.
+    pub(super) fn run(mut self, jobs: &Receiver<Job>) {
+        loop {
+            match jobs.try_recv() {
+                Ok(job) => job(&mut self),
+                Err(TryRecvError::Disconnected) => return,
+                Err(TryRecvError::Empty) if self.link.is_some() => self.watch(),
+                Err(TryRecvError::Empty) => self.return_to_service(),
+            }
+        }
+    }
+
+    /// Gives handles to the connection to those who may have to end it.
+    fn arm(&self, socket: BorrowedFd<'_>) {
+        let process = self.peer.program().and_then(|program| program.process()).map(Arc::clone);
+        // Without a handle waiting takes as long as the link's own limit.
+        let socket = socket.try_clone_to_owned().ok();
+        self.shared.view().breaker = socket.map(|socket| Breaker { socket, process });
+    }
+
+    fn connected(&mut self, link: Link) {
+        let mut view = self.shared.view();
+        view.connected = true;
+        (view.keeps_table, view.suspends, view.has_config) = (link.keeps_table(), link.suspends(), link.has_config());
+        view.afterlife = None;
+        drop(view);
+        self.link = Some(link);
+        self.since = Instant::now();
+    }
+
+    /// The connection has failed.
+    fn lost(&mut self, error: &dyn std::fmt::Display) {
+        let Some(link) = self.link.take() else { return };
+        if !mem::replace(&mut self.told_away, true) {
+            let name = self.peer.name();
+            warn!(device = self.shared.name(), "the daemon at {name} is away ({error}); the guest waits for it");
+        }
+        self.end_connection(link.hangs());
+        let now = Instant::now();
+        self.pause = if now - self.since < GOOD { (self.pause * 2).min(LAST_SHORT_PAUSE) } else { FIRST_PAUSE };
+        self.next_attempt = now + self.pause;
+    }
+
+    /// Whoever was at the other end is not listened to any more.
+    fn end_connection(&mut self, hangs: bool) {
+        self.peer.lost(hangs);
+        let afterlife = self.peer.program().and_then(|program| program.sentinel()).map(Arc::clone);
+        let mut view = self.shared.view();
+        view.connected = false;
+        // Taken already, if it was broken off from outside.
+        view.breaker = None;
+        view.afterlife = afterlife;
+        self.shown = false;
+    }
+
+    /// Does `work` over the connection. What fails it ends it; a refusal is returned.
+    pub(super) fn try_with<T>(
+        &mut self,
+        work: impl FnOnce(&mut Self, &mut Link) -> Result<T, LinkError>,
+    ) -> Option<Result<T, LinkError>> {
+        let mut link = self.link.take()?;
+        let result = link.within_limits(|link| work(self, link));
+        self.link = Some(link);
+        match result {
+            Err(error) if error.ends_connection() => {
+                self.lost(&error);
+                None
+            }
+            other => Some(other),
+        }
+    }
+
+    /// One step on the way to a daemon that serves the device.
+    fn return_to_service(&mut self) {
+        let now = Instant::now();
+        if self.peer.has_predecessor() {
+            let (since, told) = self.waiting.get_or_insert((now, false));
+            let waited = now - *since;
+            self.shared.sleep((waited / 8).clamp(FIRST_PAUSE, LAST_SHORT_PAUSE));
+            if waited > LONG && !mem::replace(told, true) {
+                let name = self.peer.name();
+                warn!(
+                    device = self.shared.name(),
+                    "the daemon at {name} has not gone yet, or has I/O in flight in the kernel; the next one waits for that"
+                );
+            }
+            return;
+        }
+        self.waiting = None;
+        if now < self.next_attempt {
+            self.shared.sleep(self.next_attempt - now);
+            return;
+        }
+        match self.reconnect() {
+            Ok(()) => {
+                self.told_reason.clear();
+                if mem::take(&mut self.told_away) {
+                    warn!(device = self.shared.name(), "the daemon at {} is back", self.peer.name());
+                }
+            }
+            Err(reason) => {
+                if reason.is_empty() || self.told_reason == reason {
+                    debug!(device = self.shared.name(), reason, "connecting again");
+                } else {
+                    warn!(device = self.shared.name(), "the daemon at {} can't be used: {reason}", self.peer.name());
+                    self.told_reason = reason;
+                }
+                self.next_attempt = Instant::now() + self.pause;
+                self.pause = (self.pause * 2).min(LAST_PAUSE);
+            }
+        }
+    }
+
+    /// Connects, and brings the daemon to where the device is. What is said of a failure is empty if just nobody is there.
+    fn reconnect(&mut self) -> Result<(), String> {
+        let socket = self.peer.connect().map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused if self.peer.program().is_none() => {
+                String::new()
+            }
+            _ => error.to_string(),
+        })?;
+        let result = self.greet(socket);
+        if let Err((hangs, _)) = &result {
+            self.end_connection(*hangs);
+        }
+        result.map_err(|(_, reason)| reason)
+    }
+
+    /// The failure comes with whether it is one of not answering.
+    fn greet(&mut self, socket: UnixStream) -> Result<(), (bool, String)> {
+        self.arm(socket.as_fd());
+        // How many queues it has does not matter any more.
+        let (mut link, about) = Link::open(socket, false).map_err(|error| (false, error.to_string()))?;
+        let accepted = self.features.unwrap_or(0);
+        if accepted & !about.features != 0 {
+            let missing = accepted & !about.features;
+            return Err((false, format!("it lacks features that the driver has accepted: {missing:#x}")));
+        }
+        let replayed = link.within_limits(|link| self.replay(link));
+        replayed.map_err(|error| (link.hangs(), error.to_string()))?;
+        self.connected(link);
+        Ok(())
+    }
+
+    fn replay(&mut self, link: &mut Link) -> Result<(), LinkError> {
+        (self.shown, self.refused) = (false, false);
+        let Some(features) = self.features else { return Ok(()) };
+        if let Err(error) = link.set_features(features) {
+            return self.refuse(error);
+        }
+        let len = self.shared.view().config.len() as u32;
+        if link.has_config() && len > 0 {
+            for (&offset, data) in &self.written {
+                match link.write_config(offset, data) {
+                    // A daemon that refuses what the one before took says so by what it is read to hold.
+                    Err(error) if error.ends_connection() => return Err(error),
+                    _ => {}
+                }
+            }
+            let now = link.read_config(len)?;
+            let changed = self.shared.view().config != now;
+            if changed {
+                self.take_config(now);
+            }
+        }
+        // As the transport starts them.
+        for index in (0..self.rings.len()).rev() {
+            let Some(ring) = &mut self.rings[index] else { continue };
+            // All that is known of a ring whose server is gone; the table knows more.
+            if let Some(used) = self.memory.as_ref().and_then(|memory| used_index(memory, &ring.ring)) {
+                ring.from = QueueState { next_avail: used, next_used: used };
+            }
+            self.start_over(link, index as u16)?;
+            if let Some(ring) = &self.rings[index] {
+                // Whatever was said while nobody listened is said again (PITFALLS 48).
+                ring.again.iter().for_each(SharedEvent::raise);
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts a ring that runs as far as the driver knows; one that is refused needs a reset.
+    fn start_over(&mut self, link: &mut Link, index: u16) -> Result<(), LinkError> {
+        match self.start(link, index) {
+            Err(error) if !error.ends_connection() => {
+                self.say_refusal(&error);
+                self.rings[usize::from(index)].iter_mut().for_each(Ring::fail);
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    /// The daemon won't serve the driver's features: no ring runs until the driver resets the device.
+    fn refuse(&mut self, error: LinkError) -> Result<(), LinkError> {
+        if error.ends_connection() {
+            return Err(error);
+        }
+        self.say_refusal(&error);
+        self.refused = true;
+        self.rings.iter_mut().flatten().for_each(Ring::fail);
+        Ok(())
+    }
+
+    fn say_refusal(&self, error: &LinkError) {
+        let name = self.peer.name();
+        warn!(device = self.shared.name(), "the daemon at {name} does not serve what the driver wants: {error}");
+    }
+
+    /// Starts a ring over there, with what has to be said before the first of them.
+    fn start(&mut self, link: &mut Link, index: u16) -> Result<(), LinkError> {
+        let Self { memory, rings, inflight, shown, queue_size, .. } = self;
+        let count = rings.len() as u16;
+        let (Some(memory), Some(ring)) = (memory, &mut rings[usize::from(index)]) else { return Ok(()) };
+        if self.refused {
+            return Err(LinkError::ours("starting a ring", "its daemon has refused the features"));
+        }
+        if !*shown {
+            link.set_inflight(inflight, count, *queue_size)?;
+            link.set_memory(memory)?;
+            *shown = true;
+        }
+        let Ring { ring, kick, call, err, from, left, .. } = ring;
+        if !left.is_empty() {
+            Inflight::put_in(inflight.as_ref(), index, ring.size, from.next_used, left)?;
+            left.clear();
+        }
+        link.start(index, memory, &Vring { ring, from: *from, kick, call, err })
+    }
+
+    /// Takes what the driver has accepted. Returns whether the daemon, if there is one, does so too.
+    pub(super) fn accept(&mut self, features: u64) -> bool {
+        (self.features, self.refused) = (Some(features), false);
+        match self.try_with(|_, link| link.set_features(features)) {
+            Some(Err(error)) => {
+                self.say_refusal(&error);
+                (self.features, self.refused) = (None, false);
+                false
+            }
+            None | Some(Ok(())) => true,
+        }
+    }
+
+    /// Has a ring served from now on, if the daemon that is there does so.
+    pub(super) fn add(&mut self, index: u16, memory: GuestMemory, ring: Ring) -> bool {
+        if self.memory.as_ref().is_none_or(|known| !Arc::ptr_eq(known, &memory)) {
+            (self.shown, self.memory) = (false, Some(memory));
+        }
+        self.rings[usize::from(index)] = Some(ring);
+        match self.try_with(|keeper, link| keeper.start(link, index)) {
+            Some(Err(error)) => {
+                self.say_refusal(&error);
+                self.rings[usize::from(index)] = None;
+                false
+            }
+            None | Some(Ok(())) => true,
+        }
+    }
+
+    /// Ends rings. Of those that nobody serves any more, the table knows what is left.
+    pub(super) fn stop(&mut self, queues: &[u16]) -> Vec<Option<Suspended>> {
+        let running: Vec<u16> = queues.iter().copied().filter(|&index| self.runs(index)).collect();
+        if running.is_empty() {
+            return queues.iter().map(|_| None).collect();
+        }
+        let drains = !self.shared.view().suspends;
+        let positions = match self.try_with(|_, link| link.stop(&running)) {
+            // Those of rings that have left nothing in the table.
+            Some(Ok(positions)) if drains => positions,
+            Some(_) => Vec::new(),
+            None => {
+                // Nothing can be said of the rings before the daemon is dead, if it is one of ours.
+                self.peer.end();
+                Vec::new()
+            }
+        };
+        let mut ends: Vec<_> = queues.iter().map(|&index| self.take_ring(index)).collect();
+        for (end, position) in ends.iter_mut().flatten().zip(positions) {
+            end.state.next_avail = position;
+        }
+        ends
+    }
+
+    fn runs(&self, index: u16) -> bool {
+        self.rings.get(usize::from(index)).is_some_and(Option::is_some)
+    }
+
+    /// Where a ring stands that nobody serves any more.
+    fn take_ring(&mut self, index: u16) -> Option<Suspended> {
+        let Ring { ring, left: unsaid, .. } = self.rings.get_mut(usize::from(index))?.take()?;
+        let used = self.memory.as_ref().and_then(|memory| used_index(memory, &ring)).unwrap_or_default();
+        Some(Suspended { state: QueueState { next_avail: used, next_used: used }, left: unsaid })
+    }
+
+    /// Takes what was left of a ring out of the table, for somebody else.
+    pub(super) fn take_left(&self, index: u16, size: u16, end: Suspended) -> Suspended {
+        let Suspended { mut state, left: unsaid } = end;
+        let mut left = self.inflight.as_ref().map_or(Vec::new(), |table| table.take_out(index, size, state.next_used));
+        left.extend(unsaid);
+        if !left.is_empty() {
+            // Whatever was looked at was given back or is left, also where nobody could be asked.
+            state.next_avail = state.next_used.wrapping_add(left.len() as u16);
+        }
+        Suspended { state, left }
+    }
+
+    /// Forgets what the driver has set up.
+    pub(super) fn reset(&mut self) {
+        let all: Vec<u16> = (0..self.rings.len() as u16).collect();
+        self.stop(&all);
+        (self.features, self.memory, self.inflight) = (None, None, None);
+        (self.shown, self.refused) = (false, false);
+        self.written.clear();
+        let config = self.try_with(|keeper, link| {
+            match link.reset() {
+                Err(error) if error.ends_connection() => return Err(error),
+                _ => {}
+            }
+            keeper.read_config(link)
+        });
+        if let Some(Ok(Some(config))) = config {
+            self.shared.view().config = config;
+        }
+    }
+
+    /// Reads the configuration space, if it is the daemon's.
+    fn read_config(&self, link: &mut Link) -> Result<Option<Vec<u8>>, LinkError> {
+        let len = self.shared.view().config.len() as u32;
+        (link.has_config() && len > 0).then(|| link.read_config(len)).transpose()
+    }
+
+    /// Writes to the configuration space over there. Returns whether the daemon takes it; nothing if there is none.
+    pub(super) fn write_config(&mut self, offset: u32, data: &[u8]) -> Option<bool> {
+        let config = self.try_with(|keeper, link| {
+            if !link.has_config() {
+                return Ok(None);
+            }
+            link.write_config(offset, data)?;
+            keeper.read_config(link)
+        })?;
+        let Ok(Some(config)) = config else { return Some(false) };
+        self.shared.view().config = config;
+        self.written.insert(offset, data.to_vec());
+        Some(true)
+    }
+
+    fn take_config(&self, config: Vec<u8>) {
+        let changed = {
+            let mut view = self.shared.view();
+            view.config = config;
+            view.config_changed.clone()
+        };
+        // Without the lock: it may be a call into the transport.
+        changed.raise();
+    }
+
+    /// Waits until there is something to do, and does it.
+    fn watch(&mut self) {
+        let Some(link) = &self.link else { return };
+        let now = Instant::now();
+        let pause = self.next_event.saturating_duration_since(now);
+        let mut fds = vec![
+            PollFd::from_borrowed_fd(borrow(self.shared.wakes()), PollFlags::IN),
+            PollFd::from_borrowed_fd(link.socket(), PollFlags::RDHUP),
+        ];
+        // A daemon that talks without end is heard now and then.
+        let events = link.events().filter(|_| pause.is_zero());
+        let hears = events.is_some();
+        fds.extend(events.map(|events| PollFd::from_borrowed_fd(events, PollFlags::IN)));
+        let mut watched = Vec::new();
+        for (index, ring) in self.rings.iter().enumerate() {
+            let Some(ring) = ring else { continue };
+            if !ring.faulty {
+                watched.push((index, false));
+                fds.push(PollFd::from_borrowed_fd(borrow(&ring.err), PollFlags::IN));
+            }
+            if ring.relay.is_some() {
+                watched.push((index, true));
+                fds.push(PollFd::from_borrowed_fd(borrow(&ring.call), PollFlags::IN));
+            }
+        }
+        let limit = (!pause.is_zero()).then(|| timespec(pause));
+        if poll(&mut fds, limit.as_ref()).is_err() {
+            return;
+        }
+        let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+        let mut ready = ready.into_iter();
+        let mut next = || ready.next().unwrap_or(false);
+        if next() {
+            take(borrow(self.shared.wakes()));
+        }
+        if next() {
+            self.lost(&"it has closed the connection");
+            return;
+        }
+        if hears && next() {
+            self.hear();
+        }
+        for (index, is_call) in watched {
+            let (true, Some(ring)) = (next(), &mut self.rings[index]) else { continue };
+            match &ring.relay {
+                Some(relay) if is_call => {
+                    if take(borrow(&ring.call)) {
+                        relay.raise();
+                    }
+                }
+                _ if take(borrow(&ring.err)) => ring.fail(),
+                _ => {}
+            }
+        }
+    }
+
+    /// Hears what the daemon has to say.
+    fn hear(&mut self) {
+        self.next_event = Instant::now() + EVENT_PAUSE;
+        let config = self.try_with(|keeper, link| if link.hear()? { keeper.read_config(link) } else { Ok(None) });
+        if let Some(Ok(Some(config))) = config {
+            info!(device = self.shared.name(), "the daemon has changed the configuration space");
+            self.take_config(config);
+        }
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        // The connection first: a daemon of ours ends with it.
+        self.link = None;
+    }
+}
