@@ -260,10 +260,18 @@ fn after(script: &str, file: &str, arguments: &[&str]) -> RingVm {
     program("sh", words.iter().chain(arguments))
 }
 
-/// Where the descriptors of a process lead.
-fn links(pid: u32) -> Vec<PathBuf> {
+/// Where the descriptors of a process lead, by their numbers, and whether they are closed to the programs that it starts.
+fn descriptors(pid: u32) -> Vec<(u32, PathBuf, bool)> {
     let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).expect("it runs");
-    entries.filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok()).collect()
+    let numbers = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    let descriptor = |number: u32| {
+        let link = std::fs::read_link(format!("/proc/{pid}/fd/{number}")).ok()?;
+        let info = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}")).ok()?;
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:"))?.trim();
+        let closed = u32::from_str_radix(flags, 8).expect("flags are in octal") & 0o2_000_000 != 0;
+        Some((number, link, closed))
+    };
+    numbers.filter_map(descriptor).collect()
 }
 
 #[test]
@@ -279,13 +287,17 @@ fn a_daemon_gets_no_descriptor_that_is_not_its_own() {
     let options = ["--cmdline", job, "--disk", "fd=7", "--disk", &theirs];
     let mut running = after(&script, stray.path().to_str().expect("it is text"), &options).start().expect("it starts");
     running.expect("ringvm-guest: start job=verify", LIMIT).expect("the guest comes up");
-    let count = |pid, path: &Path| links(pid).iter().filter(|link| *link == path).count();
-    assert_eq!(count(running.pid(), mine.path()), 1, "the image under its own number, and no copy of it");
-    assert_eq!(count(running.pid(), stray.path()), 1, "what a path like /dev/fd/9 may lead to");
+    let leads = |all: &[(u32, PathBuf, bool)], to: &Path| all.iter().any(|(_, link, _)| link == to);
+    let ours = descriptors(running.pid());
+    assert!(ours.iter().any(|(number, link, _)| *number == 7 && link == mine.path()), "under its own number: {ours:?}");
+    assert!(leads(&ours, stray.path()), "a path like /dev/fd/9 may lead to it: {ours:?}");
     let daemons = children(running.pid());
     assert_eq!(daemons.len(), 1, "{daemons:?}");
-    let theirs = links(daemons[0]);
-    assert!(count(daemons[0], mine.path()) == 0 && count(daemons[0], stray.path()) == 0, "{theirs:?}");
+    let theirs = descriptors(daemons[0]);
+    assert!(!leads(&theirs, mine.path()) && !leads(&theirs, stray.path()), "{theirs:?}");
+    for (number, link, closed) in ours.iter().chain(&theirs).filter(|(number, ..)| *number > 2) {
+        assert!(closed, "{number}, {}, would go to whatever is started", link.display());
+    }
     running.tell_enough().expect("the guest works");
     assert_success(&running.end(LIMIT).expect("it ends"));
 }
