@@ -3,7 +3,8 @@
 //! [`serve`] gives each device a control thread of its own, which takes one client after another from a `source` and runs a
 //! `session` with each: messages (`message`) come in, and a `backend` turns them into calls of the device: `memory` maps what the client
 //! shares, a `vring` collects what was said of one ring until it can run, `inflight` keeps what survives a crash, `dirty`
-//! says where written pages are logged, `state` carries what a device remembers. Requests themselves are the business of the backends and never come here.
+//! says where written pages are logged, `state` carries what a device remembers. Descriptors are sorted by `received` as they come.
+//! Requests themselves are the business of the backends and never come here.
 //!
 //! The protocol is that of QEMU's `docs/interop/vhost-user.rst`. Its message types are those of the `vhost` crate, but not its
 //! request handler: that refuses what common clients send (padded payloads, rings enabled before features are set, device
