@@ -297,6 +297,8 @@ impl Link {
             None => {
                 let wanted = VhostUserInflight { num_queues: queues, queue_size, ..VhostUserInflight::default() };
                 let (about, file) = self.frontend.get_inflight_fd(&wanted).context("GET_INFLIGHT_FD")?;
+                // The crate leaves what it receives open to programs that are started later.
+                rustix::io::fcntl_setfd(&file, rustix::io::FdFlags::CLOEXEC).context("GET_INFLIGHT_FD")?;
                 // What is not answered is as it was asked for.
                 let about = VhostUserInflight { num_queues: queues, queue_size, ..about };
                 kept.insert(Inflight::new(about, file)?)
