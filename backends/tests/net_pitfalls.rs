@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use ringvm_backends::device::{Device, GuestMemory, QueueParts};
 use ringvm_backends::driver::{Buffer, Driver};
+use ringvm_backends::inherited;
 use ringvm_backends::interrupt::Interrupt;
 use ringvm_backends::net::{NetDevice, NetOptions};
 use ringvm_backends::port::Port;
@@ -395,7 +396,8 @@ fn pitfall_40_only_the_pairs_that_the_driver_serves_are_attached_to_the_tap() {
         count
     };
     assert_eq!(attached(), 4);
-    let fds = (0..4).map(|pair| tap.ends(pair).rx.as_raw_fd()).collect();
+    // The tap's own stay open, to look at.
+    let fds = (0..4).map(|pair| inherited::leave(tap.ends(pair).rx.try_clone().unwrap())).collect();
     let device = NetDevice::open("net0", &NetOptions { fds, queues: 4, ..options() }, &pool()).unwrap();
     assert_eq!(attached(), 1, "before there is a driver");
     let mut rig = Rig::over(device, u64::MAX);

@@ -204,7 +204,8 @@ fn open_descriptors() -> usize {
 }
 
 fn drive(device: &mut VhostUserDevice, memory: &GuestMemory, acts: &[Act]) {
-    let mut running = [false; QUEUES as usize];
+    // One more than a disk has: the control queue of a NIC.
+    let mut running = [false; QUEUES as usize + 1];
     for act in acts {
         match *act {
             Act::Features(bits) => {
