@@ -5,6 +5,7 @@
 //! Terms are those of the virtio 1.3 specification, sections 2.1 to 2.7.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use serde::Deserialize;
 use thiserror::Error;
@@ -15,6 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::dirty::QueueLog;
 use crate::inflight::InflightTable;
 use crate::interrupt::Interrupt;
+use crate::reactor::End;
 use crate::stats::DeviceStats;
 
 /// Guest memory as a queue sees it: every region is mapped into this process for as long as the handle lives.
@@ -211,6 +213,9 @@ pub enum DeviceError {
     },
 }
 
+/// Makes everything durable that a device has acknowledged, from any thread and whatever the device is busy with.
+pub type Flusher = Box<dyn Fn() -> Result<(), DeviceError> + Send>;
+
 /// A virtio device.
 ///
 /// Calls come from one thread at a time and may block for as long as requests in flight need to end; nothing here is on
@@ -254,6 +259,19 @@ pub trait Device: Send {
         stopped.map(|state| state.map(|state| Suspended { state, left: Vec::new() })).collect()
     }
 
+    /// Stops queues, drained or suspended, and waits for that until `deadline` at most. `None` if something of them is in flight
+    /// still: they take nothing new, memory that they use must stay, and the call is to be repeated. A queue that drains is
+    /// suspended by a repetition that asks for that. Otherwise as [`Self::stop_queue`] and [`Self::suspend`].
+    ///
+    /// As provided it waits for as long as those do, which is for devices whose requests always end soon.
+    fn stop_by(&mut self, queues: &[u16], end: End, _deadline: Instant) -> Option<Vec<Option<Suspended>>> {
+        if end == End::Suspended {
+            return Some(self.suspend(queues));
+        }
+        let stopped = queues.iter().map(|&index| self.stop_queue(index));
+        Some(stopped.map(|state| state.map(|state| Suspended { state, left: Vec::new() })).collect())
+    }
+
     /// Returns the device to its state before `ack_features`. All queues are stopped first.
     fn reset(&mut self);
 
@@ -266,7 +284,12 @@ pub trait Device: Send {
     /// # Errors
     /// [`DeviceError::Host`] when the host could not.
     fn flush(&mut self) -> Result<(), DeviceError> {
-        Ok(())
+        (self.flusher())()
+    }
+
+    /// What does the same where the device itself can't be had: it may be waiting for a request that never ends.
+    fn flusher(&self) -> Flusher {
+        Box::new(|| Ok(()))
     }
 
     /// What the device remembers of its driver besides features and the positions of queues, for [`Self::load_state`] of

@@ -1,8 +1,11 @@
 //! The running queues of one device: where each is served, and what it has counted over all its lives.
 
+use std::sync::mpsc::RecvTimeoutError;
+use std::time::Instant;
+
 use crate::device::{DeviceError, QueueParts, QueueState, Suspended};
 use crate::queue::Queue;
-use crate::reactor::{End, Leaving, Reactor, ReactorPool, Task};
+use crate::reactor::{End, Leaving, ReactorPool, Task};
 use crate::receiver::{Receiver, Source};
 use crate::service::Service;
 use crate::stats::{DeviceStats, QueueStats};
@@ -17,10 +20,14 @@ pub(crate) struct Queues {
     ended: Vec<Option<QueueStats>>,
 }
 
-/// The thread that serves a queue, and the queue's number there.
-struct Place {
-    reactor: usize,
-    task: u32,
+/// Where a queue is.
+enum Place {
+    /// Served by a thread, as the task of this number.
+    Runs { reactor: usize, task: u32 },
+    /// Told to stop. Something of it may be in flight.
+    Leaves(Leaving),
+    /// Stopped, while another that was told with it has something in flight.
+    Ended(Suspended),
 }
 
 impl Queues {
@@ -63,8 +70,10 @@ impl Queues {
     ) -> Result<(), DeviceError> {
         let refuse = |reason| DeviceError::Queue { device: self.name.clone(), index, reason };
         let place = self.places.get_mut(usize::from(index)).ok_or_else(|| refuse("does not exist"))?;
-        if place.is_some() {
-            return Err(refuse("runs already"));
+        match place {
+            Some(Place::Runs { .. }) => return Err(refuse("runs already")),
+            Some(Place::Leaves(_)) => return Err(refuse("was stopped, but has requests in flight still")),
+            Some(Place::Ended(_)) | None => {}
         }
         let QueueParts { ring, mem, kick, call, fault, from, left, inflight, log, in_order } = parts;
         let broken = |source| DeviceError::Ring { device: self.name.clone(), index, source };
@@ -82,53 +91,89 @@ impl Queues {
         let task = reactor
             .attach(kick, move |task| build(Service::new(name, queue, fault, task, ops)))
             .map_err(|source| DeviceError::Host { device: self.name.clone(), what: "starting a queue", source })?;
-        *place = Some(Place { reactor: reactor.index(), task });
+        *place = Some(Place::Runs { reactor: reactor.index(), task });
         Ok(())
     }
 
     /// Stops a queue: drains it and publishes what it completed.
     pub(crate) fn stop(&mut self, index: u16) -> Option<QueueState> {
-        Some(self.end(&[index], End::Drained).pop()??.state)
+        Some(self.end(&[index], End::Drained, None)?.pop()??.state)
     }
 
     /// Stops queues without waiting for what can be cancelled.
     pub(crate) fn suspend(&mut self, indices: &[u16]) -> Vec<Option<Suspended>> {
-        self.end(indices, End::Suspended)
+        self.end(indices, End::Suspended, None).unwrap_or_default()
+    }
+
+    /// Stops queues as [`Device::stop_by`](crate::device::Device::stop_by) does.
+    pub(crate) fn stop_by(&mut self, indices: &[u16], end: End, deadline: Instant) -> Option<Vec<Option<Suspended>>> {
+        self.end(indices, end, Some(deadline))
     }
 
     /// Stops every queue, and forgets what it has in flight.
     pub(crate) fn stop_all(&mut self) {
-        self.end(&(0..self.places.len() as u16).collect::<Vec<_>>(), End::Suspended);
+        self.end(&self.indices(), End::Suspended, None);
     }
 
-    /// Stops queues. All are told before one is waited for: what is in flight in each ends meanwhile.
-    fn end(&mut self, indices: &[u16], end: End) -> Vec<Option<Suspended>> {
-        let leaving: Vec<Option<Leaving>> = indices
-            .iter()
-            .map(|&index| {
-                let place = self.places.get_mut(usize::from(index))?.take()?;
-                Some(self.reactor(&place).detach(place.task, end))
-            })
-            .collect();
-        let mut ends = Vec::with_capacity(leaving.len());
-        for (&index, leaving) in indices.iter().zip(leaving) {
-            let end = leaving.and_then(|leaving| {
-                let left = self.pool.get(leaving.reactor)?.wait(leaving)?;
-                match &mut self.ended[usize::from(index)] {
-                    Some(ended) => ended.merge(&left.stats),
-                    none => *none = Some(left.stats),
-                }
-                Some(left.queue)
-            });
-            ends.push(end);
+    fn indices(&self) -> Vec<u16> {
+        (0..self.places.len() as u16).collect()
+    }
+
+    /// Stops queues. All are told before one is waited for: what is in flight in each ends meanwhile. `None` if the time is over
+    /// before all have ended.
+    fn end(&mut self, indices: &[u16], end: End, deadline: Option<Instant>) -> Option<Vec<Option<Suspended>>> {
+        indices.iter().for_each(|&index| self.tell(index, end));
+        let mut all = true;
+        for &index in indices {
+            all &= self.has_ended(index, deadline);
         }
-        ends
+        let take = |&index: &u16| match self.places.get_mut(usize::from(index))?.take()? {
+            Place::Ended(end) => Some(end),
+            Place::Runs { .. } | Place::Leaves(_) => None,
+        };
+        all.then(|| indices.iter().map(take).collect())
+    }
+
+    /// Tells a queue to stop, if it was not told already.
+    fn tell(&mut self, index: u16, end: End) {
+        let Some(Some(place)) = self.places.get_mut(usize::from(index)) else { return };
+        let thread = |reactor| self.pool.get(reactor).expect("a place names a thread of its pool");
+        match place {
+            Place::Runs { reactor, task } => *place = Place::Leaves(thread(*reactor).detach(*task, end)),
+            Place::Leaves(leaving) if end == End::Suspended => thread(leaving.reactor).hurry(leaving),
+            Place::Leaves(_) | Place::Ended(_) => {}
+        }
+    }
+
+    /// Waits for the end of a queue that was told to stop. Returns whether it has come.
+    fn has_ended(&mut self, index: u16, deadline: Option<Instant>) -> bool {
+        let Some(place) = self.places.get_mut(usize::from(index)) else { return true };
+        if let Some(Place::Leaves(leaving)) = place {
+            let reactor = self.pool.get(leaving.reactor).expect("a place names a thread of its pool");
+            match reactor.wait(leaving, deadline) {
+                Ok(left) => {
+                    match &mut self.ended[usize::from(index)] {
+                        Some(ended) => ended.merge(&left.stats),
+                        none => *none = Some(left.stats),
+                    }
+                    *place = Some(Place::Ended(left.queue));
+                }
+                Err(RecvTimeoutError::Timeout) => return false,
+                // Its thread has died, and with it all that was in flight.
+                Err(RecvTimeoutError::Disconnected) => *place = None,
+            }
+        }
+        true
     }
 
     /// What the queues have counted.
     pub(crate) fn stats(&self) -> DeviceStats {
         let queues = (0..).zip(self.ended.iter().zip(&self.places)).filter_map(|(index, (ended, place))| {
-            let running = place.as_ref().and_then(|place| self.reactor(place).stats(place.task));
+            // Of one that stops, the last word comes with its end.
+            let running = match place {
+                Some(Place::Runs { reactor, task }) => self.pool.get(*reactor).and_then(|thread| thread.stats(*task)),
+                Some(Place::Leaves(_) | Place::Ended(_)) | None => None,
+            };
             let total = match (ended.clone(), running) {
                 (Some(mut total), Some(running)) => {
                     total.merge(&running);
@@ -140,15 +185,11 @@ impl Queues {
         });
         DeviceStats { name: self.name.clone(), queues: queues.collect() }
     }
-
-    fn reactor(&self, place: &Place) -> &Reactor {
-        self.pool.get(place.reactor).expect("a place names a thread of its pool")
-    }
 }
 
 impl Drop for Queues {
-    /// Nothing may be in flight once the device is gone.
+    /// Nothing may be in flight once the device is gone, and nobody waits for what can be cancelled.
     fn drop(&mut self) {
-        self.stop_all();
+        self.suspend(&self.indices());
     }
 }

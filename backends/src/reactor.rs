@@ -14,8 +14,9 @@ use std::future::poll_fn;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc as reply;
+use std::sync::mpsc::RecvTimeoutError;
 use std::task::{Context, Poll};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -155,10 +156,26 @@ pub struct Reactor {
 type Build = Box<dyn FnOnce(u32) -> Box<dyn Task> + Send>;
 
 enum Command {
-    Attach { kick: EventFd, build: Build, reply: reply::Sender<io::Result<u32>> },
-    Detach { task: u32, end: End, reply: reply::Sender<Left> },
-    Stats { task: u32, reply: reply::Sender<QueueStats> },
-    Keep { file: Arc<OwnedFd>, reply: reply::Sender<bool> },
+    Attach {
+        kick: EventFd,
+        build: Build,
+        reply: reply::Sender<io::Result<u32>>,
+    },
+    Detach {
+        task: u32,
+        end: End,
+        leave: Leave,
+    },
+    /// Looks again at how those that leave shall come to their end.
+    Hurry,
+    Stats {
+        task: u32,
+        reply: reply::Sender<QueueStats>,
+    },
+    Keep {
+        file: Arc<OwnedFd>,
+        reply: reply::Sender<bool>,
+    },
 }
 
 /// How a task comes to its end.
@@ -185,6 +202,14 @@ pub struct Leaving {
     /// The number of its thread.
     pub reactor: usize,
     answer: reply::Receiver<Left>,
+    hurry: Arc<AtomicBool>,
+}
+
+/// The other end of a [`Leaving`], on the thread itself.
+struct Leave {
+    reply: reply::Sender<Left>,
+    /// Set once the task shall be suspended, even if it was to be drained.
+    hurry: Arc<AtomicBool>,
 }
 
 impl Reactor {
@@ -233,15 +258,30 @@ impl Reactor {
     /// Tells a task to leave, without waiting for it.
     pub fn detach(&self, task: u32, end: End) -> Leaving {
         let (reply, answer) = reply::channel();
-        self.send(Command::Detach { task, end, reply });
-        Leaving { reactor: self.index, answer }
+        let hurry = Arc::new(AtomicBool::new(end == End::Suspended));
+        self.send(Command::Detach { task, end, leave: Leave { reply, hurry: Arc::clone(&hurry) } });
+        Leaving { reactor: self.index, answer, hurry }
     }
 
-    /// Waits until nothing of a task is in flight and all it has completed is published. `None` if there was no such task.
-    pub fn wait(&self, leaving: Leaving) -> Option<Left> {
-        let left = leaving.answer.recv().ok()?;
+    /// Has a task suspended that was told to leave drained.
+    pub fn hurry(&self, leaving: &Leaving) {
+        // Not by the task's number: once it has left, that may be another task's.
+        if !leaving.hurry.swap(true, Ordering::AcqRel) {
+            self.send(Command::Hurry);
+        }
+    }
+
+    /// Waits until nothing of a task is in flight and all it has completed is published; until `deadline`, if there is one.
+    ///
+    /// # Errors
+    /// `Timeout` when the time is over, `Disconnected` when there was no such task, or its thread has died.
+    pub fn wait(&self, leaving: &Leaving, deadline: Option<Instant>) -> Result<Left, RecvTimeoutError> {
+        let left = match deadline {
+            Some(deadline) => leaving.answer.recv_timeout(deadline.saturating_duration_since(Instant::now()))?,
+            None => leaving.answer.recv().map_err(|_| RecvTimeoutError::Disconnected)?,
+        };
         self.load.fetch_sub(1, Ordering::Relaxed);
-        Some(left)
+        Ok(left)
     }
 
     /// What a task has counted so far.
@@ -289,7 +329,7 @@ impl AsRawFd for RingFd {
 struct Seat {
     task: Box<dyn Task>,
     kick: AsyncFd<Kick>,
-    leaving: Option<reply::Sender<Left>>,
+    leaving: Option<Leave>,
     /// What the kernel holds for it.
     memory: Option<GuestMemory>,
 }
@@ -482,13 +522,22 @@ impl Core {
                 });
                 drop(reply.send(seat));
             }
-            Command::Detach { task, end, reply } => {
+            Command::Detach { task, end, leave } => {
                 // Without such a task the reply's sender is dropped, which is the answer.
                 let seat = self.seats.get_mut(task as usize).and_then(Option::as_mut);
                 if let Some(seat) = seat.filter(|seat| seat.leaving.is_none()) {
                     seat.task.service().stop(end);
                     seat.task.stop(&mut self.ring);
-                    seat.leaving = Some(reply);
+                    seat.leaving = Some(leave);
+                }
+            }
+            Command::Hurry => {
+                for seat in self.seats.iter_mut().flatten() {
+                    let hurries = seat.leaving.as_ref().is_some_and(|leave| leave.hurry.load(Ordering::Acquire));
+                    if hurries && !seat.task.service().is_suspending() {
+                        seat.task.service().stop(End::Suspended);
+                        seat.task.stop(&mut self.ring);
+                    }
                 }
             }
             Command::Stats { task, reply } => {
@@ -542,8 +591,8 @@ impl Core {
                 seat.task.give_back();
                 let service = seat.task.service();
                 service.publish();
-                if let Some(reply) = seat.leaving.take() {
-                    drop(reply.send(Left { queue: service.end(), stats: service.stats.clone() }));
+                if let Some(leave) = seat.leaving.take() {
+                    drop(leave.reply.send(Left { queue: service.end(), stats: service.stats.clone() }));
                 }
                 // Last: whoever waits for the queue need not wait for this, and until then `seat` has it mapped.
                 if let Some(memory) = &seat.memory {

@@ -10,5 +10,6 @@ pub mod lab;
 pub mod native;
 pub mod ongoing;
 pub mod paths;
+pub mod stuck_disk;
 
 pub use error::{Error, Result};

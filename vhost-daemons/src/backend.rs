@@ -6,9 +6,11 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
-use ringvm_backends::device::{Device, DeviceError};
+use ringvm_backends::device::{Device, DeviceError, Suspended};
 use ringvm_backends::interrupt::Interrupt;
+use ringvm_backends::reactor::End;
 use thiserror::Error;
 use tracing::info;
 use vhost::vhost_user::message::{
@@ -21,7 +23,7 @@ use vm_memory::ByteValued;
 
 use crate::dirty::{self, F_LOG_ALL, Logging, Mapped};
 use crate::inflight::Inflight;
-use crate::mailbox::Event;
+use crate::mailbox::{Event, Wanted};
 use crate::memory::{MAX_REGIONS, Memory, MemoryError};
 use crate::message::{MAX_FILES, Message};
 use crate::state::{State, StateError};
@@ -37,6 +39,10 @@ const VRING_NO_FD: u64 = 1 << 8;
 const STATE_NO_FD: u64 = 1 << 8;
 /// Longest piece of configuration space that is read at once.
 const MAX_CONFIG: u32 = 4096;
+/// How often to look whether a ring that drains is still wanted to.
+const LOOK_PAUSE: Duration = Duration::from_millis(100);
+/// Longest time that rings which are reset may need for what can't be cancelled.
+const RESET_PATIENCE: Duration = Duration::from_secs(10);
 
 /// VHOST_USER_PROTOCOL_F_GET_VRING_BASE_INFLIGHT: GET_VRING_BASE leaves what can be cancelled in the table of requests in flight.
 const SUSPENDS: Protocol = Protocol::from_bits_retain(1 << 20);
@@ -81,6 +87,10 @@ pub(crate) enum Refused {
     Event(io::Error),
     #[error(transparent)]
     State(#[from] StateError),
+    #[error("requests are in flight that do not end, the storage does not answer")]
+    Busy,
+    #[error("the client does not wait for its requests")]
+    Unwanted,
 }
 
 fn malformed(what: impl Into<String>) -> Refused {
@@ -110,6 +120,7 @@ impl Answer {
 /// A device as one frontend has set it up.
 pub(crate) struct Backend<'a> {
     device: &'a mut dyn Device,
+    wanted: Wanted<'a>,
     rings: Vec<Vring>,
     memory: Memory,
     inflight: Option<Inflight>,
@@ -128,11 +139,12 @@ pub(crate) struct Backend<'a> {
 }
 
 impl<'a> Backend<'a> {
-    pub(crate) fn new(device: &'a mut dyn Device) -> io::Result<Self> {
+    pub(crate) fn new(device: &'a mut dyn Device, wanted: Wanted<'a>) -> io::Result<Self> {
         device.reset();
         let rings = device.info().queue_sizes.iter().map(|_| Vring::default()).collect();
         Ok(Self {
             device,
+            wanted,
             rings,
             memory: Memory::default(),
             inflight: None,
@@ -213,7 +225,7 @@ impl<'a> Backend<'a> {
                 if self.protocol.contains(SUSPENDS) && !self.protocol.contains(SUSPENDS_IF_ASKED) {
                     let state: VhostUserVringState = payload(&message)?;
                     self.ring(state.index)?;
-                    self.suspend_rings(vec![state.index as usize]);
+                    self.suspend_rings(vec![state.index as usize])?;
                 }
                 return self.get_vring_base(&message);
             }
@@ -224,20 +236,20 @@ impl<'a> Backend<'a> {
                 if !descriptor::is_eventfd(file.as_fd()) {
                     return Err(malformed("its descriptor is not an eventfd"));
                 }
-                self.stop_ring(index);
+                self.stop_ring(index)?;
                 self.rings[index].kick = Some(file);
                 self.settle()?;
             }
             FrontendReq::SET_VRING_CALL => {
                 let (index, call) = self.vring_interrupt(&message, files.next())?;
                 // What was raised before nobody may have seen: the queue starts again and interrupts once.
-                self.stop_ring(index);
+                self.stop_ring(index)?;
                 self.rings[index].call = call;
                 self.settle()?;
             }
             FrontendReq::SET_VRING_ERR => {
                 let (index, err) = self.vring_interrupt(&message, files.next())?;
-                self.stop_ring(index);
+                self.stop_ring(index)?;
                 self.rings[index].err = err;
                 self.settle()?;
             }
@@ -271,7 +283,7 @@ impl<'a> Backend<'a> {
                 let said = inflight_payload(message)?;
                 let taken = inflight::take(&said, file, self.rings.len() as u16, MAX_SIZE, &self.alarm);
                 let taken = taken.map_err(Refused::Inflight)?;
-                self.stop_all();
+                self.stop_all(End::Drained)?;
                 self.inflight = Some(taken);
                 self.settle()?;
             }
@@ -290,19 +302,18 @@ impl<'a> Backend<'a> {
                 });
             }
             FrontendReq::CHECK_DEVICE_STATE => {
-                return Ok(match self.state.end(self.device, self.rings.iter().any(Vring::runs)) {
+                let rings_run = self.rings.iter().any(Vring::runs);
+                return Ok(match self.state.end(self.device, rings_run, &self.wanted) {
                     Ok(()) => Answer::number(0),
                     Err(error) => Answer::Refused(1, error.into()),
                 });
             }
-            FrontendReq::RESET_OWNER => self.end_all(),
+            FrontendReq::RESET_OWNER => drop(self.end_all(End::Drained)?),
             FrontendReq::RESET_DEVICE => {
-                self.end_all();
+                self.reset()?;
                 self.rings.fill_with(Vring::default);
-                self.state.forget();
-                self.forget();
             }
-            FrontendReq::SET_STATUS => self.set_status(number(&message)?),
+            FrontendReq::SET_STATUS => self.set_status(number(&message)?)?,
             FrontendReq::GET_STATUS => {
                 let fault = if self.broken.load(Ordering::Acquire) { VIRTIO_CONFIG_S_NEEDS_RESET } else { 0 };
                 return Ok(Answer::number(u64::from(self.status) | u64::from(fault)));
@@ -313,13 +324,13 @@ impl<'a> Backend<'a> {
     }
 
     /// Stops the rings that these messages want ended at once, together.
-    pub(crate) fn suspend(&mut self, messages: &[Message]) {
+    pub(crate) fn suspend(&mut self, messages: &[Message]) -> Result<(), Refused> {
         if !self.protocol.contains(SUSPENDS_IF_ASKED) {
-            return;
+            return Ok(());
         }
         let asked = messages.iter().filter(|message| message.request == SKIP_DRAIN && message.wrong_files.is_none());
         let rings = asked.filter_map(|message| Some(message.parse::<VhostUserVringState>()?.index as usize));
-        self.suspend_rings(rings.filter(|&index| index < self.rings.len()).collect());
+        self.suspend_rings(rings.filter(|&index| index < self.rings.len()).collect())
     }
 
     /// Ends a ring that was suspended ([`SKIP_DRAIN`]).
@@ -335,24 +346,19 @@ impl<'a> Backend<'a> {
 
     /// Stops rings with what can be cancelled left in their tables. Those without one are drained when they end: nobody would
     /// hear of what is left.
-    fn suspend_rings(&mut self, mut rings: Vec<usize>) {
+    fn suspend_rings(&mut self, mut rings: Vec<usize>) -> Result<(), Refused> {
         rings.sort_unstable();
         rings.dedup();
-        rings.retain(|&index| self.rings[index].runs());
         rings.retain(|&index| {
             self.inflight.as_ref().is_some_and(|inflight| inflight.area().table(index as u16).is_some())
         });
-        let indices: Vec<u16> = rings.iter().map(|&index| index as u16).collect();
-        let ends = self.device.suspend(&indices);
-        for (index, end) in rings.into_iter().zip(ends) {
-            self.rings[index].suspended(end);
-        }
+        self.stop_rings(rings, End::Suspended).map(drop)
     }
 
     fn get_vring_base(&mut self, message: &Message) -> Result<Answer, Refused> {
         let state: VhostUserVringState = payload(message)?;
         self.ring(state.index)?;
-        let base = self.end_ring(state.index as usize);
+        let base = self.end_ring(state.index as usize)?;
         Ok(Answer::value(&VhostUserVringState::new(state.index, base.into())))
     }
 
@@ -365,7 +371,7 @@ impl<'a> Backend<'a> {
         // Else it is another driver's choice.
         let in_service = self.rings.iter().any(|ring| ring.runs() || toggled && ring.kick.is_some());
         if self.features != Some(features) || !in_service {
-            self.stop_all();
+            self.stop_all(End::Drained)?;
             self.forget();
             self.device.ack_features(features).map_err(Refused::Features)?;
             self.state.reload(self.device).map_err(Refused::Features)?;
@@ -394,11 +400,11 @@ impl<'a> Backend<'a> {
     fn change_logging(&mut self, change: impl FnOnce(&mut Logging)) -> Result<(), Refused> {
         let was_on = self.logging.is_on();
         if was_on {
-            self.stop_all();
+            self.stop_all(End::Drained)?;
         }
         change(&mut self.logging);
         if self.logging.is_on() && !was_on {
-            self.stop_all();
+            self.stop_all(End::Drained)?;
         }
         self.settle()
     }
@@ -438,7 +444,7 @@ impl<'a> Backend<'a> {
         &mut self,
         change: impl FnOnce(&mut Memory, &Event) -> Result<(), MemoryError>,
     ) -> Result<(), Refused> {
-        self.stop_all();
+        self.stop_all(End::Drained)?;
         let changed = change(&mut self.memory, &self.alarm);
         let settled = self.settle();
         changed?;
@@ -468,7 +474,7 @@ impl<'a> Backend<'a> {
         }
         ring.addresses = Some(addresses);
         if std::mem::replace(&mut ring.log, log) != log && logs {
-            self.stop_ring(said.index as usize);
+            self.stop_ring(said.index as usize)?;
         }
         self.settle()
     }
@@ -520,15 +526,28 @@ impl<'a> Backend<'a> {
         Ok(())
     }
 
-    fn set_status(&mut self, status: u64) {
+    fn set_status(&mut self, status: u64) -> Result<(), Refused> {
         if status == 0 {
             // Enabled rings stay so: not every frontend would say it again.
-            self.end_all();
-            self.state.forget();
-            self.forget();
+            self.reset()?;
         }
         let refused = if self.features.is_none() { VIRTIO_CONFIG_S_FEATURES_OK as u8 } else { 0 };
         self.status = status as u8 & !refused;
+        Ok(())
+    }
+
+    /// The driver has given the device up. It waits for none of its requests, and they are nobody's.
+    fn reset(&mut self) -> Result<(), Refused> {
+        for (index, end) in self.end_all(End::Suspended)? {
+            let table = self.inflight.as_ref().and_then(|area| area.table(index as u16));
+            if let (Some(mut table), Some(size)) = (table, self.rings[index].size) {
+                // Of another layout it is refused when a ring is to run with it.
+                drop(table.take_out(size, end.state.next_used));
+            }
+        }
+        self.state.forget();
+        self.forget();
+        Ok(())
     }
 
     fn ring(&mut self, index: u32) -> Result<&mut Vring, Refused> {
@@ -547,7 +566,7 @@ impl<'a> Backend<'a> {
                 && ring.is_complete()
                 && !self.memory.is_empty();
             if !wanted {
-                ring.stop(index as u16, self.device);
+                self.stop_ring(index)?;
             } else if !ring.runs() {
                 let inflight = self.inflight.as_ref().map(Inflight::area);
                 let started = ring.start(index as u16, self.device, &self.memory, inflight, log, &self.broken);
@@ -564,33 +583,68 @@ impl<'a> Backend<'a> {
         result
     }
 
-    fn stop_ring(&mut self, index: usize) {
-        self.rings[index].stop(index as u16, self.device);
+    fn stop_ring(&mut self, index: usize) -> Result<(), Refused> {
+        self.stop_rings(vec![index], End::Drained).map(drop)
     }
 
-    fn stop_all(&mut self) {
-        (0..self.rings.len()).for_each(|index| self.stop_ring(index));
+    fn stop_all(&mut self, end: End) -> Result<(), Refused> {
+        self.stop_rings((0..self.rings.len()).collect(), end).map(drop)
+    }
+
+    /// Stops those of the rings that run, and returns where each stands. What they have under way is waited for as long as
+    /// somebody wants that; then it is suspended, and the session over.
+    fn stop_rings(&mut self, mut rings: Vec<usize>, end: End) -> Result<Vec<(usize, Suspended)>, Refused> {
+        rings.retain(|&index| self.rings[index].runs());
+        if rings.is_empty() {
+            return Ok(Vec::new());
+        }
+        let indices: Vec<u16> = rings.iter().map(|&index| index as u16).collect();
+        let limit = (end == End::Suspended).then(|| Instant::now() + RESET_PATIENCE);
+        let ends = loop {
+            let look = Instant::now() + LOOK_PAUSE;
+            if let Some(ends) = self.device.stop_by(&indices, end, look) {
+                break ends;
+            }
+            if !self.wanted.still() {
+                return Err(Refused::Unwanted);
+            }
+            if limit.is_some_and(|limit| look > limit) {
+                return Err(Refused::Busy);
+            }
+        };
+        for (&index, end) in rings.iter().zip(&ends) {
+            self.rings[index].stopped(end.as_ref());
+        }
+        Ok(rings.into_iter().zip(ends).filter_map(|(index, end)| Some((index, end?))).collect())
+    }
+
+    /// Ends everything of the frontend's, without waiting for what can be cancelled. Returns whether nothing is in flight any
+    /// more; if there is, it is to be called again before the backend is dropped.
+    pub(crate) fn end(&mut self, deadline: Instant) -> bool {
+        let indices: Vec<u16> = (0..self.rings.len() as u16).collect();
+        self.device.stop_by(&indices, End::Suspended, deadline).is_some()
     }
 
     /// Stops a ring until it gets another doorbell, and says where it is.
-    fn end_ring(&mut self, index: usize) -> u16 {
-        self.stop_ring(index);
+    fn end_ring(&mut self, index: usize) -> Result<u16, Refused> {
+        self.stop_ring(index)?;
         self.rings[index].kick = None;
-        self.rings[index].base
+        Ok(self.rings[index].base)
     }
 
-    fn end_all(&mut self) {
-        for index in 0..self.rings.len() {
-            self.end_ring(index);
-        }
+    fn end_all(&mut self, end: End) -> Result<Vec<(usize, Suspended)>, Refused> {
+        let ends = self.stop_rings((0..self.rings.len()).collect(), end)?;
+        self.rings.iter_mut().for_each(|ring| ring.kick = None);
+        Ok(ends)
     }
 }
 
 impl Drop for Backend<'_> {
     /// Nothing of a frontend stays.
     fn drop(&mut self) {
-        self.stop_all();
         self.device.on_config_change(Interrupt::None);
+        let indices: Vec<u16> = (0..self.rings.len() as u16).collect();
+        self.device.suspend(&indices);
         self.device.reset();
     }
 }

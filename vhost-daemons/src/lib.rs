@@ -14,6 +14,7 @@ mod backend;
 mod backend_channel;
 mod descriptor;
 mod dirty;
+mod ending;
 pub mod exit;
 mod inflight;
 mod mailbox;

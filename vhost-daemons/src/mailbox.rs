@@ -2,7 +2,9 @@
 //! never longer than it was told.
 
 use std::io;
+use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::sync::{Mutex, PoisonError};
@@ -44,6 +46,8 @@ impl AsFd for Event {
 pub(crate) struct Mailbox {
     mail: Event,
     stop: AtomicBool,
+    /// Whom the thread may be waiting for in the middle of a message.
+    peer: Mutex<Option<UnixStream>>,
     asked: Mutex<Vec<SyncSender<DeviceStats>>>,
 }
 
@@ -62,13 +66,22 @@ pub(crate) enum Woken {
 
 impl Mailbox {
     pub(crate) fn new() -> io::Result<Self> {
-        Ok(Self { mail: Event::new()?, stop: AtomicBool::new(false), asked: Mutex::default() })
+        Ok(Self { mail: Event::new()?, stop: AtomicBool::new(false), peer: Mutex::default(), asked: Mutex::default() })
     }
 
-    /// Asks the thread to end.
+    /// Asks the thread to end, and has it wait for its client no longer.
     pub(crate) fn stop(&self) {
         self.stop.store(true, Ordering::Release);
         self.mail.raise();
+        if let Some(peer) = &*self.peer.lock().unwrap_or_else(PoisonError::into_inner) {
+            // It fails for a client that has gone.
+            drop(peer.shutdown(Shutdown::Both));
+        }
+    }
+
+    /// Says who is served from now on.
+    pub(crate) fn serves(&self, peer: Option<UnixStream>) {
+        *self.peer.lock().unwrap_or_else(PoisonError::into_inner) = peer;
     }
 
     /// Whether the thread shall end.
@@ -115,6 +128,26 @@ impl Mailbox {
             () if ready(fd_at) => Woken::Ready,
             () => Woken::Late,
         })
+    }
+}
+
+/// Tells whether anybody wants what is waited for: not once the client has gone or the daemon shall end.
+#[derive(Debug)]
+pub(crate) struct Wanted<'a> {
+    mailbox: &'a Mailbox,
+    peer: OwnedFd,
+}
+
+impl<'a> Wanted<'a> {
+    /// Wanted by the client at the other end of a connection.
+    pub(crate) fn by(peer: BorrowedFd<'_>, mailbox: &'a Mailbox) -> io::Result<Self> {
+        Ok(Self { mailbox, peer: peer.try_clone_to_owned()? })
+    }
+
+    pub(crate) fn still(&self) -> bool {
+        let mut fds = [PollFd::new(&self.peer, PollFlags::empty())];
+        let gone = matches!(rustix::event::poll(&mut fds, Some(&Timespec::default())), Ok(1));
+        !gone && !self.mailbox.stopped()
     }
 }
 

@@ -15,6 +15,9 @@ use crate::source::{Source, SourceError};
 /// The first descriptor that a service manager passes (`sd_listen_fds(3)`).
 const LISTEN_FDS_START: RawFd = 3;
 
+/// The time within which a daemon ends, unless it is told otherwise.
+const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// How devices are served.
 #[derive(Args, Clone, Debug, Default)]
 pub struct ServeOptions {
@@ -52,6 +55,10 @@ pub struct ServeOptions {
     /// Print the statistics of every device on standard error at exit (SIGUSR1 prints them at any time)
     #[arg(long)]
     pub stats: bool,
+    /// Longest time in seconds that the daemon takes to end [default: 5]. Requests in flight are cancelled and devices flushed;
+    /// what is not through by then is given up
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub stop_timeout: Option<u64>,
     /// Say more on standard error: -v what happens, -vv how. RUST_LOG overrides it
     #[arg(short, long, action = clap::ArgAction::Count)]
     pub verbose: u8,
@@ -91,6 +98,11 @@ impl ServeOptions {
         let open = |path: &PathBuf| if self.client { Ok(Source::Connect(path.clone())) } else { Source::listen(path) };
         let sources = self.socket.iter().map(open).collect::<Result<Vec<_>, SourceError>>();
         sources.map(|named| named.into_iter().chain(inherited).collect()).map_err(|error| error.to_string())
+    }
+
+    /// Longest time that the end may take.
+    pub(crate) fn stop_timeout(&self) -> Duration {
+        self.stop_timeout.map_or(STOP_TIMEOUT, Duration::from_secs)
     }
 
     /// The name of a device.

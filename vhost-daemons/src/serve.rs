@@ -1,15 +1,14 @@
 //! The life of a daemon: devices opened, each with a control thread that serves one client after another, until a signal ends
-//! them all.
+//! them all (`ending`).
 
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, SyncSender};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
-use ringvm_backends::device::Device;
+use ringvm_backends::device::{Device, DeviceError, Flusher};
 use ringvm_backends::program::{SignalThread, ignore_file_size_signal, start_tracing};
 use ringvm_backends::reactor::ReactorPool;
 use ringvm_backends::stats::DeviceStats;
@@ -17,6 +16,7 @@ use ringvm_backends::summary::summary;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1};
 use tracing::{error, info, warn};
 
+use crate::ending::{Deadlines, Second, finish};
 use crate::exit::Exit;
 use crate::mailbox::Mailbox;
 use crate::message::Connection;
@@ -60,13 +60,13 @@ pub fn serve<T>(program: &Program<T>, options: &ServeOptions, texts: &[String]) 
     match run(program, options, texts) {
         Ok(()) => Exit::Success,
         Err((message, exit)) => {
-            eprintln!("{}: {message}", program.name);
+            message.lines().for_each(|line| eprintln!("{}: {line}", program.name));
             exit
         }
     }
 }
 
-type Failure = (String, Exit);
+pub(crate) type Failure = (String, Exit);
 
 fn run<T>(program: &Program<T>, options: &ServeOptions, texts: &[String]) -> Result<(), Failure> {
     let wrong = |message: String| (message, Exit::Configuration);
@@ -91,91 +91,140 @@ fn run<T>(program: &Program<T>, options: &ServeOptions, texts: &[String]) -> Res
     let devices = specs.iter().enumerate().map(open).collect::<Result<Vec<_>, _>>()?;
     let sources = options.open_sources(inherited).map_err(wrong)?;
 
+    let deadlines = Deadlines::within(options.stop_timeout());
     let (tell, told) = mpsc::channel();
-    let signal = tell.clone();
-    let signals = SignalThread::start(&SIGNALS, move |number| drop(signal.send(Told::Signal(number))));
+    let (signal, mut second) = (tell.clone(), Second::default());
+    let signals = SignalThread::start(&SIGNALS, move |number| {
+        drop(signal.send(Told::Signal(number)));
+        second.heard(number);
+    });
     let signals = signals.map_err(|error| host("listening to signals", error))?;
     let ready = devices.iter().zip(&sources);
     let ready: Vec<_> = ready.map(|(device, source)| format!("{} is ready at {source}", device.info().name)).collect();
     let mut threads = Vec::new();
-    for (device, source) in devices.into_iter().zip(sources) {
-        threads.push(Control::start(device, source, tell.clone()).map_err(|error| host("starting a thread", error))?);
+    for (index, (device, source)) in devices.into_iter().zip(sources).enumerate() {
+        let (tell, grace) = (tell.clone(), deadlines.session);
+        let control = Control::start(device, source, move |report| drop(tell.send(Told::Ended(index, report))), grace);
+        threads.push(control.map_err(|error| host("starting a thread", error))?);
     }
-    drop(tell);
     ready.iter().for_each(|line| eprintln!("{}: {line}", program.name));
     notify("READY=1");
-    wait(&threads, &told);
+    wait(&mut threads, &told);
     notify("STOPPING=1");
+    let ended = finish(program.name, threads, (&tell, &told), &deadlines, options.stats);
     drop(signals);
-    finish(threads, options.stats)
+    ended
 }
 
 /// What the main thread is told.
-enum Told {
+pub(crate) enum Told {
     Signal(i32),
-    /// A control thread has nobody to serve any more.
-    Ended,
+    /// The control thread of this number has nobody to serve any more.
+    Ended(usize, Report),
+    /// The device of this number was flushed without its control thread.
+    Flushed(usize, Result<(), DeviceError>),
+}
+
+/// What a control thread leaves behind.
+pub(crate) struct Report {
+    /// The device, unless the thread has died.
+    pub(crate) device: Option<Box<dyn Device>>,
+    /// Whether nothing is in flight.
+    pub(crate) idle: bool,
+    pub(crate) flushed: Result<(), DeviceError>,
 }
 
 /// A device and the thread that controls it.
-struct Control {
-    mailbox: Arc<Mailbox>,
-    thread: JoinHandle<Result<Box<dyn Device>, String>>,
+pub(crate) struct Control {
+    pub(crate) name: String,
+    pub(crate) mailbox: Arc<Mailbox>,
+    /// For when the thread does not come to its end.
+    pub(crate) flusher: Option<Flusher>,
+    pub(crate) report: Option<Report>,
 }
 
 impl Control {
-    fn start(mut device: Box<dyn Device>, mut source: Source, tell: mpsc::Sender<Told>) -> io::Result<Self> {
+    fn start(
+        mut device: Box<dyn Device>,
+        mut source: Source,
+        tell: impl FnOnce(Report) + Send + 'static,
+        grace: Duration,
+    ) -> io::Result<Self> {
         let mailbox = Arc::new(Mailbox::new()?);
+        let (name, flusher) = (device.info().name.clone(), Some(device.flusher()));
         let theirs = Arc::clone(&mailbox);
-        let thread = std::thread::Builder::new().name(device.info().name.clone()).spawn(move || {
-            let name = device.info().name.clone();
-            let served = catch_unwind(AssertUnwindSafe(|| serve_clients(device.as_mut(), &mut source, &theirs)));
+        std::thread::Builder::new().name(name.clone()).spawn(move || {
+            let served = catch_unwind(AssertUnwindSafe(|| serve_clients(device.as_mut(), &mut source, &theirs, grace)));
+            // Nobody may connect to what is not served any more.
             drop(source);
-            drop(tell.send(Told::Ended));
-            match served {
-                Ok(()) => Ok(device),
-                Err(_) => Err(format!("the control thread of {name} died; this is a bug")),
-            }
+            let flushed = device.flush();
+            let (idle, device) = match served {
+                Ok(idle) => (idle, Some(device)),
+                Err(_) => {
+                    // Waits for what is in flight.
+                    drop(device);
+                    (true, None)
+                }
+            };
+            tell(Report { device, idle, flushed });
         })?;
-        Ok(Self { mailbox, thread })
+        Ok(Self { name, mailbox, flusher, report: None })
     }
 }
 
-/// Serves one client after another.
-fn serve_clients(device: &mut dyn Device, source: &mut Source, mailbox: &Mailbox) {
+/// Serves one client after another. Returns whether nothing is in flight in the end.
+fn serve_clients(device: &mut dyn Device, source: &mut Source, mailbox: &Mailbox, grace: Duration) -> bool {
+    let mut idle = true;
     while !mailbox.stopped() {
         match source.next(mailbox) {
-            Ok(Next::Client(stream)) => serve_client(device, stream, mailbox),
+            Ok(Next::Client(stream)) => idle = serve_client(device, stream, mailbox, grace),
             Ok(Next::Mail) => mailbox.serve(device),
-            Ok(Next::End) => return,
+            Ok(Next::End) => break,
             Err(error) => {
                 error!(device = %device.info().name, %error, "accepting a client");
                 std::thread::sleep(HOST_PAUSE);
             }
         }
     }
+    idle
 }
 
-fn serve_client(device: &mut dyn Device, stream: UnixStream, mailbox: &Mailbox) {
+/// Serves a client until it has gone, and all that it asked for has ended. Returns whether it has.
+fn serve_client(device: &mut dyn Device, stream: UnixStream, mailbox: &Mailbox, grace: Duration) -> bool {
     let name = device.info().name.clone();
     info!(device = %name, "a client has connected");
-    let session = Session::new(device).map(|mut session| session.run(Connection::new(stream), mailbox));
-    match session {
-        Ok(Ok(End::Disconnected)) => info!(device = %name, "the client has gone"),
-        Ok(Ok(End::Stopped)) => {}
-        Ok(Err(error)) => warn!(device = %name, "dropping the client: {error}"),
-        Err(error) => warn!(device = %name, "dropping the client: making an eventfd: {error}"),
+    let session = stream.try_clone().and_then(|peer| {
+        mailbox.serves(Some(peer));
+        Session::new(device, Connection::new(stream), mailbox)
+    });
+    let mut session = match session {
+        Ok(session) => session,
+        Err(error) => {
+            mailbox.serves(None);
+            warn!(device = %name, "dropping the client: making a descriptor: {error}");
+            return true;
+        }
+    };
+    let result = session.run();
+    mailbox.serves(None);
+    match result {
+        // What the end of the daemon does to the connection is not the client's fault.
+        _ if mailbox.stopped() => {}
+        Ok(End::Disconnected) => info!(device = %name, "the client has gone"),
+        Ok(End::Stopped) => {}
+        Err(error) => warn!(device = %name, "dropping the client: {error}"),
     }
+    session.end(grace)
 }
 
 /// Waits until there is nobody left to serve, or a signal says that it is enough.
-fn wait(threads: &[Control], told: &Receiver<Told>) {
-    let mut left = threads.len();
-    while left > 0 {
+fn wait(threads: &mut [Control], told: &Receiver<Told>) {
+    while threads.iter().any(|control| control.report.is_none()) {
         match told.recv() {
             Ok(Told::Signal(SIGUSR1)) => eprint!("{}", summary(&statistics(threads))),
             Ok(Told::Signal(_)) | Err(_) => return,
-            Ok(Told::Ended) => left -= 1,
+            Ok(Told::Ended(index, report)) => threads[index].report = Some(report),
+            Ok(Told::Flushed(..)) => {}
         }
     }
 }
@@ -188,25 +237,4 @@ fn statistics(threads: &[Control]) -> Vec<DeviceStats> {
     };
     let asked: Vec<_> = threads.iter().map(ask).collect();
     asked.into_iter().filter_map(|answers| answers.recv_timeout(STATS_PATIENCE).ok()).collect()
-}
-
-/// Ends the threads, and makes what was written durable.
-fn finish(threads: Vec<Control>, stats: bool) -> Result<(), Failure> {
-    threads.iter().for_each(|control| control.mailbox.stop());
-    let mut result = Ok(());
-    let mut total = Vec::new();
-    for control in threads {
-        let ended = control.thread.join().unwrap_or_else(|_| Err("a control thread died; this is a bug".into()));
-        let ended = ended.map_err(|message| (message, Exit::Internal)).and_then(|mut device| {
-            total.push(device.stats());
-            device
-                .flush()
-                .map_err(|error| (format!("at the end: {error}; what was written last may be lost"), Exit::Host))
-        });
-        result = result.and(ended);
-    }
-    if stats {
-        eprint!("{}", summary(&total));
-    }
-    result
 }

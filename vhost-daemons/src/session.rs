@@ -4,6 +4,7 @@
 
 use std::io;
 use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
 
 use ringvm_backends::device::Device;
 use rustix::event::PollFlags;
@@ -12,13 +13,17 @@ use tracing::warn;
 use vhost::vhost_user::message::FrontendReq;
 
 use crate::backend::{Answer, Backend, Refused, SKIP_DRAIN, has_reply};
-use crate::mailbox::{Mailbox, Woken};
+use crate::mailbox::{Mailbox, Wanted, Woken};
 use crate::message::{Connection, Message, WireError};
 
 /// Most messages about ending rings that are taken before the first is answered: one for each ring that can be kicked.
 const MOST_TOGETHER: usize = 256;
 /// A frontend that is refused more often than this will not learn.
 const MAX_REFUSALS: u32 = 64;
+/// How often to look at the letter box while requests of a client that has gone come to their end.
+const LOOK_PAUSE: Duration = Duration::from_millis(100);
+/// When to say that they do not.
+const LONG: Duration = Duration::from_secs(5);
 
 /// How a session ended that nobody is to blame for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,21 +49,25 @@ pub(crate) enum SessionError {
     Host(io::Error),
 }
 
-/// A connection's backend.
+/// A connection and its backend.
 pub(crate) struct Session<'a> {
+    connection: Connection,
+    mailbox: &'a Mailbox,
     backend: Backend<'a>,
     refusals: u32,
 }
 
 impl<'a> Session<'a> {
-    pub(crate) fn new(device: &'a mut dyn Device) -> io::Result<Self> {
-        Ok(Self { backend: Backend::new(device)?, refusals: 0 })
+    pub(crate) fn new(device: &'a mut dyn Device, connection: Connection, mailbox: &'a Mailbox) -> io::Result<Self> {
+        let wanted = Wanted::by(connection.as_fd(), mailbox)?;
+        Ok(Self { connection, mailbox, backend: Backend::new(device, wanted)?, refusals: 0 })
     }
 
     /// Serves the frontend until either side ends it.
-    pub(crate) fn run(&mut self, mut connection: Connection, mailbox: &Mailbox) -> Result<End, SessionError> {
+    pub(crate) fn run(&mut self) -> Result<End, SessionError> {
+        let mailbox = self.mailbox;
         loop {
-            let socket = (connection.as_fd(), PollFlags::IN);
+            let socket = (self.connection.as_fd(), PollFlags::IN);
             match mailbox.wait(Some(socket), Some(self.backend.alarm()), None).map_err(SessionError::Host)? {
                 Woken::Alarm => return Err(SessionError::MemoryCut),
                 Woken::Mail => {
@@ -67,8 +76,8 @@ impl<'a> Session<'a> {
                     }
                     mailbox.serve(self.backend.device());
                 }
-                Woken::Ready => match connection.receive()? {
-                    Some(message) => match self.handle_with_next(&mut connection, message) {
+                Woken::Ready => match self.connection.receive()? {
+                    Some(message) => match self.handle_with_next(message) {
                         Err(SessionError::Wire(WireError::Gone)) => return Ok(End::Disconnected),
                         handled => handled?,
                     },
@@ -79,22 +88,45 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// Ends what the frontend has left behind. What can be cancelled is not waited for. The rest is, for the device can serve
+    /// nobody else until then; but if the daemon shall end, no longer than `grace`. Returns whether nothing is in flight.
+    pub(crate) fn end(mut self, grace: Duration) -> bool {
+        let begun = Instant::now();
+        let (mut said, mut last) = (false, None);
+        while !self.backend.end(Instant::now() + LOOK_PAUSE) {
+            if self.mailbox.stopped() && Instant::now() > *last.get_or_insert_with(|| Instant::now() + grace) {
+                // The kernel may still write to the memory of this session, so that stays until the process has ended.
+                std::mem::forget(self);
+                return false;
+            }
+            self.mailbox.serve(self.backend.device());
+            if !said && begun.elapsed() > LONG {
+                said = true;
+                let name = &self.backend.device().info().name;
+                warn!(device = %name, "requests of the last client do not end; until they do, no other is served");
+            }
+        }
+        true
+    }
+
     /// Handles a message and, if it is about a ring that shall not be waited for, those that have come behind it: what other
     /// rings have under way would keep it waiting.
-    fn handle_with_next(&mut self, connection: &mut Connection, first: Message) -> Result<(), SessionError> {
+    fn handle_with_next(&mut self, first: Message) -> Result<(), SessionError> {
         let mut messages = vec![first];
         while messages.len() < MOST_TOGETHER
             && messages.last().is_some_and(|last| last.request == SKIP_DRAIN)
-            && connection.has_more()?
+            && self.connection.has_more()?
         {
-            let Some(next) = connection.receive()? else { break };
+            let Some(next) = self.connection.receive()? else { break };
             messages.push(next);
         }
-        self.backend.suspend(&messages);
-        messages.into_iter().try_for_each(|message| self.handle(connection, message))
+        if let Err(reason) = self.backend.suspend(&messages) {
+            return Err(refused("stopping rings".into(), reason));
+        }
+        messages.into_iter().try_for_each(|message| self.handle(message))
     }
 
-    fn handle(&mut self, connection: &mut Connection, message: Message) -> Result<(), SessionError> {
+    fn handle(&mut self, message: Message) -> Result<(), SessionError> {
         let (request, need_reply) = (message.request, message.need_reply);
         let known = FrontendReq::try_from(request).ok();
         let answer = match known {
@@ -102,37 +134,46 @@ impl<'a> Session<'a> {
             None if request == SKIP_DRAIN => self.backend.skip_drain(&message),
             None => Err(Refused::Malformed("nobody knows this message".into())),
         };
-        let (refused, code) = match answer {
+        let (reason, code) = match answer {
             Ok(Answer::Reply(body, file)) => {
-                return Ok(connection.reply(request, &body, file.as_ref().map(AsFd::as_fd))?);
+                return Ok(self.connection.reply(request, &body, file.as_ref().map(AsFd::as_fd))?);
             }
             Ok(Answer::Done) => {
                 if need_reply && self.backend.acks() {
-                    connection.reply(request, &0u64.to_ne_bytes(), None)?;
+                    self.connection.reply(request, &0u64.to_ne_bytes(), None)?;
                 }
                 return Ok(());
             }
-            Ok(Answer::Refused(code, refused)) => (refused, Some(code)),
-            Err(refused) => (refused, None),
+            Ok(Answer::Refused(code, reason)) => (reason, Some(code)),
+            Err(reason) => (reason, None),
         };
         let name = known.map_or_else(|| format!("message {request}"), |known| format!("{known:?}"));
+        // Rings are in between then.
+        if matches!(reason, Refused::Busy | Refused::Unwanted) {
+            return Err(refused(name, reason));
+        }
         // Features are the guest's choice, which its frontend only passes on.
-        self.refusals += u32::from(!matches!(refused, Refused::Features(_)));
+        self.refusals += u32::from(!matches!(reason, Refused::Features(_)));
         if self.refusals > MAX_REFUSALS {
             return Err(SessionError::Hopeless);
         }
         let answered = known.map_or(request == SKIP_DRAIN, has_reply);
         let nack = need_reply && self.backend.acks() && !answered;
         let code = code.or(nack.then_some(1));
-        if code.is_none() && !matches!(refused, Refused::Features(_)) {
-            return Err(SessionError::Refused { message: name, reason: refused });
+        if code.is_none() && !matches!(reason, Refused::Features(_)) {
+            return Err(refused(name, reason));
         }
-        warn!(device = %self.backend.device().info().name, "{name} refused: {refused}");
+        warn!(device = %self.backend.device().info().name, "{name} refused: {reason}");
         if let Some(code) = code {
-            connection.reply(request, &code.to_ne_bytes(), None)?;
+            self.connection.reply(request, &code.to_ne_bytes(), None)?;
         }
         Ok(())
     }
+}
+
+/// Why the session ends: a message is refused, unless there is nobody left to refuse it to.
+fn refused(message: String, reason: Refused) -> SessionError {
+    if matches!(reason, Refused::Unwanted) { WireError::Gone.into() } else { SessionError::Refused { message, reason } }
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -19,10 +20,12 @@ use vhost::vhost_user::message::{
     VhostTransferStateDirection as Direction, VhostTransferStatePhase, VhostUserTransferDeviceState,
 };
 
-use crate::mailbox::{Event, poll};
+use crate::mailbox::{Event, Wanted, poll};
 
 /// Longest time that a state may be on its way.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How often to look whether a transfer is still wanted.
+const LOOK_PAUSE: Duration = Duration::from_millis(100);
 /// The position of what has none.
 const NO_OFFSET: u64 = u64::MAX;
 
@@ -79,12 +82,17 @@ impl State {
     }
 
     /// Waits until it was read or written, and says how that went; as often as it is asked.
-    pub(crate) fn end(&mut self, device: &mut dyn Device, rings_run: bool) -> Result<(), StateError> {
+    pub(crate) fn end(
+        &mut self,
+        device: &mut dyn Device,
+        rings_run: bool,
+        wanted: &Wanted<'_>,
+    ) -> Result<(), StateError> {
         let Some(transfer) = self.transfer.take() else {
             return if self.moved { Ok(()) } else { Err(StateError::NotMoved) };
         };
         let direction = transfer.direction;
-        let state = transfer.finish()?;
+        let state = transfer.finish(|| wanted.still())?;
         if direction == Direction::LOAD {
             if rings_run {
                 return Err(StateError::RingsRun);
@@ -111,7 +119,8 @@ impl State {
 #[derive(Debug)]
 struct Transfer {
     direction: Direction,
-    thread: Option<JoinHandle<io::Result<Vec<u8>>>>,
+    thread: Option<JoinHandle<()>>,
+    result: Receiver<io::Result<Vec<u8>>>,
     cancel: Arc<Event>,
 }
 
@@ -137,14 +146,22 @@ impl Transfer {
         }
         let cancel = Arc::new(Event::new()?);
         let pipe = Pipe { fd, cancel: Arc::clone(&cancel), deadline: Instant::now() + PATIENCE };
-        let thread = std::thread::Builder::new().name("device-state".into()).spawn(move || run(&pipe))?;
-        Ok(Self { direction, thread: Some(thread), cancel })
+        let (tell, result) = mpsc::channel();
+        let thread = std::thread::Builder::new().name("device-state".into());
+        let thread = thread.spawn(move || drop(tell.send(run(&pipe))))?;
+        Ok(Self { direction, thread: Some(thread), result, cancel })
     }
 
-    /// Waits for the end of the transfer: what was read, or nothing.
-    fn finish(mut self) -> io::Result<Vec<u8>> {
-        let thread = self.thread.take().expect("taken once, here or when it is dropped");
-        thread.join().unwrap_or_else(|_| Err(io::Error::other("its thread has ended")))
+    /// Waits for the end of the transfer, as long as that is wanted: what was read, or nothing.
+    fn finish(self, wanted: impl Fn() -> bool) -> io::Result<Vec<u8>> {
+        loop {
+            match self.result.recv_timeout(LOOK_PAUSE) {
+                Ok(result) => return result,
+                Err(RecvTimeoutError::Timeout) if wanted() => {}
+                Err(RecvTimeoutError::Timeout) => self.cancel.raise(),
+                Err(RecvTimeoutError::Disconnected) => return Err(io::Error::other("its thread has ended")),
+            }
+        }
     }
 }
 
@@ -231,8 +248,8 @@ mod tests {
             rustix::io::ioctl_fionbio(&into, !blocking).unwrap();
             let save = Transfer::save(into.into(), state.clone()).unwrap();
             let load = Transfer::load(out.into()).unwrap();
-            assert!(save.finish().unwrap().is_empty());
-            assert!(load.finish().unwrap() == state);
+            assert!(save.finish(|| true).unwrap().is_empty());
+            assert!(load.finish(|| true).unwrap() == state);
         }
     }
 
@@ -241,7 +258,7 @@ mod tests {
         let (out, mut into) = std::io::pipe().unwrap();
         let load = Transfer::load(out.into()).unwrap();
         let written = into.write_all(&vec![0; 4 * MAX_STATE]);
-        assert_eq!(load.finish().unwrap_err().kind(), io::ErrorKind::InvalidData);
+        assert_eq!(load.finish(|| true).unwrap_err().kind(), io::ErrorKind::InvalidData);
         assert_eq!(written.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
     }
 
@@ -261,8 +278,8 @@ mod tests {
         let load = Transfer::load(out.into()).unwrap();
         let (_out, into) = std::io::pipe().unwrap();
         let save = Transfer::save(into.into(), vec![0; 4 << 20]).unwrap();
-        assert_eq!(load.finish().unwrap_err().kind(), io::ErrorKind::TimedOut);
-        assert_eq!(save.finish().unwrap_err().kind(), io::ErrorKind::TimedOut);
+        assert_eq!(load.finish(|| true).unwrap_err().kind(), io::ErrorKind::TimedOut);
+        assert_eq!(save.finish(|| true).unwrap_err().kind(), io::ErrorKind::TimedOut);
         assert!(begun.elapsed() < PATIENCE * 2);
     }
 
@@ -276,7 +293,7 @@ mod tests {
     #[test]
     fn the_wrong_end_of_a_pipe_is_an_error() {
         let (out, into) = std::io::pipe().unwrap();
-        assert!(Transfer::load(into.into()).unwrap().finish().is_err());
-        assert!(Transfer::save(out.into(), vec![1]).unwrap().finish().is_err());
+        assert!(Transfer::load(into.into()).unwrap().finish(|| true).is_err());
+        assert!(Transfer::save(out.into(), vec![1]).unwrap().finish(|| true).is_err());
     }
 }

@@ -115,17 +115,8 @@ impl Vring {
         Ok(())
     }
 
-    /// Stops the queue, with nothing in flight. It may go on from where it was.
-    pub(crate) fn stop(&mut self, index: u16, device: &mut dyn Device) {
-        if std::mem::take(&mut self.running)
-            && let Some(state) = device.stop_queue(index)
-        {
-            self.base = state.next_avail;
-        }
-    }
-
-    /// The queue was stopped; what it has left is in its table.
-    pub(crate) fn suspended(&mut self, end: Option<Suspended>) {
+    /// The queue was stopped. It may go on from where it was; what it has left is in its table.
+    pub(crate) fn stopped(&mut self, end: Option<&Suspended>) {
         self.running = false;
         if let Some(end) = end {
             self.base = end.state.next_avail;

@@ -94,3 +94,23 @@ fn an_error_event_that_becomes_blocking_and_full_holds_up_nobody() {
     drop(client);
     house.stands();
 }
+
+#[test]
+fn a_full_queue_of_whole_disk_reads_is_not_drained_for_a_client_that_has_gone() {
+    let house = House::new();
+    for ends in 0..3 {
+        let (client, memory, mut ring) = house.attacker();
+        let slots = ring.add_longest_reads(&memory);
+        ring.driver.publish();
+        ring.kick();
+        match ends {
+            0 => {}
+            // Has the daemon wait for all of them.
+            1 => drop(client.send(FrontendReq::GET_VRING_BASE, &common::client::words(&[0, 0]), &[])),
+            _ => drop(client.send(FrontendReq::RESET_DEVICE, &[], &[])),
+        }
+        house.honest.is_served();
+        assert!(slots > 0);
+    }
+    house.stands();
+}

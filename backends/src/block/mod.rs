@@ -11,6 +11,7 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
@@ -18,10 +19,10 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
-use crate::device::{Device, DeviceError, DeviceInfo, QueueParts, QueueState, Suspended};
+use crate::device::{Device, DeviceError, DeviceInfo, Flusher, QueueParts, QueueState, Suspended};
 use crate::queue::RING_FEATURES;
 use crate::queues::Queues;
-use crate::reactor::ReactorPool;
+use crate::reactor::{End, ReactorPool};
 use crate::ring::MAX_PIECES;
 use crate::state::{Refusal, StateReader, StateWriter};
 use crate::stats::DeviceStats;
@@ -46,7 +47,7 @@ trait Backing: Send {
         features: u64,
     ) -> Result<(), DeviceError>;
 
-    fn sync(&self) -> io::Result<()>;
+    fn sync(&self) -> Box<dyn Fn() -> io::Result<()> + Send>;
 }
 
 impl<S: Storage + Clone + Send + 'static> Backing for S {
@@ -62,8 +63,9 @@ impl<S: Storage + Clone + Send + 'static> Backing for S {
         queues.start(index, parts, features, move || handler)
     }
 
-    fn sync(&self) -> io::Result<()> {
-        Storage::sync(self)
+    fn sync(&self) -> Box<dyn Fn() -> io::Result<()> + Send> {
+        let storage = self.clone();
+        Box::new(move || storage.sync())
     }
 }
 
@@ -226,6 +228,10 @@ impl Device for BlockDevice {
         self.queues.suspend(queues)
     }
 
+    fn stop_by(&mut self, queues: &[u16], end: End, deadline: Instant) -> Option<Vec<Option<Suspended>>> {
+        self.queues.stop_by(queues, end, deadline)
+    }
+
     fn reset(&mut self) {
         self.queues.stop_all();
         self.features = 0;
@@ -235,11 +241,10 @@ impl Device for BlockDevice {
         self.writeback.store(true, Ordering::Relaxed);
     }
 
-    fn flush(&mut self) -> Result<(), DeviceError> {
-        self.backing.sync().map_err(|source| DeviceError::Host {
-            device: self.info.name.clone(),
-            what: "flushing",
-            source,
+    fn flusher(&self) -> Flusher {
+        let (sync, device) = (self.backing.sync(), self.info.name.clone());
+        Box::new(move || {
+            sync().map_err(|source| DeviceError::Host { device: device.clone(), what: "flushing", source })
         })
     }
 

@@ -10,17 +10,18 @@ mod transmit;
 
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP};
 
-use crate::device::{Device, DeviceError, DeviceInfo, QueueParts, QueueState};
+use crate::device::{Device, DeviceError, DeviceInfo, QueueParts, QueueState, Suspended};
 use crate::event::SharedEvent;
 use crate::interrupt::Interrupt;
 use crate::port::Port;
 use crate::queue::{RING_FEATURES, avail_index};
 use crate::queues::Queues;
-use crate::reactor::ReactorPool;
+use crate::reactor::{End, ReactorPool};
 use crate::stats::DeviceStats;
 use control::{Control, ControlHandler, RxMode};
 use frame::{HEADER_LEN, MAX_FRAME};
@@ -211,6 +212,22 @@ impl NetDevice {
         self.control.set_pairs(count).map_err(|source| self.host_error("changing the number of queue pairs", source))
     }
 
+    /// A queue is about to stop, or was told to.
+    fn leave_pair(&mut self, index: u16) {
+        match self.role(index) {
+            Some(Role::Receive(pair)) => {
+                self.control.receivers.lock().unwrap_or_else(PoisonError::into_inner)[usize::from(pair)] = None;
+                if !self.control_runs
+                    && let Err(error) = self.guess_pairs(pair, false)
+                {
+                    tracing::warn!(%error, "frames may go to a queue that nobody serves");
+                }
+            }
+            Some(Role::Control) => self.control_runs = false,
+            Some(Role::Transmit(_)) | None => {}
+        }
+    }
+
     fn config(&self) -> [u8; CONFIG_LEN] {
         let mut space = [0; CONFIG_LEN];
         let mut put = |at: usize, bytes: &[u8]| space[at..at + bytes.len()].copy_from_slice(bytes);
@@ -296,19 +313,13 @@ impl Device for NetDevice {
     }
 
     fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
-        match self.role(index) {
-            Some(Role::Receive(pair)) => {
-                self.control.receivers.lock().unwrap_or_else(PoisonError::into_inner)[usize::from(pair)] = None;
-                if !self.control_runs
-                    && let Err(error) = self.guess_pairs(pair, false)
-                {
-                    tracing::warn!(%error, "frames may go to a queue that nobody serves");
-                }
-            }
-            Some(Role::Control) => self.control_runs = false,
-            Some(Role::Transmit(_)) | None => {}
-        }
+        self.leave_pair(index);
         self.queues.stop(index)
+    }
+
+    fn stop_by(&mut self, queues: &[u16], end: End, deadline: Instant) -> Option<Vec<Option<Suspended>>> {
+        queues.iter().for_each(|&index| self.leave_pair(index));
+        self.queues.stop_by(queues, end, deadline)
     }
 
     fn reset(&mut self) {

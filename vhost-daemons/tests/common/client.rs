@@ -290,6 +290,19 @@ impl Ring {
         head.expect("there is room in the ring")
     }
 
+    /// Fills the ring with reads of as many bytes as their pieces can have; their buffers are one and the same. Not published.
+    /// Returns how many there are.
+    pub(crate) fn add_longest_reads(&mut self, memory: &Memory) -> usize {
+        let (pieces, table) = (1000, DATA);
+        let (header, status) = (DATA - 64, DATA - 16);
+        memory.mem.write_slice(&[0; 16], GuestAddress(header)).unwrap();
+        let data = Buffer { addr: DATA + 0x1_0000, len: 16 << 10, writable: true };
+        let mut buffers = vec![Buffer { addr: header, len: 16, writable: false }];
+        buffers.extend(vec![data; pieces]);
+        buffers.push(Buffer { addr: status, len: 1, writable: true });
+        (0..usize::from(SIZE)).take_while(|_| self.driver.add_indirect(table, &buffers).is_some()).count()
+    }
+
     /// The status byte of a request.
     pub(crate) fn status(&self, slot: u64) -> u8 {
         self.mem.read_obj(GuestAddress(self.slot(slot) + 16)).unwrap()

@@ -3,6 +3,10 @@
 
 pub(crate) mod client;
 pub(crate) mod honest;
+pub(crate) mod stuck;
+#[path = "../../../tests/src/stuck_disk.rs"]
+#[allow(unreachable_pub, reason = "it is part of a library elsewhere")]
+pub(crate) mod stuck_disk;
 pub(crate) mod target;
 
 use std::io::{BufRead, BufReader};

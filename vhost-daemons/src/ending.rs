@@ -1,0 +1,127 @@
+//! The end of a daemon, which comes in time: sessions are ended, devices flushed, all of them at once, and what does not come to
+//! an end is given up, with a line that says what may be lost.
+
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::time::{Duration, Instant};
+
+use ringvm_backends::device::DeviceError;
+use ringvm_backends::summary::summary;
+use signal_hook::consts::{SIGINT, SIGQUIT, SIGTERM};
+
+use crate::exit::Exit;
+use crate::serve::{Control, Failure, Told};
+
+/// How long the main thread may take to hear of a second signal.
+const HEARING: Duration = Duration::from_secs(1);
+
+/// How much of the time that the end may take is whose.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Deadlines {
+    /// For requests in flight that can't be cancelled.
+    pub(crate) session: Duration,
+    /// Until devices whose control thread has not come so far are flushed without it.
+    flush: Duration,
+    /// Until all is given up.
+    last: Duration,
+}
+
+impl Deadlines {
+    pub(crate) fn within(limit: Duration) -> Self {
+        Self { session: limit * 3 / 10, flush: limit * 4 / 10, last: limit * 8 / 10 }
+    }
+}
+
+/// Ends the process if nobody has heard a second signal that says so.
+#[derive(Debug, Default)]
+pub(crate) struct Second {
+    count: u32,
+}
+
+impl Second {
+    /// A signal has come. On the thread that hears them: the others may be waiting for whatever it is.
+    pub(crate) fn heard(&mut self, number: i32) {
+        self.count += u32::from(is_urgent(number));
+        if self.count > 1 {
+            std::thread::sleep(HEARING);
+            std::process::exit(Exit::Host as i32);
+        }
+    }
+}
+
+/// Whether a signal, sent twice, means now.
+fn is_urgent(number: i32) -> bool {
+    matches!(number, SIGTERM | SIGINT | SIGQUIT)
+}
+
+/// Ends the threads, and makes what was written durable. What can't be ended is left to the end of the process, which comes
+/// here then.
+pub(crate) fn finish(
+    program: &str,
+    mut controls: Vec<Control>,
+    (tell, told): (&Sender<Told>, &Receiver<Told>),
+    deadlines: &Deadlines,
+    stats: bool,
+) -> Result<(), Failure> {
+    let begun = Instant::now();
+    controls.iter().for_each(|control| control.mailbox.stop());
+    let mut flushed: Vec<Option<Result<(), DeviceError>>> = controls.iter().map(|_| None).collect();
+    let mut until = begun + deadlines.flush;
+    let mut at_once = false;
+    while controls.iter().any(|control| control.report.is_none()) && !at_once {
+        match told.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            Ok(Told::Ended(index, report)) => controls[index].report = Some(report),
+            Ok(Told::Flushed(index, result)) => flushed[index] = Some(result),
+            Ok(Told::Signal(number)) => at_once = is_urgent(number),
+            Err(RecvTimeoutError::Timeout) if until < begun + deadlines.last => {
+                until = begun + deadlines.last;
+                flush_the_others(&mut controls, tell);
+            }
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => break,
+        }
+    }
+    let mut failures = Vec::new();
+    let mut total = Vec::new();
+    let mut all_ended = true;
+    for (control, flushed) in controls.iter_mut().zip(flushed) {
+        let name = &control.name;
+        let (idle, flushed) = match &mut control.report {
+            Some(report) => {
+                total.extend(report.device.as_ref().map(|device| device.stats()));
+                if report.device.is_none() {
+                    failures.push((format!("the control thread of {name} died; this is a bug"), Exit::Internal));
+                }
+                (report.idle, Some(std::mem::replace(&mut report.flushed, Ok(()))))
+            }
+            None => (false, flushed),
+        };
+        all_ended &= idle;
+        let lost = match flushed {
+            Some(Ok(())) if idle => continue,
+            Some(Ok(())) => format!("{name}: given up with requests in flight; what was answered is on the disk"),
+            Some(Err(error)) => format!("at the end: {error}; what was written last may be lost"),
+            None => format!("{name}: given up before it was flushed; what was written last may be lost"),
+        };
+        failures.push((lost, Exit::Host));
+    }
+    if stats {
+        eprint!("{}", summary(&total));
+    }
+    if !all_ended {
+        // Nothing is dropped that would wait for what is in flight.
+        failures.iter().for_each(|(line, _)| eprintln!("{program}: {line}"));
+        std::process::exit(Exit::Host as i32);
+    }
+    let Some(&(_, exit)) = failures.first() else { return Ok(()) };
+    Err((failures.into_iter().map(|(line, _)| line).collect::<Vec<_>>().join("\n"), exit))
+}
+
+/// Flushes devices on threads of their own: their control threads wait for something.
+fn flush_the_others(controls: &mut [Control], tell: &Sender<Told>) {
+    for (index, control) in controls.iter_mut().enumerate().filter(|(_, control)| control.report.is_none()) {
+        let Some(flusher) = control.flusher.take() else { continue };
+        let tell = tell.clone();
+        let flush = move || drop(tell.send(Told::Flushed(index, flusher())));
+        // Without a thread it can't be flushed, and that is said.
+        drop(std::thread::Builder::new().name("flush".into()).spawn(flush));
+    }
+}

@@ -1,0 +1,119 @@
+//! A daemon whose storage does not answer, each disk in its own way. It is the test's own program, started once more.
+
+use std::io;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use ringvm_backends::block::{BlockDevice, BlockOptions};
+use ringvm_backends::guest_io::GuestIo;
+use ringvm_backends::io::Io;
+use ringvm_backends::storage::{Geometry, Progress, Storage};
+use ringvm_vhost_daemons::options::ServeOptions;
+use ringvm_vhost_daemons::{Program, serve};
+
+use super::Daemon;
+
+/// Tells the program that it is a daemon: the directory of its sockets, and its disks.
+const DIR: &str = "RINGVM_TEST_DIR";
+const DISKS: &str = "RINGVM_TEST_DISKS";
+const GEOMETRY: Geometry =
+    Geometry { capacity: 1 << 20, logical_block: 512, physical_block: 512, readonly: false, discard: true };
+
+/// What a disk does. Whatever it is, writes succeed at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Answers everything.
+    Answers,
+    /// Never answers reads, which can be cancelled.
+    Sleeps,
+    /// Never answers reads, which keep the I/O thread.
+    Hangs,
+    /// Answers everything and is never flushed.
+    FlushHangs,
+}
+
+impl Kind {
+    const ALL: [Self; 4] = [Self::Answers, Self::Sleeps, Self::Hangs, Self::FlushHangs];
+}
+
+impl Storage for Kind {
+    type Op = ();
+
+    fn geometry(&self) -> &Geometry {
+        &GEOMETRY
+    }
+
+    fn read(&mut self, (): &mut (), _: u64, _: &mut GuestIo, io: &mut Io<'_>) -> Progress {
+        eprintln!("{self:?} reads");
+        match self {
+            Self::Answers | Self::FlushHangs => return Progress::Done(Ok(())),
+            Self::Sleeps => io.sleep(Duration::from_secs(3600)),
+            Self::Hangs => for_ever(),
+        }
+        Progress::Pending
+    }
+
+    fn write(&mut self, (): &mut (), _: u64, _: &mut GuestIo, _: bool, _: &mut Io<'_>) -> Progress {
+        Progress::Done(Ok(()))
+    }
+
+    fn flush(&mut self, (): &mut (), _: &mut Io<'_>) -> Progress {
+        Progress::Done(Ok(()))
+    }
+
+    fn discard(&mut self, (): &mut (), _: u64, _: u64, _: bool, _: &mut Io<'_>) -> Progress {
+        Progress::Done(Ok(()))
+    }
+
+    fn write_zeroes(&mut self, (): &mut (), _: u64, _: u64, _: bool, _: bool, _: &mut Io<'_>) -> Progress {
+        Progress::Done(Ok(()))
+    }
+
+    fn resume(&mut self, (): &mut (), _: &mut GuestIo, _: i32, _: &mut Io<'_>) -> Progress {
+        Progress::Done(Err(io::Error::other("nobody waits so long")))
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        if *self == Self::FlushHangs {
+            for_ever();
+        }
+        eprintln!("{self:?} is flushed");
+        Ok(())
+    }
+}
+
+fn for_ever() -> ! {
+    loop {
+        std::thread::park();
+    }
+}
+
+/// Starts a daemon with these disks, an I/O thread for each; the nth one's socket is `nth.sock`.
+pub(crate) fn daemon(dir: &Path, disks: &[Kind]) -> Daemon {
+    let kinds: Vec<_> = disks.iter().map(|kind| format!("{kind:?}")).collect();
+    let mut command = Command::new(std::env::current_exe().expect("Linux knows"));
+    command.args(["--exact", "is_the_daemon_if_told_so", "--nocapture"]).stdout(Stdio::null());
+    let daemon = Daemon::spawn(command.env(DIR, dir).env(DISKS, kinds.join(" ")));
+    daemon.wait_for("is ready", disks.len());
+    daemon
+}
+
+/// What a test of the name above calls: does nothing in the tests themselves, and does not return in a daemon.
+pub(crate) fn serve_if_told() {
+    let (Ok(dir), Ok(disks)) = (std::env::var(DIR), std::env::var(DISKS)) else { return };
+    let disks: Vec<String> = disks.split(' ').map(str::to_owned).collect();
+    let options = ServeOptions {
+        socket: (0..disks.len()).map(|n| Path::new(&dir).join(format!("{n}.sock"))).collect(),
+        io_threads: Some(disks.len()),
+        ..ServeOptions::default()
+    };
+    let program = Program {
+        name: "stuck",
+        kind: "disk",
+        read: |text| Kind::ALL.into_iter().find(|kind| format!("{kind:?}") == text).ok_or("no such kind".to_owned()),
+        queues: |_| 1,
+        open: |name, kind, pool| Ok(Box::new(BlockDevice::over(name, *kind, &BlockOptions::default(), pool))),
+    };
+    std::process::exit(serve(&program, &options, &disks) as i32);
+}
