@@ -1,10 +1,13 @@
-//! The state of a device on its way over a pipe of the frontend's (vhost-user specification, "Migrating back-end state").
+//! The state of a device on its way over a descriptor of the frontend's, a pipe or a socket (vhost-user specification,
+//! "Migrating back-end state").
 //!
 //! A thread of its own reads or writes, so that neither side waits for the other while it should answer messages; it ends
 //! with the pipe, with its time, or with the session. How it went is asked for by CHECK_DEVICE_STATE.
 
-use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::OwnedFd;
+use std::fs::{File, OpenOptions};
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread::JoinHandle;
@@ -13,8 +16,9 @@ use std::time::{Duration, Instant};
 use ringvm_backends::device::{Device, DeviceError};
 use ringvm_backends::state::MAX_STATE;
 use rustix::event::{PollFd, PollFlags};
-use rustix::fs::FileType;
+use rustix::fs::{FileType, OFlags};
 use rustix::io::{Errno, ReadWriteFlags};
+use rustix::net::{RecvFlags, SendFlags, Shutdown};
 use thiserror::Error;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection as Direction, VhostTransferStatePhase, VhostUserTransferDeviceState,
@@ -127,28 +131,25 @@ struct Transfer {
 impl Transfer {
     /// Writes `state` to a pipe, and closes it.
     fn save(pipe: OwnedFd, state: Vec<u8>) -> io::Result<Self> {
-        Self::start(Direction::SAVE, pipe, move |pipe| write(pipe, &state).map(|()| Vec::new()))
+        Self::start(Direction::SAVE, pipe, move |channel| channel.write(&state).map(|()| Vec::new()))
     }
 
     /// Reads a pipe to its end.
     fn load(pipe: OwnedFd) -> io::Result<Self> {
-        Self::start(Direction::LOAD, pipe, read)
+        Self::start(Direction::LOAD, pipe, Channel::read)
     }
 
     fn start(
         direction: Direction,
         fd: OwnedFd,
-        run: impl FnOnce(&Pipe) -> io::Result<Vec<u8>> + Send + 'static,
+        run: impl FnOnce(&Channel) -> io::Result<Vec<u8>> + Send + 'static,
     ) -> io::Result<Self> {
-        let stat = rustix::fs::fstat(&fd)?;
-        if FileType::from_raw_mode(stat.st_mode) != FileType::Fifo {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "its descriptor is not a pipe"));
-        }
         let cancel = Arc::new(Event::new()?);
-        let pipe = Pipe { fd, cancel: Arc::clone(&cancel), deadline: Instant::now() + PATIENCE };
+        let end = OtherEnd::of(fd, direction == Direction::SAVE)?;
+        let channel = Channel { end, cancel: Arc::clone(&cancel), deadline: Instant::now() + PATIENCE };
         let (tell, result) = mpsc::channel();
         let thread = std::thread::Builder::new().name("device-state".into());
-        let thread = thread.spawn(move || drop(tell.send(run(&pipe))))?;
+        let thread = thread.spawn(move || drop(tell.send(run(&channel))))?;
         Ok(Self { direction, thread: Some(thread), result, cancel })
     }
 
@@ -175,67 +176,128 @@ impl Drop for Transfer {
     }
 }
 
-/// A pipe whose other end nobody trusts: it is never waited for but within limits, whatever flags the other side gives it.
-struct Pipe {
-    fd: OwnedFd,
+/// Where the state goes or comes from. Reads and writes never wait, whatever flags the other side gives what it shares.
+enum OtherEnd {
+    /// A pipe, by a description that only this process has.
+    Pipe(File),
+    /// A pipe that may not be opened once more: its maker is another user. Needs Linux 6.4.
+    SharedPipe(OwnedFd),
+    Socket(OwnedFd),
+}
+
+impl OtherEnd {
+    fn of(fd: OwnedFd, writes: bool) -> io::Result<Self> {
+        let wrong = |what| io::Error::new(io::ErrorKind::InvalidInput, what);
+        match FileType::from_raw_mode(rustix::fs::fstat(&fd)?.st_mode) {
+            FileType::Socket => Ok(Self::Socket(fd)),
+            FileType::Fifo => {
+                let mode = rustix::fs::fcntl_getfl(&fd)? & OFlags::RWMODE;
+                if mode == if writes { OFlags::RDONLY } else { OFlags::WRONLY } {
+                    return Err(wrong("its descriptor is the wrong end of a pipe"));
+                }
+                let mut options = OpenOptions::new();
+                options.read(!writes).write(writes).custom_flags(libc::O_NONBLOCK);
+                let opened = options.open(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+                Ok(opened.map_or(Self::SharedPipe(fd), Self::Pipe))
+            }
+            _ => Err(wrong("its descriptor is neither a pipe nor a socket")),
+        }
+    }
+
+    fn read(&self, room: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Pipe(pipe) => (&*pipe).read(room),
+            Self::SharedPipe(pipe) => {
+                let mut room = [IoSliceMut::new(room)];
+                Ok(rustix::io::preadv2(pipe, &mut room, NO_OFFSET, ReadWriteFlags::NOWAIT)?)
+            }
+            Self::Socket(socket) => Ok(rustix::net::recv(socket, room, RecvFlags::DONTWAIT)?.0),
+        }
+    }
+
+    fn write(&self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Pipe(pipe) => (&*pipe).write(bytes),
+            Self::SharedPipe(pipe) => {
+                Ok(rustix::io::pwritev2(pipe, &[IoSlice::new(bytes)], NO_OFFSET, ReadWriteFlags::NOWAIT)?)
+            }
+            Self::Socket(socket) => Ok(rustix::net::send(socket, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)?),
+        }
+    }
+}
+
+impl AsFd for OtherEnd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Pipe(pipe) => pipe.as_fd(),
+            Self::SharedPipe(fd) | Self::Socket(fd) => fd.as_fd(),
+        }
+    }
+}
+
+/// A way to somebody whom nobody trusts, who is never waited for but within limits.
+struct Channel {
+    end: OtherEnd,
     cancel: Arc<Event>,
     deadline: Instant,
 }
 
-impl Pipe {
-    /// Does what would block without blocking, as soon as it can be done.
-    fn attempt(&self, flags: PollFlags, mut once: impl FnMut() -> Result<usize, Errno>) -> io::Result<usize> {
+impl Channel {
+    /// Does what would wait without waiting, as soon as it can be done.
+    fn attempt(&self, flags: PollFlags, mut once: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
         loop {
             match once() {
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => {
-                    let mut fds = [PollFd::new(&self.fd, flags), PollFd::new(&*self.cancel, PollFlags::IN)];
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.raw_os_error() == Some(Errno::AGAIN.raw_os_error()) => {
+                    let mut fds = [PollFd::new(&self.end, flags), PollFd::new(&*self.cancel, PollFlags::IN)];
                     let late = poll(&mut fds, Some(self.deadline))? == 0;
                     if late || !fds[1].revents().is_empty() {
                         let what = format!("it was not through within {} s", PATIENCE.as_secs());
                         return Err(io::Error::new(io::ErrorKind::TimedOut, what));
                     }
                 }
-                result => return Ok(result?),
+                result => return result,
             }
             if Instant::now() > self.deadline {
                 return Err(io::Error::new(io::ErrorKind::TimedOut, "it came too slowly"));
             }
         }
     }
-}
 
-fn write(pipe: &Pipe, mut state: &[u8]) -> io::Result<()> {
-    while !state.is_empty() {
-        let count = pipe.attempt(PollFlags::OUT, || {
-            rustix::io::pwritev2(&pipe.fd, &[IoSlice::new(state)], NO_OFFSET, ReadWriteFlags::NOWAIT)
-        })?;
-        state = &state[count..];
+    /// Writes a state, and tells the other side that this was all.
+    fn write(&self, mut state: &[u8]) -> io::Result<()> {
+        while !state.is_empty() {
+            let count = self.attempt(PollFlags::OUT, || self.end.write(state))?;
+            state = &state[count..];
+        }
+        if let OtherEnd::Socket(socket) = &self.end {
+            // The other side may have gone with all it wanted. Others may have this end too, so closing it is not enough.
+            let _ = rustix::net::shutdown(socket, Shutdown::Write);
+        }
+        Ok(())
     }
-    Ok(())
-}
 
-fn read(pipe: &Pipe) -> io::Result<Vec<u8>> {
-    let mut state = Vec::new();
-    let mut room = vec![0; MAX_STATE];
-    loop {
-        let count = pipe.attempt(PollFlags::IN, || {
-            rustix::io::preadv2(&pipe.fd, &mut [IoSliceMut::new(&mut room)], NO_OFFSET, ReadWriteFlags::NOWAIT)
-        })?;
-        if count == 0 {
-            return Ok(state);
+    /// Reads a state until the other side says that this was all.
+    fn read(&self) -> io::Result<Vec<u8>> {
+        let mut state = Vec::new();
+        let mut room = vec![0; MAX_STATE];
+        loop {
+            let count = self.attempt(PollFlags::IN, || self.end.read(&mut room))?;
+            if count == 0 {
+                return Ok(state);
+            }
+            if state.len() + count > MAX_STATE {
+                let what = format!("it is longer than {MAX_STATE} bytes");
+                return Err(io::Error::new(io::ErrorKind::InvalidData, what));
+            }
+            state.extend(&room[..count]);
         }
-        if state.len() + count > MAX_STATE {
-            let what = format!("it is longer than {MAX_STATE} bytes");
-            return Err(io::Error::new(io::ErrorKind::InvalidData, what));
-        }
-        state.extend(&room[..count]);
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
 
     use super::*;
 
@@ -284,16 +346,39 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_pipe_is_refused() {
-        let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
-        assert!(Transfer::load(socket.into()).is_err());
-        assert!(Transfer::load(std::fs::File::open("/dev/zero").unwrap().into()).is_err());
+    fn a_state_goes_through_a_socket_both_ways() {
+        let state: Vec<u8> = (0..MAX_STATE as u32).map(|at| (at / 7) as u8).collect();
+        for nonblocking in [true, false] {
+            let (from, to) = UnixStream::pair().unwrap();
+            [&from, &to].iter().for_each(|socket| socket.set_nonblocking(nonblocking).unwrap());
+            // Somebody keeps the end that it is written to, as a frontend may.
+            let _kept = from.try_clone().unwrap();
+            let save = Transfer::save(from.into(), state.clone()).unwrap();
+            let load = Transfer::load(to.into()).unwrap();
+            assert!(save.finish(|| true).unwrap().is_empty());
+            assert!(load.finish(|| true).unwrap() == state);
+        }
+        let (from, to) = UnixStream::pair().unwrap();
+        drop(to);
+        assert!(Transfer::save(from.into(), state).unwrap().finish(|| true).is_err(), "there is nobody");
     }
 
     #[test]
-    fn the_wrong_end_of_a_pipe_is_an_error() {
+    fn what_is_neither_pipe_nor_socket_is_refused() {
+        for path in ["/dev/zero", "/proc/self/exe"] {
+            assert!(Transfer::load(File::open(path).unwrap().into()).is_err());
+        }
         let (out, into) = std::io::pipe().unwrap();
-        assert!(Transfer::load(into.into()).unwrap().finish(|| true).is_err());
-        assert!(Transfer::save(out.into(), vec![1]).unwrap().finish(|| true).is_err());
+        assert!(Transfer::load(into.into()).is_err(), "the wrong end");
+        assert!(Transfer::save(out.into(), vec![1]).is_err(), "the wrong end");
+    }
+
+    #[test]
+    fn a_transfer_that_nobody_wants_any_more_is_given_up() {
+        let (out, _into) = std::io::pipe().unwrap();
+        let begun = Instant::now();
+        let load = Transfer::load(out.into()).unwrap();
+        assert_eq!(load.finish(|| false).unwrap_err().kind(), io::ErrorKind::TimedOut);
+        assert!(begun.elapsed() < PATIENCE);
     }
 }

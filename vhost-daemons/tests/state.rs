@@ -3,7 +3,9 @@
 mod common;
 
 use std::io::{Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -102,6 +104,31 @@ fn a_disk_goes_from_one_daemon_to_another() {
 }
 
 #[test]
+fn a_disk_goes_over_sockets_too() {
+    let dir = scratch();
+    let (from, mut client) = daemon(dir.path(), "from");
+    client.negotiate(FEATURES | WCE);
+    client.tell(FrontendReq::SET_CONFIG, &[words(&[32, 1, 0]), vec![0]].concat(), &[]);
+    // Cloud Hypervisor passes one end of a pair and keeps both.
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    assert_eq!(begin(&mut client, 0, 0, Some(theirs.as_fd())), NO_FD);
+    let mut state = Vec::new();
+    ours.read_to_end(&mut state).unwrap();
+    assert_eq!(client.ask_number(FrontendReq::CHECK_DEVICE_STATE), 0);
+    let (to, mut client) = daemon(dir.path(), "to");
+    client.negotiate(FEATURES | WCE);
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    assert_eq!(begin(&mut client, 1, 0, Some(theirs.as_fd())), NO_FD);
+    ours.write_all(&state).unwrap();
+    ours.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(client.ask_number(FrontendReq::CHECK_DEVICE_STATE), 0);
+    assert_eq!(writeback(&mut client), 0);
+    drop(client);
+    to.terminate();
+    from.terminate();
+}
+
+#[test]
 fn a_reset_forgets_a_state_that_was_loaded() {
     let dir = scratch();
     let (daemon, mut client) = daemon(dir.path(), "b");
@@ -194,8 +221,7 @@ fn a_transfer_that_can_not_be_is_refused() {
     assert_eq!(begin(&mut client, 1, 0, None), NO_FD | 1, "no descriptor");
     let file = memfd(4096, MemfdFlags::empty());
     assert_eq!(begin(&mut client, 1, 0, Some(file.as_fd())), NO_FD | 1, "no pipe");
-    // The wrong end is found out when it is used.
-    assert_eq!(begin(&mut client, 0, 0, Some(out.as_fd())), NO_FD);
+    assert_eq!(begin(&mut client, 0, 0, Some(out.as_fd())), NO_FD | 1, "the wrong end of one");
     assert_ne!(client.ask_number(FrontendReq::CHECK_DEVICE_STATE), 0);
     // Rings that run before the state is there run without it.
     let (out, mut into) = std::io::pipe().unwrap();
