@@ -6,6 +6,7 @@
 
 mod afterlife;
 pub mod block;
+pub mod bound;
 pub mod device;
 pub mod dirty;
 pub mod driver;

@@ -10,13 +10,16 @@ use ringvm_backends::inherited;
 use ringvm_backends::keyval::parse_size;
 use ringvm_backends::reactor::{OnPanic, ReactorOptions};
 
-use crate::source::{Source, SourceError};
+use crate::source::{Peers, Source, SourceError};
 
 /// The first descriptor that a service manager passes (`sd_listen_fds(3)`).
 const LISTEN_FDS_START: RawFd = 3;
 
 /// The time within which a daemon ends, unless it is told otherwise.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Who may connect: processes of the daemon's user.
+const SOCKET_MODE: u32 = 0o600;
 
 /// How devices are served.
 #[derive(Args, Clone, Debug, Default)]
@@ -34,6 +37,13 @@ pub struct ServeOptions {
     /// Connect to the sockets, on which frontends listen, instead of listening on them
     #[arg(long, requires = "socket")]
     pub client: bool,
+    /// Rights to connect to the sockets that are made, as of chmod(1) [default: 0600]. Whoever connects must also be root, of the
+    /// daemon's user or of one that --peer-uid names
+    #[arg(long, value_name = "MODE", value_parser = octal)]
+    pub socket_mode: Option<u32>,
+    /// Let processes of this user be the other end too, e.g. a QEMU that runs as one of its own
+    #[arg(long, value_name = "UID")]
+    pub peer_uid: Vec<u32>,
     /// Name of the nth device in logs and statistics
     #[arg(long, value_name = "NAME")]
     pub name: Vec<String>,
@@ -79,7 +89,7 @@ impl ServeOptions {
         if let Some((_, fd)) = fds.iter().enumerate().find(|(index, fd)| fds[..*index].contains(fd)) {
             return Err(format!("--fd {fd} is given twice"));
         }
-        let sources = fds.iter().map(|fd| Source::inherited(*fd)).collect::<Result<_, SourceError>>();
+        let sources = fds.iter().map(|fd| Source::inherited(*fd, self.peers())).collect::<Result<_, SourceError>>();
         sources.map_err(|error| error.to_string())
     }
 
@@ -95,9 +105,17 @@ impl ServeOptions {
 
     /// Where clients come from: what was inherited, or the sockets that are named.
     pub(crate) fn open_sources(&self, inherited: Vec<Source>) -> Result<Vec<Source>, String> {
-        let open = |path: &PathBuf| if self.client { Ok(Source::Connect(path.clone())) } else { Source::listen(path) };
+        let mode = self.socket_mode.unwrap_or(SOCKET_MODE);
+        let open = |path: &PathBuf| match self.client {
+            true => Ok(Source::Connect { path: path.clone(), peers: self.peers() }),
+            false => Source::listen(path, mode, self.peers()),
+        };
         let sources = self.socket.iter().map(open).collect::<Result<Vec<_>, SourceError>>();
         sources.map(|named| named.into_iter().chain(inherited).collect()).map_err(|error| error.to_string())
+    }
+
+    fn peers(&self) -> Peers {
+        Peers(self.peer_uid.clone())
     }
 
     /// Longest time that the end may take.
@@ -147,6 +165,12 @@ fn activated() -> Vec<RawFd> {
 /// One line about what is wrong.
 pub fn parse<T: Parser>() -> Result<T, String> {
     T::try_parse().map_err(|error| if error.use_stderr() { one_line(&error) } else { error.exit() })
+}
+
+/// The mode of a socket.
+fn octal(text: &str) -> Result<u32, String> {
+    let mode = u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o777);
+    mode.ok_or_else(|| "it is no octal number up to 777".to_owned())
 }
 
 /// A usage error without the usage.

@@ -3,23 +3,25 @@
 use std::fmt;
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, OwnedFd, RawFd};
-use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use ringvm_backends::bound::{BoundPath, Claim};
 use ringvm_backends::inherited;
 use rustix::event::PollFlags;
-use rustix::net::sockopt::{socket_acceptconn, socket_domain, socket_type};
-use rustix::net::{AddressFamily, SocketType};
+use rustix::net::sockopt::{socket_acceptconn, socket_domain, socket_peercred, socket_type};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, listen, socket_with};
 use thiserror::Error;
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::mailbox::{Mailbox, Woken};
 
 /// Time between two attempts to connect, at first and at most.
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// Clients that may wait to be served.
+const BACKLOG: i32 = 128;
 
 /// Why a source can't be had.
 #[derive(Debug, Error)]
@@ -34,42 +36,54 @@ pub(crate) enum SourceError {
     NoSocket(RawFd),
 }
 
+/// The users whose processes may be at the other end, besides root and the daemon's own: whoever is gets the device, and the
+/// daemon the guest's memory.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Peers(pub(crate) Vec<u32>);
+
+impl Peers {
+    /// Whose the process at the other end is, if it may not be there: for a socket that listens, the one that made it listen.
+    fn refuse(&self, stream: &UnixStream) -> io::Result<Option<u32>> {
+        let uid = socket_peercred(stream)?.uid;
+        let own = rustix::process::geteuid();
+        Ok((!uid.is_root() && uid != own && !self.0.contains(&uid.as_raw())).then(|| uid.as_raw()))
+    }
+}
+
 /// A source of clients.
 #[derive(Debug)]
 pub(crate) enum Source {
     /// A socket to accept clients from; its path is ours to remove.
-    Listen { listener: UnixListener, name: String, path: Option<PathBuf> },
+    Listen { listener: UnixListener, name: String, peers: Peers, _path: Option<BoundPath> },
     /// A frontend that listens.
-    Connect(PathBuf),
+    Connect { path: PathBuf, peers: Peers },
     /// A client that is there already, the only one.
     Connected(Option<UnixStream>),
 }
 
 impl Source {
     /// Listens at a path. What an earlier daemon has left there is removed, but only if nobody serves it.
-    pub(crate) fn listen(path: &Path) -> Result<Self, SourceError> {
+    pub(crate) fn listen(path: &Path, mode: u32, peers: Peers) -> Result<Self, SourceError> {
         let failed = |source| SourceError::Bind { path: path.to_owned(), source };
-        let listener = match UnixListener::bind(path) {
-            Err(error) if error.kind() == ErrorKind::AddrInUse => {
-                let is_socket = std::fs::symlink_metadata(path).map_err(failed)?.file_type().is_socket();
-                if !is_socket {
-                    return Err(failed(io::Error::new(ErrorKind::AlreadyExists, "a file that is no socket is there")));
-                }
-                match UnixStream::connect(path) {
-                    Err(error) if error.kind() == ErrorKind::ConnectionRefused => {}
-                    _ => return Err(SourceError::InUse(path.to_owned())),
-                }
-                std::fs::remove_file(path).map_err(failed)?;
-                UnixListener::bind(path).map_err(failed)?
-            }
-            other => other.map_err(failed)?,
-        };
-        listener.set_nonblocking(true).map_err(failed)?;
-        Ok(Self::Listen { listener, name: path.display().to_string(), path: Some(path.to_owned()) })
+        SocketAddrUnix::new(path).map_err(|error| failed(error.into()))?;
+        // Until it listens: what is only bound looks like what somebody has left.
+        let claim = Claim::new(path).map_err(failed)?;
+        match connect_now(path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            // Nobody listens, or it is no socket at all.
+            Err(error) if error.kind() == ErrorKind::ConnectionRefused => claim.remove_stale().map_err(failed)?,
+            _ => return Err(SourceError::InUse(path.to_owned())),
+        }
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
+        let socket = socket.map_err(|error| failed(error.into()))?;
+        let bound = claim.bind(&socket, mode).map_err(failed)?;
+        listen(&socket, BACKLOG).map_err(|error| failed(error.into()))?;
+        Ok(Self::Listen { listener: socket.into(), name: path.display().to_string(), peers, _path: Some(bound) })
     }
 
     /// Takes an inherited socket, which listens or is connected.
-    pub(crate) fn inherited(fd: RawFd) -> Result<Self, SourceError> {
+    pub(crate) fn inherited(fd: RawFd, peers: Peers) -> Result<Self, SourceError> {
         let failed = |source| SourceError::Inherited { fd, source };
         let socket: OwnedFd = inherited::take(fd).map_err(failed)?;
         if socket_domain(&socket) != Ok(AddressFamily::UNIX) || socket_type(&socket) != Ok(SocketType::STREAM) {
@@ -78,7 +92,7 @@ impl Source {
         if socket_acceptconn(&socket).map_err(|error| failed(error.into()))? {
             let listener = UnixListener::from(socket);
             listener.set_nonblocking(true).map_err(failed)?;
-            return Ok(Self::Listen { listener, name: format!("descriptor {fd}"), path: None });
+            return Ok(Self::Listen { listener, name: format!("descriptor {fd}"), peers, _path: None });
         }
         Ok(Self::Connected(Some(socket.into())))
     }
@@ -86,19 +100,24 @@ impl Source {
     /// The next client; `None` if there is none any more, or whenever the letter box has something.
     pub(crate) fn next(&mut self, mailbox: &Mailbox) -> io::Result<Next> {
         match self {
-            Self::Listen { listener, .. } => loop {
+            Self::Listen { listener, peers, name, .. } => loop {
                 if mailbox.wait(Some((listener.as_fd(), PollFlags::IN)), None, None)? == Woken::Mail {
                     return Ok(Next::Mail);
                 }
                 match listener.accept() {
-                    Ok((stream, _)) => return Ok(Next::Client(stream)),
+                    Ok((stream, _)) => match peers.refuse(&stream)? {
+                        None => return Ok(Next::Client(stream)),
+                        Some(uid) => {
+                            warn!("{name}: a client of user {uid} is refused; --peer-uid {uid} would let it in");
+                        }
+                    },
                     // It has given up while it waited.
                     Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::ConnectionAborted) => {}
                     Err(error) if error.kind() == ErrorKind::Interrupted => {}
                     Err(error) => return Err(error),
                 }
             },
-            Self::Connect(path) => connect(path, mailbox),
+            Self::Connect { path, peers } => connect(path, peers, mailbox),
             Self::Connected(stream) => Ok(stream.take().map_or(Next::End, Next::Client)),
         }
     }
@@ -114,15 +133,33 @@ pub(crate) enum Next {
     End,
 }
 
+/// Connects, if that can be done without waiting: a frontend that does not accept has room for so many only.
+fn connect_now(path: &Path) -> io::Result<UnixStream> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    let stream = UnixStream::from(socket);
+    stream.set_nonblocking(false)?;
+    Ok(stream)
+}
+
 /// Connects to a frontend, for as long as it takes.
-fn connect(path: &Path, mailbox: &Mailbox) -> io::Result<Next> {
+fn connect(path: &Path, peers: &Peers, mailbox: &Mailbox) -> io::Result<Next> {
     let mut pause = FIRST_PAUSE;
     loop {
-        match UnixStream::connect(path) {
-            Ok(stream) => return Ok(Next::Client(stream)),
-            Err(error) if pause == FIRST_PAUSE => {
-                info!("connecting to {}: {error}; trying on", path.display());
-            }
+        let first = pause == FIRST_PAUSE;
+        match connect_now(path) {
+            Ok(stream) => match peers.refuse(&stream)? {
+                None => return Ok(Next::Client(stream)),
+                Some(uid) if first => {
+                    let path = path.display();
+                    warn!(
+                        "{path}: user {uid} listens, who may not have the device; --peer-uid {uid} would let them; trying on"
+                    );
+                }
+                Some(_) => {}
+            },
+            Err(error) if first => info!("connecting to {}: {error}; trying on", path.display()),
             Err(_) => {}
         }
         if mailbox.wait(None, None, Some(Instant::now() + pause))? == Woken::Mail {
@@ -136,17 +173,8 @@ impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Listen { name, .. } => f.write_str(name),
-            Self::Connect(path) => write!(f, "{} (connecting)", path.display()),
+            Self::Connect { path, .. } => write!(f, "{} (connecting)", path.display()),
             Self::Connected(_) => f.write_str("an inherited connection"),
-        }
-    }
-}
-
-impl Drop for Source {
-    fn drop(&mut self) {
-        if let Self::Listen { path: Some(path), .. } = self {
-            // Gone already, or in a directory that is: nothing is left to remove.
-            drop(std::fs::remove_file(path));
         }
     }
 }

@@ -2,8 +2,10 @@
 
 mod common;
 
+use std::fs::Permissions;
 use std::os::fd::AsRawFd;
 use std::os::linux::net::SocketAddrExt;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
 use std::path::Path;
 use std::process::Command;
@@ -11,9 +13,14 @@ use std::time::{Duration, Instant};
 
 use common::client::{Client, FEATURES, running, words};
 use common::{Daemon, PATIENCE, image, scratch};
+use rustix::fs::FlockOperation;
 use rustix::io::FdFlags;
-use rustix::process::Signal;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketType};
+use rustix::process::{Signal, Uid};
 use vhost::vhost_user::message::FrontendReq;
+
+/// A user of whom no process is here.
+const NOBODY: u32 = 65534;
 
 fn blk() -> Command {
     Command::new(env!("CARGO_BIN_EXE_ringvm-blk"))
@@ -176,6 +183,106 @@ fn a_socket_is_taken_over_only_if_nobody_serves_it() {
     let third = Daemon::blk(&socket, "storage=null,size=1M");
     Client::connect(&socket).negotiate(FEATURES);
     third.terminate();
+}
+
+#[test]
+fn a_socket_that_is_only_bound_yet_is_not_taken_from_its_daemon() {
+    let dir = scratch();
+    let socket = dir.path().join("b.sock");
+    // As another daemon has it between bind(2) and listen(2).
+    let lock = std::fs::File::create(dir.path().join("b.sock.lock")).unwrap();
+    rustix::fs::flock(&lock, FlockOperation::LockExclusive).unwrap();
+    let bound = rustix::net::socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
+    rustix::net::bind(&bound, &SocketAddrUnix::new(&socket).unwrap()).unwrap();
+    let inode = || std::os::unix::fs::MetadataExt::ino(&socket.metadata().unwrap());
+    let before = inode();
+    fails(blk().arg("--socket").arg(&socket).args(["--disk", "storage=null,size=1M"]), 2, "b.sock.lock");
+    assert_eq!(inode(), before);
+    // What a daemon leaves that was killed at that moment.
+    drop((lock, bound));
+    Daemon::blk(&socket, "storage=null,size=1M").terminate();
+}
+
+#[test]
+fn a_socket_that_somebody_else_has_made_meanwhile_stays() {
+    let dir = scratch();
+    let socket = dir.path().join("b.sock");
+    let daemon = Daemon::blk(&socket, "storage=null,size=1M");
+    std::fs::remove_file(&socket).unwrap();
+    let _listener = UnixListener::bind(&socket).unwrap();
+    daemon.terminate();
+    assert!(socket.exists());
+}
+
+#[test]
+fn a_socket_has_the_mode_that_was_asked_for_whatever_the_umask_is() {
+    let dir = scratch();
+    let socket = dir.path().join("b.sock");
+    for (umask, options, mode) in [("0", "", 0o600), ("077", "--socket-mode 0660", 0o660)] {
+        let script = format!("umask {umask}; exec \"$0\" \"$@\" {options} --disk storage=null,size=1M");
+        let mut command = Command::new("sh");
+        command.args(["-c", &script, env!("CARGO_BIN_EXE_ringvm-blk"), "--socket"]).arg(&socket);
+        let daemon = Daemon::spawn(&mut command);
+        daemon.wait_for("is ready", 1);
+        assert_eq!(socket.metadata().unwrap().permissions().mode() & 0o777, mode);
+        daemon.terminate();
+    }
+}
+
+/// Does something as a user who is nobody else here, on a thread of its own. Only root can.
+fn as_nobody<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            let nobody = Uid::from_raw(NOBODY);
+            rustix::thread::set_thread_res_uid(nobody, nobody, nobody).unwrap();
+            work()
+        });
+        thread.join().unwrap()
+    })
+}
+
+#[test]
+fn users_who_were_not_named_are_no_peers() {
+    if !rustix::process::geteuid().is_root() {
+        return eprintln!("skipped: only root can be several users");
+    }
+    let dir = scratch();
+    std::fs::set_permissions(dir.path(), Permissions::from_mode(0o777)).unwrap();
+    let socket = |name: &str| dir.path().join(name);
+    let null = ["--disk", "storage=null,size=1M"];
+    let nobody = NOBODY.to_string();
+    // A client that may connect, but is not let in.
+    let start = |options: &[&str]| {
+        let mut command = blk();
+        command.args(options).args(["--socket-mode", "0666", "--socket"]).arg(socket("l.sock")).args(null);
+        let daemon = Daemon::spawn(&mut command);
+        daemon.wait_for("is ready", 1);
+        daemon
+    };
+    let daemon = start(&[]);
+    assert!(as_nobody(|| Client::connect(&socket("l.sock"))).is_dropped());
+    daemon.wait_for("a client of user 65534 is refused; --peer-uid 65534 would let it in", 1);
+    Client::connect(&socket("l.sock")).negotiate(FEATURES);
+    daemon.terminate();
+    let daemon = start(&["--peer-uid", &nobody]);
+    as_nobody(|| Client::connect(&socket("l.sock"))).negotiate(FEATURES);
+    daemon.terminate();
+    // A frontend that listens, and does not get the device.
+    let listener = as_nobody(|| UnixListener::bind(socket("c.sock")).unwrap());
+    let client = |options: &[&str]| {
+        Daemon::spawn(blk().args(options).args(["--client", "--socket"]).arg(socket("c.sock")).args(null))
+    };
+    let daemon = client(&[]);
+    daemon.wait_for("user 65534 listens, who may not have the device", 1);
+    assert!(accept(&listener).is_dropped());
+    daemon.terminate();
+    let daemon = client(&["--peer-uid", &nobody]);
+    // Some that the other has left may come first.
+    common::wait("a daemon that serves", || {
+        let mut client = accept(&listener);
+        client.send(FrontendReq::GET_FEATURES, &[], &[]) && client.receive().is_some()
+    });
+    daemon.terminate();
 }
 
 #[test]

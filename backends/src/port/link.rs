@@ -6,7 +6,6 @@
 //! connected one waits for room at its peer: so the descriptors stay the same when a side goes and comes again, and the
 //! other finds it with its next frame.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -14,7 +13,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::fs::FlockOperation;
 use rustix::net::sockopt::set_socket_send_buffer_size;
 use rustix::net::{
     AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, bind, connect, connect_unspec, getsockname,
@@ -22,9 +20,13 @@ use rustix::net::{
 };
 
 use super::{Ends, Port};
+use crate::bound::{BoundPath, Claim, suffixed};
 
 /// How long frames to an absent peer are dropped before it is looked for again.
 const SEARCH_PAUSE: Duration = Duration::from_millis(50);
+
+/// Who may send to a side: processes of the same user.
+const MODE: u32 = 0o600;
 
 /// Bytes that may wait on one side. The host's limit (net.core.wmem_max) may allow less.
 const BUFFER: usize = 4 << 20;
@@ -37,13 +39,13 @@ pub struct Link {
 
 struct Side {
     ends: Ends,
-    mine: PathBuf,
     peer: PathBuf,
     searched: Mutex<Option<Instant>>,
     /// What is sent goes to the peer's first pair, for want of the one of this number.
     astray: AtomicBool,
     /// While this pair is not served: a socket of nobody's, from which alone it would take frames.
     closed: Mutex<Option<OwnedFd>>,
+    _mine: BoundPath,
 }
 
 impl Link {
@@ -61,12 +63,6 @@ impl Link {
     }
 }
 
-fn suffixed(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    name.into()
-}
-
 fn datagram_socket() -> io::Result<OwnedFd> {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     Ok(socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None)?)
@@ -80,34 +76,34 @@ pub(super) fn grow_buffers(socket: &OwnedFd) {
 
 impl Side {
     fn new(path: &Path) -> io::Result<Self> {
-        // One side at a time: a path that is found stale must not be somebody else's by the time it is removed.
-        let lock = File::create(suffixed(path, ".lock"))?;
-        rustix::fs::flock(&lock, FlockOperation::LockExclusive)?;
         let (first, second) = (path.to_owned(), suffixed(path, ".peer"));
         for (mine, peer) in [(&first, &second), (&second, &first)] {
-            let address = SocketAddrUnix::new(mine)?;
+            let claim = Claim::new(mine)?;
             // A path that is bound, but by nobody alive, is what a side left behind that ended without a chance to clean up.
-            match connect(&datagram_socket()?, &address) {
+            match connect(&datagram_socket()?, &SocketAddrUnix::new(mine)?) {
                 Ok(()) => continue,
-                Err(rustix::io::Errno::CONNREFUSED) => std::fs::remove_file(mine)?,
+                Err(rustix::io::Errno::CONNREFUSED) => {
+                    let removed = claim.remove_stale();
+                    removed.map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", mine.display())))?;
+                }
                 Err(_) => {}
             }
             let (rx, tx) = (datagram_socket()?, datagram_socket()?);
             grow_buffers(&tx);
-            match bind(&rx, &address) {
-                Ok(()) => {
+            match claim.bind(&rx, MODE) {
+                Ok(bound) => {
                     return Ok(Self {
                         ends: Ends { rx: Arc::new(rx), tx: Arc::new(tx) },
-                        mine: mine.clone(),
                         peer: peer.clone(),
                         searched: Mutex::new(None),
                         astray: AtomicBool::new(false),
                         closed: Mutex::new(None),
+                        _mine: bound,
                     });
                 }
-                // The other side came at the same moment.
-                Err(rustix::io::Errno::ADDRINUSE) => {}
-                Err(e) => return Err(e.into()),
+                // Somebody may have it who is not to be reached.
+                Err(e) if e.kind() == io::ErrorKind::AddrInUse => {}
+                Err(e) => return Err(e),
             }
         }
         Err(io::Error::new(io::ErrorKind::AddrInUse, "both sides of the link are taken"))
@@ -133,12 +129,6 @@ impl Side {
         *closed = Some(nobody);
         while recv(rx, &mut [0u8; 1], RecvFlags::DONTWAIT).is_ok() {}
         Ok(())
-    }
-}
-
-impl Drop for Side {
-    fn drop(&mut self) {
-        drop(std::fs::remove_file(&self.mine));
     }
 }
 
@@ -177,5 +167,27 @@ impl Port for Link {
 
     fn set_pairs(&self, count: usize) -> io::Result<()> {
         self.sides.iter().enumerate().try_for_each(|(pair, side)| side.set_open(pair < count))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_in_the_way_of_a_link_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("link");
+        let file = suffixed(&path, ".0");
+        std::fs::write(&file, "bytes").unwrap();
+        let error = Link::new(&path, 1).map(drop).unwrap_err();
+        assert!(error.to_string().ends_with("link.0: a file that is no socket is there"), "{error}");
+        assert_eq!(std::fs::read(&file).unwrap(), b"bytes");
+        std::fs::remove_file(&file).unwrap();
+        let link = Link::new(&path, 1).unwrap();
+        drop(Link::new(&path, 1).unwrap());
+        Link::new(&path, 2).map(drop).unwrap();
+        drop(link);
+        assert!(!file.exists());
     }
 }
