@@ -539,7 +539,7 @@ impl<'a> Backend<'a> {
     /// The driver has given the device up. It waits for none of its requests, and they are nobody's.
     fn reset(&mut self) -> Result<(), Refused> {
         for (index, end) in self.end_all(End::Suspended)? {
-            let table = self.inflight.as_ref().and_then(|area| area.table(index as u16));
+            let table = self.inflight.as_ref().and_then(|inflight| inflight.area().table(index as u16));
             if let (Some(mut table), Some(size)) = (table, self.rings[index].size) {
                 // Of another layout it is refused when a ring is to run with it.
                 drop(table.take_out(size, end.state.next_used));

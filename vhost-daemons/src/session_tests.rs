@@ -407,9 +407,9 @@ fn fuzz_session() {
         let mut client = Client::new(theirs, &image);
         messages.iter().take(48).for_each(|said| client.say(said));
         client.stream.shutdown(std::net::Shutdown::Write).unwrap();
-        let mut session = Session::new(device).unwrap();
+        let mut session = Session::new(device, Connection::new(ours), &mailbox).unwrap();
         // How it ends is up to the messages.
-        let _ = session.run(Connection::new(ours), &mailbox);
+        let _ = session.run();
         drop(session);
         drop(client);
         soon("memory is still mapped", || !maps_memfds());

@@ -1,9 +1,10 @@
 //! A daemon whose storage does not answer, each disk in its own way. It is the test's own program, started once more.
 
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::sync::LazyLock;
 
 use ringvm_backends::block::{BlockDevice, BlockOptions};
 use ringvm_backends::guest_io::GuestIo;
@@ -17,6 +18,8 @@ use super::Daemon;
 /// Tells the program that it is a daemon: the directory of its sockets, and its disks.
 const DIR: &str = "RINGVM_TEST_DIR";
 const DISKS: &str = "RINGVM_TEST_DISKS";
+/// Never raised.
+static NEVER: LazyLock<OwnedFd> = LazyLock::new(super::client::eventfd);
 const GEOMETRY: Geometry =
     Geometry { capacity: 1 << 20, logical_block: 512, physical_block: 512, readonly: false, discard: true };
 
@@ -48,7 +51,9 @@ impl Storage for Kind {
         eprintln!("{self:?} reads");
         match self {
             Self::Answers | Self::FlushHangs => return Progress::Done(Ok(())),
-            Self::Sleeps => io.sleep(Duration::from_secs(3600)),
+            #[allow(unsafe_code, reason = "a test's own storage waits")]
+            // SAFETY: a static is never closed.
+            Self::Sleeps => unsafe { io.wait_readable(NEVER.as_fd()) },
             Self::Hangs => for_ever(),
         }
         Progress::Pending

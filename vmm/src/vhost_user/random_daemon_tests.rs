@@ -246,7 +246,7 @@ fn drive(device: &mut VhostUserDevice, memory: &GuestMemory, acts: &[Act]) {
             Act::ReadConfig { offset, len } => device.read_config(offset, &mut vec![0; len.into()]),
             Act::Reset => {
                 device.reset();
-                running = [false; QUEUES as usize];
+                running.fill(false);
             }
             Act::Wait => thread::yield_now(),
         }
