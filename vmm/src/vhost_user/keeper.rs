@@ -525,14 +525,13 @@ impl Keeper {
         }
         for (index, is_call) in watched {
             let (true, Some(ring)) = (next(), &mut self.rings[index]) else { continue };
+            let event = if is_call { &*ring.call } else { &ring.err };
+            if !take(borrow(event)) {
+                continue;
+            }
             match &ring.relay {
-                Some(relay) if is_call => {
-                    if take(borrow(&ring.call)) {
-                        relay.raise();
-                    }
-                }
-                _ if take(borrow(&ring.err)) => ring.fail(),
-                _ => {}
+                Some(relay) if is_call => relay.raise(),
+                _ => ring.fail(),
             }
         }
     }
