@@ -125,6 +125,8 @@ pub(crate) struct Backend<'a> {
     memory: Memory,
     inflight: Option<Inflight>,
     logging: Logging,
+    /// Kept open though a device has nothing to tell: User Mode Linux takes its end for the end of the device.
+    _channel: Interrupt,
     state: State,
     /// What the device has accepted, if it has.
     features: Option<u64>,
@@ -149,6 +151,7 @@ impl<'a> Backend<'a> {
             memory: Memory::default(),
             inflight: None,
             logging: Logging::default(),
+            _channel: Interrupt::None,
             state: State::default(),
             features: None,
             negotiates: false,
@@ -269,8 +272,9 @@ impl<'a> Backend<'a> {
                 let notify = files.next().and_then(backend_channel::config_change);
                 let notify = notify.ok_or_else(|| malformed("it needs a stream socket"))?;
                 if self.protocol.contains(Protocol::CONFIG) {
-                    self.device.on_config_change(notify);
+                    self.device.on_config_change(notify.clone());
                 }
+                self._channel = notify;
             }
             FrontendReq::GET_INFLIGHT_FD => {
                 let (said, area) = inflight::make(&inflight_payload(message)?, self.rings.len() as u16, MAX_SIZE)

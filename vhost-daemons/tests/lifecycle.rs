@@ -3,7 +3,8 @@
 mod common;
 
 use std::fs::Permissions;
-use std::os::fd::AsRawFd;
+use std::io::{ErrorKind, Read};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
@@ -282,6 +283,25 @@ fn users_who_were_not_named_are_no_peers() {
         let mut client = accept(&listener);
         client.send(FrontendReq::GET_FEATURES, &[], &[]) && client.receive().is_some()
     });
+    daemon.terminate();
+}
+
+#[test]
+fn the_channel_of_a_disk_with_nothing_to_tell_stays_open() {
+    let dir = scratch();
+    let socket = dir.path().join("b.sock");
+    let daemon = Daemon::blk(&socket, "storage=null,size=1M");
+    let mut client = Client::connect(&socket);
+    client.negotiate(FEATURES);
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    client.tell(FrontendReq::SET_BACKEND_REQ_FD, &[], &[theirs.as_fd()]);
+    drop(theirs);
+    assert_eq!(capacity(&mut client), 1 << 20);
+    ours.set_nonblocking(true).unwrap();
+    assert_eq!(ours.read(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock);
+    ours.set_nonblocking(false).unwrap();
+    drop(client);
+    assert_eq!(ours.read(&mut [0]).unwrap(), 0, "it ends with the session");
     daemon.terminate();
 }
 
