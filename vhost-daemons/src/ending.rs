@@ -72,6 +72,8 @@ pub(crate) fn finish(
             Ok(Told::Ended(index, report)) => controls[index].report = Some(report),
             Ok(Told::Flushed(index, result)) => flushed[index] = Some(result),
             Ok(Told::Signal(number)) => at_once = is_urgent(number),
+            // One more, or the first while the daemon ends anyway.
+            Ok(Told::Died(_)) => {}
             Err(RecvTimeoutError::Timeout) if until < begun + deadlines.last => {
                 until = begun + deadlines.last;
                 flush_the_others(&mut controls, tell);

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use ringvm_backends::device::{Device, DeviceError, Flusher};
 use ringvm_backends::program::{SignalThread, ignore_file_size_signal, start_tracing};
-use ringvm_backends::reactor::ReactorPool;
+use ringvm_backends::reactor::{OnPanic, ReactorOptions, ReactorPool};
 use ringvm_backends::stats::DeviceStats;
 use ringvm_backends::summary::summary;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1};
@@ -83,7 +83,11 @@ fn run<T>(program: &Program<T>, options: &ServeOptions, texts: &[String]) -> Res
     received::raise_limit();
     let inherited = options.inherit(specs.len()).map_err(wrong)?;
     let sentinel = options.inherit_sentinel().map_err(wrong)?;
+    let (tell, told) = mpsc::channel();
+    let died = tell.clone();
+    let on_panic = OnPanic::new(move |thread| drop(died.send(Told::Died(thread))));
     let reactors = options.reactor_options(specs.iter().map(program.queues).sum()).map_err(wrong)?;
+    let reactors = ReactorOptions { on_panic, ..reactors };
     let pool = ReactorPool::new(&reactors).map_err(|error| host("starting the I/O threads", error))?;
     // On kernels before 5.19 it is held by the process itself.
     let _sentinel = sentinel.filter(|sentinel| !pool.keep(sentinel));
@@ -92,7 +96,6 @@ fn run<T>(program: &Program<T>, options: &ServeOptions, texts: &[String]) -> Res
     let sources = options.open_sources(inherited).map_err(wrong)?;
 
     let deadlines = Deadlines::within(options.stop_timeout());
-    let (tell, told) = mpsc::channel();
     let (signal, mut second) = (tell.clone(), Second::default());
     let signals = SignalThread::start(&SIGNALS, move |number| {
         drop(signal.send(Told::Signal(number)));
@@ -109,16 +112,23 @@ fn run<T>(program: &Program<T>, options: &ServeOptions, texts: &[String]) -> Res
     }
     ready.iter().for_each(|line| eprintln!("{}: {line}", program.name));
     notify("READY=1");
-    wait(&mut threads, &told);
+    let died = wait(&mut threads, &told);
     notify("STOPPING=1");
     let ended = finish(program.name, threads, (&tell, &told), &deadlines, options.stats);
     drop(signals);
-    ended
+    match died {
+        Some(thread) => {
+            Err((format!("I/O thread {thread} panicked, its clients are lost; this is a bug"), Exit::Internal))
+        }
+        None => ended,
+    }
 }
 
 /// What the main thread is told.
 pub(crate) enum Told {
     Signal(i32),
+    /// The I/O thread of this number has panicked.
+    Died(usize),
     /// The control thread of this number has nobody to serve any more.
     Ended(usize, Report),
     /// The device of this number was flushed without its control thread.
@@ -217,16 +227,19 @@ fn serve_client(device: &mut dyn Device, stream: UnixStream, mailbox: &Mailbox, 
     session.end(grace)
 }
 
-/// Waits until there is nobody left to serve, or a signal says that it is enough.
-fn wait(threads: &mut [Control], told: &Receiver<Told>) {
+/// Waits until there is nobody left to serve, or a signal says that it is enough. Returns the number of an I/O thread that has
+/// died: its queues would never be served again, whoever they belong to.
+fn wait(threads: &mut [Control], told: &Receiver<Told>) -> Option<usize> {
     while threads.iter().any(|control| control.report.is_none()) {
         match told.recv() {
             Ok(Told::Signal(SIGUSR1)) => eprint!("{}", summary(&statistics(threads))),
-            Ok(Told::Signal(_)) | Err(_) => return,
+            Ok(Told::Signal(_)) | Err(_) => return None,
+            Ok(Told::Died(thread)) => return Some(thread),
             Ok(Told::Ended(index, report)) => threads[index].report = Some(report),
             Ok(Told::Flushed(..)) => {}
         }
     }
+    None
 }
 
 fn statistics(threads: &[Control]) -> Vec<DeviceStats> {

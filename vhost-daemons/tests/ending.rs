@@ -245,3 +245,16 @@ fn a_file_system_that_never_answers_is_given_up() {
     assert_eq!(given_up.len(), 1, "{}", said.join("\n"));
     assert!(given_up[0].contains("disk0: given up before it was flushed; what was written last may be lost"));
 }
+
+#[test]
+fn an_io_thread_that_panics_ends_the_daemon() {
+    let dir = scratch();
+    let daemon = stuck::daemon(dir.path(), &[Kind::Panics, Kind::Answers]);
+    let (_client, _memory, mut ring) = running(&dir.path().join("0.sock"));
+    ring.add(0, 0, None);
+    ring.driver.publish();
+    ring.kick();
+    let said = ends(daemon, 1);
+    assert!(said.iter().any(|line| line.contains("I/O thread 0 panicked")), "{}", said.join("\n"));
+    assert!(said.iter().any(|line| line.contains("Answers is flushed")), "{}", said.join("\n"));
+}

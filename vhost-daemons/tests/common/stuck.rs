@@ -32,12 +32,14 @@ pub(crate) enum Kind {
     Sleeps,
     /// Never answers reads, which keep the I/O thread.
     Hangs,
+    /// Has the I/O thread panic.
+    Panics,
     /// Answers everything and is never flushed.
     FlushHangs,
 }
 
 impl Kind {
-    const ALL: [Self; 4] = [Self::Answers, Self::Sleeps, Self::Hangs, Self::FlushHangs];
+    const ALL: [Self; 5] = [Self::Answers, Self::Sleeps, Self::Hangs, Self::Panics, Self::FlushHangs];
 }
 
 impl Storage for Kind {
@@ -55,6 +57,7 @@ impl Storage for Kind {
             // SAFETY: a static is never closed.
             Self::Sleeps => unsafe { io.wait_readable(NEVER.as_fd()) },
             Self::Hangs => for_ever(),
+            Self::Panics => panic!("a bug, as this test has it"),
         }
         Progress::Pending
     }
