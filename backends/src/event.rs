@@ -37,7 +37,7 @@ pub struct SharedEvent {
 /// How it is raised.
 enum Way {
     /// An eventfd: by a completion of this ring.
-    Eventfd(Mutex<IoUring>),
+    Eventfd(Box<Mutex<IoUring>>),
     /// A pipe, by a description that only this process has.
     Pipe(File),
     Socket(OwnedFd),
@@ -48,7 +48,7 @@ impl Way {
         let mut builder = IoUring::<io_uring::squeue::Entry, io_uring::cqueue::Entry>::builder();
         let ring = builder.dontfork().build(1)?;
         match ring.submitter().register_eventfd(fd.as_raw_fd()) {
-            Ok(()) => return Ok(Self::Eventfd(Mutex::new(ring))),
+            Ok(()) => return Ok(Self::Eventfd(Box::new(Mutex::new(ring)))),
             Err(error) if error.raw_os_error() != Some(libc::EINVAL) => return Err(error),
             // The kernel's word for: it is no eventfd.
             Err(_) => {}

@@ -314,10 +314,21 @@ pub(crate) unsafe fn read_once<const N: usize>(from: *const u8) -> [u8; N] {
             word.copy_from_slice(&value.to_ne_bytes());
         }
     } else {
-        // SAFETY: promised by the caller, and an array of bytes may lie anywhere.
-        bytes = unsafe { from.cast::<[u8; N]>().read_volatile() };
+        // SAFETY: promised by the caller.
+        bytes = unsafe { read_bytes_once(from) };
     }
     bytes
+}
+
+/// The same, byte by byte: drivers align what they share.
+///
+/// # Safety
+/// As for [`read_once`].
+#[cold]
+#[inline(never)]
+unsafe fn read_bytes_once<const N: usize>(from: *const u8) -> [u8; N] {
+    // SAFETY: promised by the caller, and a byte may lie anywhere.
+    std::array::from_fn(|at| unsafe { from.add(at).read_volatile() })
 }
 
 fn slice(piece: &libc::iovec) -> VolatileSlice<'_> {

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, unbounded};
+use crossbeam_channel::{Receiver, unbounded};
 use ringvm_backends::device::Device;
 use ringvm_backends::stats::DeviceStats;
 use tracing::warn;
@@ -113,10 +113,7 @@ fn all_within<T: Send + 'static>(
         .collect();
     let deadline = Instant::now() + limit;
     let wait = |(name, result): (String, Receiver<T>)| {
-        let result = match result.recv_deadline(deadline) {
-            Ok(result) => Some(result),
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
-        };
+        let result = result.recv_deadline(deadline).ok();
         (name, result)
     };
     started.into_iter().map(wait).collect()
