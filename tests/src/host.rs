@@ -6,14 +6,15 @@ use std::env;
 use std::fmt;
 use std::fs::OpenOptions;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 
 pub use ringvm_bench::linux::program;
 
 use crate::lab::kernel_package;
-use crate::paths;
+use crate::stuck_disk::StuckDisk;
+use crate::{Error, Result, paths};
 
 /// The variable that lists the names that may be missing.
 pub const ALLOW_MISSING: &str = "RINGVM_ALLOW_MISSING";
@@ -35,11 +36,24 @@ pub enum Need {
     StorageDaemon,
     /// Valgrind, to count instructions.
     Valgrind,
+    /// User Mode Linux, and what its guests are made of.
+    Uml,
+    /// FUSE, and the right to mount.
+    Fuse,
 }
 
 impl Need {
-    const ALL: [Need; 7] =
-        [Need::Kvm, Need::IoUring, Need::Lab, Need::Tap, Need::Dpdk, Need::StorageDaemon, Need::Valgrind];
+    const ALL: [Need; 9] = [
+        Need::Kvm,
+        Need::IoUring,
+        Need::Lab,
+        Need::Tap,
+        Need::Dpdk,
+        Need::StorageDaemon,
+        Need::Valgrind,
+        Need::Uml,
+        Need::Fuse,
+    ];
 
     /// The name by which its absence is allowed.
     pub fn name(self) -> &'static str {
@@ -51,6 +65,8 @@ impl Need {
             Need::StorageDaemon => "storage-daemon",
             Need::Dpdk => "dpdk",
             Need::Valgrind => "valgrind",
+            Need::Uml => "uml",
+            Need::Fuse => "fuse",
         }
     }
 
@@ -67,6 +83,9 @@ impl Need {
             Need::StorageDaemon => absent(&["qemu-storage-daemon"]),
             Need::Dpdk => missing_of_dpdk(),
             Need::Valgrind => absent(&["valgrind"]),
+            Need::Uml => absent(&["linux.uml", "busybox", "fio", "iperf3", "setpriv", "unshare"])
+                .or_else(|| uml_modules().err().map(|e| e.to_string())),
+            Need::Fuse => StuckDisk::new().err().map(|e| format!("mounting a file system of /dev/fuse: {e}")),
         }
     }
 }
@@ -128,6 +147,20 @@ fn missing_of_tap() -> Option<String> {
 fn missing_of_dpdk() -> Option<String> {
     let absent: Vec<_> = ["dpdk-testpmd", "stdbuf"].into_iter().filter(|name| program(name).is_none()).collect();
     (!absent.is_empty()).then(|| format!("not installed: {}; tests/run installs them", absent.join(", ")))
+}
+
+/// The drivers of User Mode Linux's devices, in the order in which they are loaded.
+pub fn uml_modules() -> Result<Vec<PathBuf>> {
+    let folder = Path::new("/usr/lib/uml/modules");
+    let versions = std::fs::read_dir(folder).map_err(Error::file("reading", folder))?;
+    let newest = versions.filter_map(|version| Some(version.ok()?.path())).max();
+    let kernel = newest.ok_or_else(|| Error::Missing(format!("no modules in {}", folder.display())))?.join("kernel");
+    let names = ["drivers/block/virtio_blk", "net/core/failover", "drivers/net/net_failover", "drivers/net/virtio_net"];
+    let modules: Vec<_> = names.iter().map(|name| kernel.join(name).with_extension("ko")).collect();
+    match modules.iter().find(|module| !module.exists()) {
+        Some(module) => Err(Error::Missing(format!("{} is not installed", module.display()))),
+        None => Ok(modules),
+    }
 }
 
 /// True when the host has what the calling test needs, false when its absence was allowed by name.

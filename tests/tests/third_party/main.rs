@@ -1,5 +1,5 @@
-//! Other people's vhost-user clients over `ringvm-blk` and `ringvm-net`: QEMU with a stock Debian guest under TCG, and DPDK's
-//! virtio-user, all from Debian's packages, all while the daemons are killed and started again.
+//! Other people's vhost-user clients over `ringvm-blk` and `ringvm-net`, all from Debian's packages: QEMU with a stock Debian guest
+//! under TCG and DPDK's virtio-user, while the daemons are killed and started again, and User Mode Linux.
 
 mod bios;
 mod blk;
@@ -8,6 +8,7 @@ mod net;
 mod network;
 mod qemu;
 mod served;
+mod uml;
 
 use std::fmt::Display;
 use std::sync::{Mutex, MutexGuard, PoisonError};

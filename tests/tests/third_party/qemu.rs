@@ -80,9 +80,7 @@ impl Machine {
         let (folder, kernel, initramfs) = files(fio);
         let words = ["-kernel".into(), kernel.display().to_string(), "-initrd".into()];
         self.options.extend(words.into_iter().chain([initramfs.display().to_string(), "-append".into(), append]));
-        let mut guest = Guest { running: self.power_on(), _folder: folder, starts: 0, commands: 0 };
-        guest.ready();
-        guest
+        Guest::over(self.power_on(), folder)
     }
 
     /// Starts it, with what its BIOS finds to boot.
@@ -95,7 +93,7 @@ impl Machine {
 /// A guest with a shell.
 pub(crate) struct Guest {
     running: Running,
-    /// QEMU has its files mapped.
+    /// Its files, which whoever runs it has open.
     _folder: TempDir,
     starts: usize,
     commands: u32,
@@ -110,6 +108,14 @@ pub(crate) struct Begun {
 }
 
 impl Guest {
+    /// A guest that boots in `running` with its console at stdin and stdout, and files in `folder`. Waits until its shell reads
+    /// commands.
+    pub(crate) fn over(running: Running, folder: TempDir) -> Self {
+        let mut guest = Self { running, _folder: folder, starts: 0, commands: 0 };
+        guest.ready();
+        guest
+    }
+
     /// Waits for the shell after one start more.
     fn ready(&mut self) {
         self.starts += 1;
