@@ -114,10 +114,9 @@ fn serve(mut device: File, state: &State) {
             // Requests that are not even read end with the process that waits for them.
             std::thread::sleep(Duration::from_millis(5));
         } else if came {
-            match device.read(&mut request) {
-                Ok(len) => answer(&mut device, &request[..len]),
-                // Whoever asked has given it up meanwhile.
-                Err(_) => {}
+            // It fails where whoever asked has given it up meanwhile.
+            if let Ok(len) = device.read(&mut request) {
+                answer(&mut device, &request[..len]);
             }
         }
     }
