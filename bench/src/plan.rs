@@ -274,7 +274,7 @@ impl Plan {
     /// All runs at one point, which `label` names for people. What is measured goes into the document as it comes.
     ///
     /// # Errors
-    /// As for [`Turns::take`].
+    /// As for `Turns::take`.
     pub fn interleave<H: Display>(
         &self,
         document: &mut Document,

@@ -13,7 +13,7 @@ use crate::guest_io::GuestIo;
 pub const SECTOR: u64 = 512;
 
 /// Most bytes that one request moves, discards or zeroes. Without a limit it would be every byte of the disk once for each
-/// descriptor. Drivers that honour the configuration space stay below it ([`super::config`]); firmware does not look there: OVMF
+/// descriptor. Drivers that honour the configuration space stay below it (`super::config`); firmware does not look there: OVMF
 /// reads a boot image in one piece of up to this size, which is where it draws the line itself.
 pub const MAX_TRANSFER: u64 = 1 << 30;
 

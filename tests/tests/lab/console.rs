@@ -103,7 +103,7 @@ fn a_person_works_on_the_serial_console_in_tmux() {
         let machine = vm().cpus(2).disk(disk(&image).serial("by-hand")).by_hand();
         let terminal = Terminal::open(lab)?;
         terminal.enters(&command(&machine))?;
-        terminal.prompts("guest#", 75)?;
+        terminal.prompts("guest#", 180)?;
 
         // Typed with a mistake that is mended, as people do.
         terminal.types("lsblk -no NAME,SERIALX")?;
@@ -153,7 +153,7 @@ fn the_terminal_is_usable_after_a_signal_and_after_ctrl_a_x() {
         }
         terminal.clear()?;
         terminal.enters(&command(&vm().by_hand()))?;
-        terminal.prompts("guest#", 75)?;
+        terminal.prompts("guest#", 180)?;
         terminal.presses("C-a")?;
         terminal.presses("x")?;
         terminal.prompts("L1#", 45)?;

@@ -1,7 +1,7 @@
 //! A device whose queues run in another process, over vhost-user (the specification is part of QEMU's documentation).
 //!
 //! Doorbells and interrupts pass straight between KVM and the daemon; this is control only, and it never gives up: what the
-//! driver has set up is kept by a thread of the device's own ([`keeper`]), which brings every new connection to the same state.
+//! driver has set up is kept by a thread of the device's own (`keeper`), which brings every new connection to the same state.
 //! While nobody is there, the driver just waits. Requests in flight are in a table that outlives the daemon, and its successor
 //! serves them again.
 
