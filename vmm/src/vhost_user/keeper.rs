@@ -15,6 +15,7 @@ use ringvm_backends::event::{SharedEvent, borrow, take};
 use ringvm_backends::interrupt::Interrupt;
 use ringvm_backends::queue::used_index;
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::net::{Shutdown, shutdown};
 use tracing::{debug, info, warn};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -549,7 +550,9 @@ impl Keeper {
 
 impl Drop for Keeper {
     fn drop(&mut self) {
-        // The connection first: a daemon of ours ends with it.
-        self.link = None;
+        // Before the program is waited for: a daemon of ours ends with its connection, which the breaker has a handle to as well.
+        if let Some(link) = self.link.take() {
+            let _ = shutdown(link.socket(), Shutdown::Both);
+        }
     }
 }
