@@ -11,29 +11,35 @@ use super::wait;
 
 /// A tenant under load.
 pub(crate) struct Honest {
-    ends: Arc<AtomicBool>,
-    rounds: Arc<AtomicU64>,
-    thread: JoinHandle<Duration>,
+    state: Arc<State>,
+    thread: JoinHandle<()>,
+}
+
+#[derive(Default)]
+struct State {
+    ends: AtomicBool,
+    /// Blocks that were written, read and compared.
+    rounds: AtomicU64,
+    /// The longest of them in nanoseconds.
+    longest: AtomicU64,
 }
 
 impl Honest {
     /// Connects, and writes, reads and compares until it is told to end.
     pub(crate) fn connect(socket: &Path) -> Self {
         let (client, memory, mut ring) = running(socket);
-        let (ends, rounds) = (Arc::<AtomicBool>::default(), Arc::<AtomicU64>::default());
-        let (told, counted) = (Arc::clone(&ends), Arc::clone(&rounds));
+        let state = Arc::<State>::default();
+        let own = Arc::clone(&state);
         let thread = std::thread::spawn(move || {
-            let mut longest = Duration::ZERO;
-            while !told.load(Ordering::Acquire) {
+            while !own.ends.load(Ordering::Acquire) {
                 let start = Instant::now();
-                ring.works(counted.load(Ordering::Relaxed) as u8);
-                longest = longest.max(start.elapsed());
-                counted.fetch_add(1, Ordering::Release);
+                ring.works(own.rounds.load(Ordering::Relaxed) as u8);
+                own.longest.fetch_max(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
+                own.rounds.fetch_add(1, Ordering::Release);
             }
             drop((client, memory, ring));
-            longest
         });
-        Self { ends, rounds, thread }
+        Self { state, thread }
     }
 
     /// Waits until it has been served some more.
@@ -41,17 +47,23 @@ impl Honest {
     /// # Panics
     /// When it is not, or a request of it went wrong.
     pub(crate) fn is_served(&self) {
-        let before = self.rounds.load(Ordering::Acquire);
+        let before = self.state.rounds.load(Ordering::Acquire);
         wait("the honest tenant to be served", || {
             assert!(!self.thread.is_finished(), "the honest tenant's request went wrong");
             // One may have begun before.
-            self.rounds.load(Ordering::Acquire) >= before + 2
+            self.state.rounds.load(Ordering::Acquire) >= before + 2
         });
     }
 
-    /// Ends it, and returns how long it waited at most for a write and a read.
+    /// The longest time that a write and a read took since this was asked last.
+    pub(crate) fn longest(&self) -> Duration {
+        Duration::from_nanos(self.state.longest.swap(0, Ordering::Relaxed))
+    }
+
+    /// Ends it, and returns how long it waited at most since that was asked last.
     pub(crate) fn end(self) -> Duration {
-        self.ends.store(true, Ordering::Release);
-        self.thread.join().expect("every request of the honest tenant was served")
+        self.state.ends.store(true, Ordering::Release);
+        self.thread.join().expect("every request of the honest tenant was served");
+        Duration::from_nanos(self.state.longest.load(Ordering::Relaxed))
     }
 }

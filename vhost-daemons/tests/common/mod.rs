@@ -9,6 +9,7 @@ pub(crate) mod stuck;
 pub(crate) mod stuck_disk;
 pub(crate) mod target;
 
+use std::cell::Cell;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -37,6 +38,8 @@ pub(crate) fn image(dir: &Path, size: u64) -> PathBuf {
 pub(crate) struct Daemon {
     pub(crate) child: Child,
     lines: Arc<Mutex<Vec<String>>>,
+    /// How many of the lines were forgotten.
+    forgotten: Cell<usize>,
     reader: Option<JoinHandle<()>>,
 }
 
@@ -51,7 +54,7 @@ impl Daemon {
                 theirs.lock().unwrap().push(line);
             }
         });
-        Self { child, lines, reader: Some(reader) }
+        Self { child, lines, forgotten: Cell::new(0), reader: Some(reader) }
     }
 
     /// `ringvm-blk` with one disk, ready.
@@ -78,9 +81,14 @@ impl Daemon {
         rustix::process::kill_process(self.pid(), signal).expect("the daemon is there");
     }
 
-    /// What it has said so far.
+    /// What it has said so far, but for what was forgotten.
     pub(crate) fn said(&self) -> Vec<String> {
-        self.lines.lock().unwrap().clone()
+        self.lines.lock().unwrap()[self.forgotten.get()..].to_vec()
+    }
+
+    /// Leaves what it has said so far out of what is looked at from here on.
+    pub(crate) fn forget(&self) {
+        self.forgotten.set(self.lines.lock().unwrap().len());
     }
 
     /// Lines with `text` in them.

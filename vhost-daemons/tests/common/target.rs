@@ -1,38 +1,50 @@
-//! A daemon that clients attack one after the other, and what must be so after each.
+//! A daemon that clients attack one after the other beside a tenant who does nothing wrong, and what must be so after each.
 
 use std::path::PathBuf;
+use std::process::Command;
 
 use super::client::{Client, running};
-use super::{Daemon, image, scratch, wait};
+use super::honest::Honest;
+use super::{Daemon, scratch, wait};
 
-/// A daemon under attack.
+/// A daemon under attack: `ringvm-blk` with one I/O thread and two disks of two queues, one of them in honest hands.
 pub(crate) struct Target {
     pub(crate) daemon: Daemon,
+    /// The socket of the disk that is attacked.
     pub(crate) socket: PathBuf,
-    /// Descriptors and mappings of the daemon without a client.
+    /// Descriptors and mappings of the daemon without an attacker.
     pub(crate) before: (usize, usize),
+    pub(crate) honest: Honest,
     _dir: tempfile::TempDir,
 }
 
 impl Target {
-    /// `ringvm-blk` with a disk of two queues.
     pub(crate) fn new() -> Self {
-        Self::of("")
-    }
-
-    /// The same with more options of the disk.
-    pub(crate) fn of(options: &str) -> Self {
         let dir = scratch();
-        let socket = dir.path().join("b.sock");
-        let disk = format!("path={},queues=2{options}", image(dir.path(), 16 << 20).display());
-        let daemon = Daemon::blk(&socket, &disk);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ringvm-blk"));
+        command.args(["--io-threads", "1"]);
+        for name in ["honest", "attacked"] {
+            let image = dir.path().join(name);
+            std::fs::File::create(&image).and_then(|file| file.set_len(16 << 20)).expect("an image");
+            command.arg("--socket").arg(image.with_extension("sock"));
+            command.arg("--disk").arg(format!("path={},queues=2", image.display()));
+        }
+        let daemon = Daemon::spawn(&mut command);
+        daemon.wait_for("is ready", 2);
+        let honest = Honest::connect(&dir.path().join("honest.sock"));
+        honest.is_served();
         let before = (daemon.descriptors(), daemon.mappings());
-        Self { daemon, socket, before, _dir: dir }
+        Self { daemon, socket: dir.path().join("attacked.sock"), before, honest, _dir: dir }
     }
 
     /// One more client.
     pub(crate) fn connect(&self) -> Client {
         Client::connect(&self.socket)
+    }
+
+    /// Counts and looks at lines of the daemon from here on only.
+    pub(crate) fn begin(&self) {
+        self.daemon.forget();
     }
 
     /// How many clients were dropped.
@@ -46,8 +58,9 @@ impl Target {
         said.iter().filter(|line| line.contains("dropping the client") && line.contains(text)).count()
     }
 
-    /// The next client is served, and nothing of those before is left.
+    /// The honest tenant and the next client are served, and nothing of the clients before is left.
     pub(crate) fn is_well(&self) {
+        self.honest.is_served();
         let (client, memory, mut ring) = running(&self.socket);
         ring.works(0x5a);
         drop((client, memory, ring));
@@ -64,6 +77,13 @@ impl Target {
             self.daemon.said().into_iter().filter(|line| line.contains("dropping the client")).collect()
         };
         wait("the line", || lines().last().is_some_and(|line| line.contains(text)));
+    }
+
+    /// Ends the tenant, who has lost nothing, and the daemon.
+    pub(crate) fn end(self) {
+        let longest = self.honest.end();
+        eprintln!("the honest tenant waited for {longest:?} at most");
+        self.daemon.terminate();
     }
 }
 

@@ -1,19 +1,17 @@
 //! The log of written pages, as a frontend uses it that copies a running guest elsewhere: switched on and off while rings run,
 //! read and emptied meanwhile, and what a frontend may say that makes no sense.
 
-mod common;
-
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use common::client::{
+use crate::common::client::{
     Client, FEATURES, GUEST, MEMORY, Memory, PROTOCOL_FEATURES, Ring, SIZE, USER, event, eventfd, longs, memfd,
     running, words,
 };
-use common::target::Target;
-use common::{Daemon, PATIENCE, Random, scratch, wait};
+use crate::common::target::Target;
+use crate::common::{Daemon, PATIENCE, Random, scratch, wait};
 use ringvm_backends::driver::Buffer;
 use rustix::fs::MemfdFlags;
 use vhost::vhost_user::message::{FrontendReq, VhostUserHeaderFlag};
@@ -407,9 +405,7 @@ fn frames_that_a_nic_receives_are_marked() {
     daemon.terminate();
 }
 
-#[test]
-fn pitfall_46_logs_that_can_not_be_are_refused() {
-    let target = Target::new();
+pub(crate) fn pitfall_46_logs_that_can_not_be_are_refused(target: &Target) {
     let file = memfd(8192, MemfdFlags::empty());
     let (pipe, _other) = rustix::pipe::pipe().unwrap();
     let refused = [
@@ -441,9 +437,7 @@ fn pitfall_46_logs_that_can_not_be_are_refused() {
     target.is_well();
 }
 
-#[test]
-fn pitfall_46_what_a_log_is_too_short_for_is_left_out() {
-    let target = Target::new();
+pub(crate) fn pitfall_46_what_a_log_is_too_short_for_is_left_out(target: &Target) {
     // One byte at an odd place: eight pages, below all of the memory.
     let file = memfd(3 * 4096, MemfdFlags::ALLOW_SEALING);
     let (mut client, memory, mut ring) = running(&target.socket);
@@ -472,9 +466,7 @@ fn pitfall_46_what_a_log_is_too_short_for_is_left_out() {
     target.is_well();
 }
 
-#[test]
-fn pitfall_52_a_log_that_is_cut_short_ends_the_connection_only() {
-    let target = Target::new();
+pub(crate) fn pitfall_52_a_log_that_is_cut_short_ends_the_connection_only(target: &Target) {
     let file = memfd(4096, MemfdFlags::empty());
     let (mut client, _memory, mut ring) = running(&target.socket);
     set_base(&mut client, 4096, 0, file.as_fd());

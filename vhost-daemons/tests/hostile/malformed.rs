@@ -1,23 +1,19 @@
 //! Messages that are no messages, and rings and regions that can't be: each ends its own connection at most, with one line, and the
 //! daemon serves the next client and has lost no descriptor.
 
-mod common;
-
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-use common::client::{
+use crate::common::client::{
     Client, FEATURES, GUEST, MEMORY, Memory, NEED_REPLY, Ring, USER, VERSION, eventfd, longs, memfd, running, words,
 };
-use common::target::{Target, codes};
-use common::{Random, wait};
+use crate::common::target::{Target, codes};
+use crate::common::{Random, wait};
 use rustix::fs::MemfdFlags;
 use vhost::vhost_user::message::FrontendReq;
 
-#[test]
-fn rings_that_are_not_there_are_refused() {
-    let target = Target::new();
+pub(crate) fn rings_that_are_not_there_are_refused(target: &Target) {
     let mut client = target.connect();
     client.negotiate(FEATURES);
     for index in [2, 3, 255, 256, 0x8000, u32::MAX] {
@@ -38,9 +34,7 @@ fn rings_that_are_not_there_are_refused() {
     target.is_well();
 }
 
-#[test]
-fn a_message_may_come_in_pieces() {
-    let target = Target::new();
+pub(crate) fn a_message_may_come_in_pieces(target: &Target) {
     let mut client = target.connect();
     for byte in Client::header(FrontendReq::GET_FEATURES.into(), VERSION, 0) {
         client.raw(&[byte], &[]);
@@ -51,9 +45,7 @@ fn a_message_may_come_in_pieces() {
     target.is_well();
 }
 
-#[test]
-fn regions_that_can_not_be_are_refused() {
-    let target = Target::new();
+pub(crate) fn regions_that_can_not_be_are_refused(target: &Target) {
     let (mut client, _memory, mut ring) = running(&target.socket);
     let file = memfd(1 << 20, MemfdFlags::empty());
     let sparse = memfd(1 << 62, MemfdFlags::empty());
@@ -105,9 +97,7 @@ fn regions_that_can_not_be_are_refused() {
     target.is_well();
 }
 
-#[test]
-fn regions_beyond_the_slots_are_refused() {
-    let target = Target::new();
+pub(crate) fn regions_beyond_the_slots_are_refused(target: &Target) {
     let mut client = target.connect();
     client.negotiate(FEATURES);
     let slots = client.ask_number(FrontendReq::GET_MAX_MEM_SLOTS);
@@ -123,9 +113,7 @@ fn regions_beyond_the_slots_are_refused() {
     target.is_well();
 }
 
-#[test]
-fn descriptors_that_can_not_be_raised_are_refused_as_kick_and_call() {
-    let target = Target::new();
+pub(crate) fn descriptors_that_can_not_be_raised_are_refused_as_kick_and_call(target: &Target) {
     let mut client = target.connect();
     client.negotiate(FEATURES);
     let (pipe, _pipe) = rustix::pipe::pipe().unwrap();
@@ -141,25 +129,21 @@ fn descriptors_that_can_not_be_raised_are_refused_as_kick_and_call() {
     target.is_well();
 }
 
-#[test]
-fn a_client_that_ends_a_ring_without_end_is_answered_meanwhile() {
-    let target = Target::new();
+pub(crate) fn a_client_that_ends_a_ring_without_end_is_answered_meanwhile(target: &Target) {
     let mut client = target.connect();
     client.negotiate(FEATURES);
-    let one = [Client::header(common::client::SKIP_DRAIN, 1, 8), words(&[0, 0])].concat();
+    let one = [Client::header(crate::common::client::SKIP_DRAIN, 1, 8), words(&[0, 0])].concat();
     // There is always more to read behind these, and the rest of it does not come.
     assert!(client.raw(&[one.repeat(256), one[..4].to_vec()].concat(), &[]));
     for answer in 0..256 {
         let reply = client.receive().unwrap_or_else(|| panic!("no answer {answer}"));
-        assert_eq!(reply.0, common::client::SKIP_DRAIN);
+        assert_eq!(reply.0, crate::common::client::SKIP_DRAIN);
     }
     drop(client);
     target.is_well();
 }
 
-#[test]
-fn malformed_headers_and_unknown_messages_end_the_connection() {
-    let target = Target::new();
+pub(crate) fn malformed_headers_and_unknown_messages_end_the_connection(target: &Target) {
     for header in [
         Client::header(1, 0, 0),
         Client::header(1, 2, 0),
@@ -189,9 +173,7 @@ fn malformed_headers_and_unknown_messages_end_the_connection() {
     target.is_well();
 }
 
-#[test]
-fn payloads_may_be_too_long_and_not_too_short() {
-    let target = Target::new();
+pub(crate) fn payloads_may_be_too_long_and_not_too_short(target: &Target) {
     let needed = |code: u32| -> usize {
         use FrontendReq as R;
         match R::try_from(code) {
@@ -231,9 +213,7 @@ fn payloads_may_be_too_long_and_not_too_short() {
     target.is_well();
 }
 
-#[test]
-fn configuration_is_read_at_many_offsets_and_sizes() {
-    let target = Target::new();
+pub(crate) fn configuration_is_read_at_many_offsets_and_sizes(target: &Target) {
     let mut client = target.connect();
     client.negotiate(FEATURES);
     let read = |client: &mut Client, offset: u32, size: usize, sent: usize| {
@@ -259,9 +239,7 @@ fn configuration_is_read_at_many_offsets_and_sizes() {
     target.is_well();
 }
 
-#[test]
-fn a_ring_that_its_driver_breaks_raises_err_once_and_needs_a_reset() {
-    let target = Target::new();
+pub(crate) fn a_ring_that_its_driver_breaks_raises_err_once_and_needs_a_reset(target: &Target) {
     let (mut client, memory, mut ring) = running(&target.socket);
     let err = eventfd();
     client.tell(FrontendReq::SET_VRING_ERR, &longs(&[0]), &[err.as_fd()]);
@@ -288,9 +266,7 @@ fn a_ring_that_its_driver_breaks_raises_err_once_and_needs_a_reset() {
     target.is_well();
 }
 
-#[test]
-fn noise_ends_connections_and_nothing_else() {
-    let target = Target::new();
+pub(crate) fn noise_ends_connections_and_nothing_else(target: &Target) {
     let mut random = Random(0xdead_beef);
     let memory = Memory::new(MemfdFlags::ALLOW_SEALING);
     let file = eventfd();

@@ -1,20 +1,18 @@
 //! Sharp edges of vhost-user that others have met, each as a test of its number, from the side of a client that is wrong,
 //! hostile, or gone. After each the daemon serves the next client, has lost no descriptor, and has said one line.
 
-mod common;
-
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use common::client::{
+use crate::common::client::{
     Client, FEATURES, GUEST, Memory, PROTOCOL_FEATURES, Ring, SIZE, USER, VERSION, eventfd, longs, memfd, running,
     words,
 };
-use common::target::{Target, codes};
-use common::wait;
+use crate::common::target::{Target, codes};
+use crate::common::wait;
 use rustix::fs::MemfdFlags;
 use vhost::vhost_user::message::FrontendReq;
 use vm_memory::{Bytes, GuestAddress};
@@ -27,9 +25,7 @@ fn takes_files(code: u32) -> bool {
     takers.into_iter().chain(more).any(|taker| u32::from(taker) == code)
 }
 
-#[test]
-fn pitfall_44_descriptors_on_the_wrong_message_do_not_leak() {
-    let target = Target::new();
+pub(crate) fn pitfall_44_descriptors_on_the_wrong_message_do_not_leak(target: &Target) {
     let file = memfd(4096, MemfdFlags::empty());
     for code in codes() {
         for count in [1, 3, 32, 40] {
@@ -59,9 +55,7 @@ fn pitfall_44_descriptors_on_the_wrong_message_do_not_leak() {
     target.is_well();
 }
 
-#[test]
-fn pitfall_44_replacing_descriptors_closes_those_before() {
-    let target = Target::new();
+pub(crate) fn pitfall_44_replacing_descriptors_closes_those_before(target: &Target) {
     let (mut client, _memory, mut ring) = running(&target.socket);
     ring.works(1);
     let held = target.daemon.descriptors();
@@ -91,9 +85,7 @@ fn inflight_area(client: &mut Client) -> (Vec<u8>, OwnedFd) {
     (body, files.remove(0))
 }
 
-#[test]
-fn pitfall_45_inflight_table_and_queue_size_that_disagree_are_refused() {
-    let target = Target::new();
+pub(crate) fn pitfall_45_inflight_table_and_queue_size_that_disagree_are_refused(target: &Target) {
     for (queues, size) in [(0, 64), (3, 64), (1, 0), (u16::MAX, u16::MAX), (1, 8192)] {
         let mut client = target.connect();
         client.negotiate(FEATURES);
@@ -140,9 +132,7 @@ fn pitfall_45_inflight_table_and_queue_size_that_disagree_are_refused() {
     target.is_well();
 }
 
-#[test]
-fn pitfall_47_bit_8_of_a_ring_index_means_no_descriptor() {
-    let target = Target::new();
+pub(crate) fn pitfall_47_bit_8_of_a_ring_index_means_no_descriptor(target: &Target) {
     let (mut client, _memory, mut ring) = running(&target.socket);
     client.tell(FrontendReq::SET_VRING_CALL, &longs(&[0x100]), &[]);
     Ring::called(&ring.call, Duration::ZERO);
@@ -160,9 +150,7 @@ fn pitfall_47_bit_8_of_a_ring_index_means_no_descriptor() {
     target.is_well();
 }
 
-#[test]
-fn pitfall_48_no_kick_and_no_call_is_lost_over_starts_and_changes() {
-    let target = Target::new();
+pub(crate) fn pitfall_48_no_kick_and_no_call_is_lost_over_starts_and_changes(target: &Target) {
     let mut client = target.connect();
     client.negotiate(FEATURES);
     let memory = Memory::new(MemfdFlags::ALLOW_SEALING);
@@ -214,9 +202,7 @@ fn pitfall_48_no_kick_and_no_call_is_lost_over_starts_and_changes() {
     target.is_well();
 }
 
-#[test]
-fn pitfall_48_a_call_that_is_full_and_blocking_stops_nobody() {
-    let target = Target::new();
+pub(crate) fn pitfall_48_a_call_that_is_full_and_blocking_stops_nobody(target: &Target) {
     let (mut client, _memory, mut ring) = running(&target.socket);
     let full = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
     rustix::io::write(&full, &(u64::MAX - 1).to_ne_bytes()).unwrap();
@@ -226,9 +212,7 @@ fn pitfall_48_a_call_that_is_full_and_blocking_stops_nobody() {
     target.is_well();
 }
 
-#[test]
-fn pitfall_49_features_early_late_and_twice() {
-    let target = Target::new();
+pub(crate) fn pitfall_49_features_early_late_and_twice(target: &Target) {
     let mut client = target.connect();
     // Enabled before anything is known of features, as QEMU's net device does.
     client.send(FrontendReq::SET_VRING_ENABLE, &words(&[0, 1]), &[]);
@@ -271,9 +255,7 @@ fn pitfall_49_features_early_late_and_twice() {
     target.is_well();
 }
 
-#[test]
-fn pitfall_49_without_protocol_features_rings_start_enabled() {
-    let target = Target::new();
+pub(crate) fn pitfall_49_without_protocol_features_rings_start_enabled(target: &Target) {
     let client = target.connect();
     client.send(FrontendReq::SET_OWNER, &[], &[]);
     client.send(FrontendReq::SET_FEATURES, &longs(&[FEATURES & !PROTOCOL_FEATURES]), &[]);
@@ -290,9 +272,7 @@ fn pitfall_49_without_protocol_features_rings_start_enabled() {
     target.is_well();
 }
 
-#[test]
-fn pitfall_50_resets_under_load_are_answered() {
-    let target = Target::new();
+pub(crate) fn pitfall_50_resets_under_load_are_answered(target: &Target) {
     let (mut client, memory, mut ring) = running(&target.socket);
     // A channel to the frontend that nobody reads.
     let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
@@ -320,9 +300,7 @@ fn pitfall_50_resets_under_load_are_answered() {
     target.is_well();
 }
 
-#[test]
-fn pitfall_51_a_client_that_forgot_its_base_loses_and_repeats_nothing() {
-    let target = Target::new();
+pub(crate) fn pitfall_51_a_client_that_forgot_its_base_loses_and_repeats_nothing(target: &Target) {
     let memory = Memory::new(MemfdFlags::ALLOW_SEALING);
     let mut ring = Ring::new(&memory, 0);
     for round in 0..3 {
@@ -346,7 +324,7 @@ fn whole_life<'a>(memory: &'a Memory, ring: &'a Ring) -> Vec<(FrontendReq, Vec<u
         (FrontendReq::SET_OWNER, vec![], None),
         (FrontendReq::GET_FEATURES, vec![], None),
         (FrontendReq::GET_PROTOCOL_FEATURES, vec![], None),
-        (FrontendReq::SET_PROTOCOL_FEATURES, longs(&[common::client::PROTOCOL]), None),
+        (FrontendReq::SET_PROTOCOL_FEATURES, longs(&[crate::common::client::PROTOCOL]), None),
         (FrontendReq::GET_QUEUE_NUM, vec![], None),
         (FrontendReq::SET_FEATURES, longs(&[FEATURES]), None),
         (FrontendReq::GET_INFLIGHT_FD, inflight(0, 0, 2, SIZE), None),
@@ -357,9 +335,7 @@ fn whole_life<'a>(memory: &'a Memory, ring: &'a Ring) -> Vec<(FrontendReq, Vec<u
     life
 }
 
-#[test]
-fn pitfall_51_a_client_may_vanish_between_any_two_messages_and_within_any() {
-    let target = Target::new();
+pub(crate) fn pitfall_51_a_client_may_vanish_between_any_two_messages_and_within_any(target: &Target) {
     let memory = Memory::new(MemfdFlags::ALLOW_SEALING);
     let mut ring = Ring::new(&memory, 0);
     for slot in 0..16 {
@@ -388,10 +364,8 @@ fn pitfall_51_a_client_may_vanish_between_any_two_messages_and_within_any() {
     assert_eq!(target.daemon.count("in the middle of a message"), 19);
 }
 
-#[test]
-fn pitfall_52_memory_that_is_cut_short_ends_the_connection_only() {
+pub(crate) fn pitfall_52_memory_that_is_cut_short_ends_the_connection_only(target: &Target) {
     for flags in [MemfdFlags::empty(), MemfdFlags::ALLOW_SEALING] {
-        let target = Target::new();
         let mut client = target.connect();
         client.negotiate(FEATURES);
         let memory = Memory::new(flags);
@@ -413,11 +387,9 @@ fn pitfall_52_memory_that_is_cut_short_ends_the_connection_only() {
     }
 }
 
-#[test]
-fn pitfall_52_memory_that_is_cut_short_before_a_ring_starts() {
+pub(crate) fn pitfall_52_memory_that_is_cut_short_before_a_ring_starts(target: &Target) {
     // All of it is gone, or all but the ring.
     for left in [0, 4096] {
-        let target = Target::new();
         let mut client = target.connect();
         client.negotiate(FEATURES);
         let memory = Memory::new(MemfdFlags::empty());
@@ -434,9 +406,7 @@ fn pitfall_52_memory_that_is_cut_short_before_a_ring_starts() {
     }
 }
 
-#[test]
-fn pitfall_53_memory_changes_while_requests_are_in_flight() {
-    let target = Target::new();
+pub(crate) fn pitfall_53_memory_changes_while_requests_are_in_flight(target: &Target) {
     let (mut client, memory, mut ring) = running(&target.socket);
     let other = memfd(1 << 20, MemfdFlags::empty());
     let region = longs(&[0, GUEST + (1 << 32), 1 << 20, USER + (1 << 32), 0]);
@@ -477,9 +447,7 @@ fn pitfall_53_memory_changes_while_requests_are_in_flight() {
     target.is_well();
 }
 
-#[test]
-fn pitfall_54_a_message_that_never_completes_and_a_reply_that_is_never_read() {
-    let target = Target::new();
+pub(crate) fn pitfall_54_a_message_that_never_completes_and_a_reply_that_is_never_read(target: &Target) {
     let begun = Instant::now();
     let client = target.connect();
     client.raw(&Client::header(FrontendReq::SET_FEATURES.into(), VERSION, 8)[..7], &[]);
@@ -501,9 +469,7 @@ fn pitfall_54_a_message_that_never_completes_and_a_reply_that_is_never_read() {
     target.is_well();
 }
 
-#[test]
-fn pitfall_55_what_was_in_flight_is_served_again_once_and_index_0_too() {
-    let target = Target::new();
+pub(crate) fn pitfall_55_what_was_in_flight_is_served_again_once_and_index_0_too(target: &Target) {
     let mut client = target.connect();
     client.negotiate(FEATURES);
     let memory = Memory::new(MemfdFlags::ALLOW_SEALING);
