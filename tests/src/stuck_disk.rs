@@ -11,7 +11,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -58,6 +58,7 @@ pub struct StuckDisk {
 struct State {
     stuck: AtomicBool,
     ended: AtomicBool,
+    flushes: AtomicUsize,
 }
 
 impl StuckDisk {
@@ -92,6 +93,12 @@ impl StuckDisk {
     pub fn stick(&self) {
         self.state.stuck.store(true, Ordering::Release);
     }
+
+    /// How often it was flushed.
+    #[must_use]
+    pub fn flushes(&self) -> usize {
+        self.state.flushes.load(Ordering::Acquire)
+    }
 }
 
 impl Drop for StuckDisk {
@@ -116,6 +123,9 @@ fn serve(mut device: File, state: &State) {
         } else if came {
             // It fails where whoever asked has given it up meanwhile.
             if let Ok(len) = device.read(&mut request) {
+                if request[4..8] == FSYNC.to_ne_bytes() {
+                    state.flushes.fetch_add(1, Ordering::AcqRel);
+                }
                 answer(&mut device, &request[..len]);
             }
         }

@@ -155,6 +155,10 @@ pub struct RunArgs {
     /// What a triple fault does: exit with code 4, or reset as on hardware [default: exit]
     #[arg(long, value_name = "ACTION", help_heading = "Ending")]
     pub on_triple_fault: Option<TripleFault>,
+    /// Longest time in seconds that the end takes [default: 5]. Requests in flight are cancelled and disks flushed; what is not
+    /// through by then is given up, with exit code 3
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=3600), help_heading = "Ending")]
+    pub stop_timeout: Option<u64>,
     /// Print the statistics of every device on standard error at exit
     #[arg(long, help_heading = "Ending")]
     pub stats: bool,
@@ -215,6 +219,7 @@ impl RunArgs {
         config.no_reboot |= self.no_reboot;
         set(&mut config.on_triple_fault, self.on_triple_fault);
         config.stats |= self.stats;
+        set(&mut config.stop_timeout, self.stop_timeout);
         config.validate()?;
         Ok(config)
     }

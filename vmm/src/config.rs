@@ -53,6 +53,8 @@ pub struct Config {
     pub on_triple_fault: TripleFault,
     /// Print statistics at exit.
     pub stats: bool,
+    /// Longest time in seconds that the machine's end takes.
+    pub stop_timeout: u64,
 }
 
 impl Default for Config {
@@ -75,6 +77,7 @@ impl Default for Config {
             no_reboot: false,
             on_triple_fault: TripleFault::Exit,
             stats: false,
+            stop_timeout: 5,
         }
     }
 }

@@ -32,7 +32,7 @@ use crate::kvm::{Kvm, KvmError};
 use crate::legacy::console::{Console, Streams};
 use crate::legacy::serial_file::SerialFile;
 use crate::legacy::terminal::{RawMode, is_interactive};
-use crate::machine::ending::{Stopped, flush};
+use crate::machine::ending::{Limits, Stopped, flush};
 use crate::machine::{Blueprint, Machine, MachineError, Running};
 use crate::placement::{Moved, Mover, PlaceError, PlacedDisk, nic_in_daemon};
 use crate::signals;
@@ -209,7 +209,8 @@ fn run_machines(
         let running = machine.start()?;
         let ending = wait(&running, receiver, movers)?;
         info!(?ending, "the machine stops");
-        let Stopped { devices, stats, mut abandoned } = running.stop();
+        let limits = Limits::within(Duration::from_secs(config.stop_timeout));
+        let Stopped { devices, stats, mut abandoned } = running.stop(limits);
         if restarts(config, &ending) && abandoned.is_empty() {
             // A signal that came meanwhile must not be lost.
             let signal = receiver
@@ -224,7 +225,7 @@ fn run_machines(
         if config.stats {
             eprint!("{}", summary(&stats));
         }
-        abandoned.extend(flush(devices));
+        abandoned.extend(flush(devices, limits));
         let exit = conclude(config, ending)?;
         return if abandoned.is_empty() { Ok(exit) } else { Err(RunError::Unfinished(abandoned.join("; "))) };
     }

@@ -14,12 +14,26 @@ use super::Running;
 use crate::kvm::VcpuThread;
 use crate::virtio_pci::{self, VirtioPci};
 
-/// How long devices may take to end what they have in flight, most of which is cancelled.
-const DEVICE_LIMIT: Duration = Duration::from_secs(3);
-/// How long the host may take to make durable what was written. A device that still works is worth waiting for.
-const FLUSH_LIMIT: Duration = Duration::from_secs(60);
-/// How long a flushed device may take to go, with its daemon.
-const FAREWELL_LIMIT: Duration = Duration::from_secs(5);
+/// When the parts of an end are given up.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    whole: Duration,
+    /// What devices have in flight; most of it is cancelled.
+    stopped: Instant,
+    /// What was written and is not durable.
+    flushed: Instant,
+    /// The devices and their daemons.
+    gone: Instant,
+}
+
+impl Limits {
+    /// Those of an end that begins now and takes no longer than `whole`. The vCPUs have what the devices leave.
+    #[must_use]
+    pub fn within(whole: Duration) -> Self {
+        let now = Instant::now();
+        Self { whole, stopped: now + whole * 5 / 10, flushed: now + whole * 8 / 10, gone: now + whole * 9 / 10 }
+    }
+}
 
 /// What is left of a machine.
 #[derive(Default)]
@@ -35,21 +49,20 @@ pub struct Stopped {
 impl Running {
     /// Stops the guest, then the devices, and takes them back.
     #[must_use]
-    pub fn stop(self) -> Stopped {
+    pub fn stop(self, limits: Limits) -> Stopped {
         let mut stopped = Stopped::default();
         for id in VcpuThread::stop_all(self.threads) {
             stopped.abandoned.push(format!("vCPU {id} did not stop, it waits for a device"));
         }
         let taken = self.functions.into_iter().map(|(name, function)| (name, move || take(&function)));
-        for (name, taken) in all_within(DEVICE_LIMIT, taken.collect()) {
+        for (name, taken) in all_until(limits.stopped, taken.collect()) {
             match taken {
                 Some((device, stats)) => {
                     stopped.devices.extend(device);
                     stopped.stats.push(stats);
                 }
                 None => stopped.abandoned.push(format!(
-                    "{name}: what is in flight did not end within {} s, what the guest wrote last may be lost",
-                    DEVICE_LIMIT.as_secs()
+                    "{name}: given up with requests in flight, what the guest wrote last may be lost"
                 )),
             }
         }
@@ -65,7 +78,7 @@ fn take(function: &Mutex<VirtioPci>) -> (Option<Box<dyn Device>>, DeviceStats) {
 
 /// Makes what the devices were given durable, and lets them go. Returns a line for each that failed or took too long.
 #[must_use]
-pub fn flush(devices: Vec<Box<dyn Device>>) -> Vec<String> {
+pub fn flush(devices: Vec<Box<dyn Device>>, limits: Limits) -> Vec<String> {
     let (gone, all_gone) = unbounded::<()>();
     let flushes = devices.into_iter().map(|mut device| {
         let gone = gone.clone();
@@ -79,21 +92,21 @@ pub fn flush(devices: Vec<Box<dyn Device>>) -> Vec<String> {
             flushed
         })
     });
-    let flushed = all_within(FLUSH_LIMIT, flushes.collect());
+    let flushed = all_until(limits.flushed, flushes.collect());
     drop(gone);
     // A disconnect: the last one has gone. One that has not is left to the end of the process.
-    let _ = all_gone.recv_timeout(FAREWELL_LIMIT);
+    let _ = all_gone.recv_deadline(limits.gone);
     let failed = flushed.into_iter().filter_map(|(name, flushed)| match flushed {
         Some(Ok(())) => None,
         Some(Err(error)) => Some(error.to_string()),
-        None => Some(format!("{name}: flushing did not end within {} s", FLUSH_LIMIT.as_secs())),
+        None => Some(format!("{name}: flushing did not end within --stop-timeout={}", limits.whole.as_secs())),
     });
     failed.map(|what| format!("{what}, what the guest wrote last may be lost")).collect()
 }
 
-/// Does all at once, each on a thread of its own. Of those that take longer than `limit` there is no result.
-fn all_within<T: Send + 'static>(
-    limit: Duration,
+/// Does all at once, each on a thread of its own. Of those that do not end until `deadline` there is no result.
+fn all_until<T: Send + 'static>(
+    deadline: Instant,
     work: Vec<(String, impl FnOnce() -> T + Send + 'static)>,
 ) -> Vec<(String, Option<T>)> {
     let started: Vec<(String, Receiver<T>)> = work
@@ -111,7 +124,6 @@ fn all_within<T: Send + 'static>(
             (name, result)
         })
         .collect();
-    let deadline = Instant::now() + limit;
     let wait = |(name, result): (String, Receiver<T>)| {
         let result = result.recv_deadline(deadline).ok();
         (name, result)
@@ -133,7 +145,7 @@ mod tests {
         let (quick, news) = unbounded();
         quick.send(()).unwrap();
         let work = vec![("stuck".to_owned(), wait(silence)), ("quick".to_owned(), wait(news))];
-        let results = all_within(Duration::from_millis(200), work);
+        let results = all_until(Instant::now() + Duration::from_millis(200), work);
         assert_eq!(results, [("stuck".to_owned(), None), ("quick".to_owned(), Some(true))]);
         drop(never);
     }
