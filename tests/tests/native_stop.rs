@@ -54,8 +54,7 @@ fn stuck(place: Place, after: impl FnOnce(Ended)) {
         return;
     }
     let (stuck, other) = (StuckDisk::new().expect("FUSE works"), StuckDisk::new().expect("FUSE works"));
-    let option =
-        |disk: &StuckDisk, place: Place| format!("path={},queues=2,{}", disk.path().display(), place.option());
+    let option = |disk: &StuckDisk, place: Place| format!("path={},queues=2,{}", disk.path().display(), place.option());
     let jobs = "job=write disk=1 ops=100 bs=4k job=rand-write disk=0 time=600s bs=4k depth=16 queues=2";
     let running = busy(jobs, &[&option(&stuck, place), &option(&other, Place::Process)]);
     stuck.stick();

@@ -6,6 +6,7 @@
 pub mod advice;
 pub mod boot;
 pub mod bus;
+pub mod bus_error;
 pub mod check;
 pub mod cli;
 pub mod config;

@@ -35,9 +35,9 @@ use crate::legacy::terminal::{RawMode, is_interactive};
 use crate::machine::ending::{Limits, Stopped, flush};
 use crate::machine::{Blueprint, Machine, MachineError, Running};
 use crate::placement::{Moved, Mover, PlaceError, PlacedDisk, nic_in_daemon};
-use crate::signals;
 use crate::vhost_user::peer::Peer;
 use crate::vhost_user::{ConnectError, VhostUserDevice, Wanted};
+use crate::{bus_error, signals};
 
 /// Why a machine did not run, or did not end well.
 #[derive(Debug, Error)]
@@ -180,6 +180,7 @@ pub fn run(config: &Config) -> Result<Exit, RunError> {
         events: &events,
     };
     let machine = Machine::build(&blueprint, devices)?;
+    bus_error::watch(events.clone()).map_err(|source| RunError::Host { what: "listening to SIGBUS", source })?;
     let signals =
         signals::listen(events.clone()).map_err(|source| RunError::Host { what: "listening to signals", source })?;
     let raw = match config.serial {

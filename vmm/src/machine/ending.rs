@@ -61,9 +61,9 @@ impl Running {
                     stopped.devices.extend(device);
                     stopped.stats.push(stats);
                 }
-                None => stopped.abandoned.push(format!(
-                    "{name}: given up with requests in flight, what the guest wrote last may be lost"
-                )),
+                None => stopped
+                    .abandoned
+                    .push(format!("{name}: given up with requests in flight, what the guest wrote last may be lost")),
             }
         }
         stopped
