@@ -426,34 +426,52 @@ fn the_control_queue_stands_where_the_driver_looks_for_it() {
     rig.device.start_queue(u16::MAX, more).unwrap_err();
 }
 
-/// A port that counts what no tap takes: UDP segmentation of one IP version only.
-struct Uneven(Loopback, Arc<AtomicUsize>);
+/// A port that remembers what it was told.
+struct Told {
+    port: Loopback,
+    /// How many pairs it has to use.
+    pairs: Arc<AtomicUsize>,
+    /// How often it was asked for what no tap takes: UDP segmentation of one IP version only.
+    uneven: Arc<AtomicUsize>,
+}
 
-impl Port for Uneven {
+impl Told {
+    fn new(pairs: usize) -> Self {
+        Self { port: Loopback::new(pairs).unwrap(), pairs: Arc::default(), uneven: Arc::default() }
+    }
+}
+
+impl Port for Told {
     fn name(&self) -> &str {
-        self.0.name()
+        self.port.name()
     }
 
     fn pairs(&self) -> usize {
-        self.0.pairs()
+        self.port.pairs()
     }
 
     fn ends(&self, pair: usize) -> Ends {
-        self.0.ends(pair)
+        self.port.ends(pair)
     }
 
     fn set_offloads(&self, offloads: Offloads) -> std::io::Result<()> {
         if offloads.uso4 != offloads.uso6 {
-            self.1.fetch_add(1, Ordering::SeqCst);
+            self.uneven.fetch_add(1, Ordering::SeqCst);
         }
+        Ok(())
+    }
+
+    fn set_pairs(&self, count: usize) -> std::io::Result<()> {
+        self.pairs.store(count, Ordering::SeqCst);
         Ok(())
     }
 }
 
 #[test]
 fn offloads_without_their_premise_never_reach_the_port() {
-    let uneven = Arc::new(AtomicUsize::new(0));
-    let port = Arc::new(Uneven(Loopback::new(1).unwrap(), Arc::clone(&uneven)));
+    let told = Told::new(1);
+    let uneven = Arc::clone(&told.uneven);
+    let port = Arc::new(told);
     let mut device = NetDevice::over("net0", port, [0x52, 0x54, 0, 0, 0, 1], &loopback(), &pool());
     let features = device.info().features;
     for without in [GUEST_USO4, GUEST_USO6] {
@@ -482,33 +500,12 @@ fn offloads_without_their_premise_never_reach_the_port() {
     assert_eq!(uneven.load(Ordering::SeqCst), 0, "the port was asked for what it can't do");
 }
 
-/// A port that remembers how many pairs it was told to use.
-struct Counting(Loopback, Arc<AtomicUsize>);
-
-impl Port for Counting {
-    fn name(&self) -> &str {
-        self.0.name()
-    }
-
-    fn pairs(&self) -> usize {
-        self.0.pairs()
-    }
-
-    fn ends(&self, pair: usize) -> Ends {
-        self.0.ends(pair)
-    }
-
-    fn set_pairs(&self, count: usize) -> std::io::Result<()> {
-        self.1.store(count, Ordering::SeqCst);
-        Ok(())
-    }
-}
-
 /// A NIC of four pairs with all features, none of its queues running, and how many pairs its port was told to use.
 fn counting() -> (Rig, Arc<AtomicUsize>) {
-    let count = Arc::new(AtomicUsize::new(0));
+    let told = Told::new(4);
+    let count = Arc::clone(&told.pairs);
     let options = NetOptions { queues: 4, ..loopback() };
-    let port = Arc::new(Counting(Loopback::new(4).unwrap(), Arc::clone(&count)));
+    let port = Arc::new(told);
     let device = NetDevice::over("net0", port, [0x52, 0x54, 0, 0, 0, 1], &options, &pool());
     let mut rig = Rig::over(device);
     let features = rig.device.info().features;
