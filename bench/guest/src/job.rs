@@ -22,6 +22,8 @@ pub enum Kind {
     Reset,
     /// A malicious driver.
     Hostile,
+    /// One disk verified beside another that is brought up and reset all the time, whoever serves it.
+    Beside,
     /// Reads from an entropy device.
     Entropy,
     /// Frames through a NIC.
@@ -84,7 +86,7 @@ pub struct Options {
     pub kind: Kind,
     /// Whether offsets are random.
     pub random: bool,
-    /// Which block device; of an idle guest, how many there are.
+    /// Which block device, beside which the next one is churned if that is the job; of an idle guest, how many there are.
     pub disk: usize,
     /// Bytes per request; of a NIC, per receive buffer that frames may span.
     pub bs: usize,
@@ -99,7 +101,7 @@ pub struct Options {
     /// How many operations are done, or frames sent.
     pub ops: Option<u64>,
     /// Whether the operations, rounds or time are a minimum, and the job goes on until a byte comes in over the serial port:
-    /// verify, net-tx, and reset, whose rounds are limited to some thousands by the memory of their rings.
+    /// verify, beside, net-tx, and reset, whose rounds are limited to some thousands by the memory of their rings.
     pub until_told: bool,
     /// How long is run before a measurement.
     pub warm_ms: u64,
@@ -129,7 +131,7 @@ pub struct Options {
     pub align: usize,
     /// The largest request of verify, in bytes.
     pub max: usize,
-    /// How often the reset job resets.
+    /// How often the reset job resets, and how many rounds of verifying the beside job does.
     pub rounds: u64,
     /// Whether the used length must be exactly what the specification says.
     pub used_len: bool,
@@ -309,6 +311,7 @@ impl Options {
             "verify" => (Kind::Verify, true),
             "reset" => (Kind::Reset, true),
             "hostile" => (Kind::Hostile, true),
+            "beside" => (Kind::Beside, true),
             "rng" => (Kind::Entropy, false),
             "net-tx" => (Kind::Net(Traffic::Transmit), false),
             "net-rx" => (Kind::Net(Traffic::Receive), false),
@@ -343,8 +346,8 @@ pub fn parse(command_line: &str) -> Vec<Options> {
         jobs.push(common);
     }
     for job in jobs.iter().filter(|job| job.until_told) {
-        if !matches!(job.kind, Kind::Verify | Kind::Reset | Kind::Net(Traffic::Transmit)) {
-            power::fail(format_args!("command-line where=until expected=verify,reset,net-tx got={}", job.name));
+        if !matches!(job.kind, Kind::Verify | Kind::Reset | Kind::Beside | Kind::Net(Traffic::Transmit)) {
+            power::fail(format_args!("command-line where=until expected=verify,reset,beside,net-tx got={}", job.name));
         }
     }
     jobs

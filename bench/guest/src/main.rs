@@ -11,6 +11,7 @@ extern crate alloc;
 
 mod acpi;
 mod apic;
+mod beside;
 mod blk;
 mod boot;
 mod clock;
@@ -84,6 +85,7 @@ fn run(options: &Options, start: &StartInfo, clock_source: &str) {
         Kind::Verify => verify::verify(options),
         Kind::Reset => verify::reset(options),
         Kind::Hostile => hostile::run(options),
+        Kind::Beside => beside::run(options),
         Kind::Entropy => entropy::run(options),
         Kind::Net(Traffic::Transmit) => flood::transmit(options),
         Kind::Net(Traffic::Receive) => flood::receive(options),

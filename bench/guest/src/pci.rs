@@ -18,6 +18,7 @@ const BARS: u8 = 0x10;
 const CAPABILITIES: u8 = 0x34;
 /// MSI-X capability id.
 pub const MSIX: u8 = 0x11;
+const MSIX_ENABLE: u16 = 1 << 15;
 /// Vendor-specific capability id.
 pub const VENDOR_SPECIFIC: u8 = 0x09;
 
@@ -112,6 +113,14 @@ impl Function {
         paging::map(start, len as u64)
     }
 
+    /// Switches MSI-X on or off, if the function has it.
+    pub fn switch_msix(self, on: bool) {
+        if let Some((_, at)) = self.capabilities().into_iter().find(|&(id, _)| id == MSIX) {
+            let control = self.read16(at + 2);
+            self.write16(at + 2, if on { control | MSIX_ENABLE } else { control & !MSIX_ENABLE });
+        }
+    }
+
     /// The function's MSI-X table, MSI-X being switched on; `None` if it has none.
     pub fn msix(self) -> Option<Msix> {
         let (_, at) = self.capabilities().into_iter().find(|&(id, _)| id == MSIX)?;
@@ -123,7 +132,7 @@ impl Function {
             table.write::<u32>(usize::from(entry) * ENTRY + 12, MASKED);
         }
         // Enabled, the function mask off.
-        self.write16(at + 2, control & !(1 << 14) | 1 << 15);
+        self.write16(at + 2, control & !(1 << 14) | MSIX_ENABLE);
         Some(Msix { table, entries })
     }
 }

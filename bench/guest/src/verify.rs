@@ -97,13 +97,36 @@ impl<'a> Checker<'a> {
 
     /// Does so many random operations on each queue of a device that was just brought up, and waits for all of them.
     pub fn run(&self, blk: &Blk, ops: u64) {
+        self.start(blk);
+        self.round(blk, ops);
+    }
+
+    /// Before the first round of a device that was just brought up.
+    pub fn start(&self, blk: &Blk) {
         for (lane, queue) in self.lanes.iter().zip(&blk.queues) {
             lane.lock().start(usize::from(queue.lock().queue.layout.size));
         }
+    }
+
+    /// Does so many random operations on each queue, and waits for all of them.
+    pub fn round(&self, blk: &Blk, ops: u64) {
         let mut waiter = Waiter::new(self.shared.options);
         let mut own = hold(blk, &self.lanes, 0, 1);
         drive(&mut own, &self.shared, &mut waiter, Stop::after(ops, None));
         drive(&mut own, &self.shared, &mut waiter, Stop::after(0, None));
+    }
+
+    /// Reads everything back.
+    pub fn read_back(&self, blk: &Blk) {
+        let mut waiter = Waiter::new(self.shared.options);
+        let mut own = hold(blk, &self.lanes, 0, 1);
+        own.iter_mut().for_each(|(lane, _)| lane.read_back = Some(lane.first));
+        drive(&mut own, &self.shared, &mut waiter, Stop::after(u64::MAX, None));
+    }
+
+    /// How many sectors were compared with the model.
+    pub fn sectors_checked(&self) -> u64 {
+        self.lanes.iter().map(|lane| lane.lock().counts.sectors_checked).sum()
     }
 }
 

@@ -194,15 +194,20 @@ impl Transport {
             power::fail(format_args!("features where=device expected=VERSION_1 got={offered:#x}"));
         }
         let features = offered & (wanted | VERSION_1);
-        for (select, half) in [(0, features as u32), (1, (features >> 32) as u32)] {
-            self.common.write::<u32>(common::DRIVER_FEATURE_SELECT, select);
-            self.common.write(common::DRIVER_FEATURE, half);
-        }
+        self.accept(features);
         self.add_status(FEATURES_OK);
         if self.status() & FEATURES_OK == 0 {
             power::fail(format_args!("features where=device expected=FEATURES_OK got=refused features={features:#x}"));
         }
         features
+    }
+
+    /// Says which features the driver accepts.
+    pub fn accept(&self, features: u64) {
+        for (select, half) in [(0, features as u32), (1, (features >> 32) as u32)] {
+            self.common.write::<u32>(common::DRIVER_FEATURE_SELECT, select);
+            self.common.write(common::DRIVER_FEATURE, half);
+        }
     }
 
     /// How many queues the device has.
@@ -225,10 +230,15 @@ impl Transport {
                 "queue-size where=queue:{index} expected=a-power-of-two-up-to-{largest} got={size}"
             ));
         }
-        let layout = Layout::new(size);
+        self.enable_at(index, Layout::new(size), vector, event_idx)
+    }
+
+    /// Enables a queue in memory that is zeroed, with the size that it is laid out for.
+    pub fn enable_at(&self, index: u16, layout: Layout, vector: Option<u16>, event_idx: bool) -> Queue {
+        self.common.write(common::QUEUE_SELECT, index);
         let notify_off = usize::from(self.common.read::<u16>(common::QUEUE_NOTIFY_OFF));
         let doorbell = self.notify.sub(notify_off * self.notify_multiplier as usize, 2);
-        self.common.write(common::QUEUE_SIZE, size);
+        self.common.write(common::QUEUE_SIZE, layout.size);
         let vector = vector.unwrap_or(NO_VECTOR);
         if self.msix.is_some() {
             self.common.write(common::QUEUE_MSIX_VECTOR, vector);
