@@ -43,6 +43,8 @@ pub(super) struct View {
 /// The handles to a connection.
 pub(super) struct Breaker {
     pub(super) socket: OwnedFd,
+    /// Where the daemon speaks by itself: it may leave off in the middle.
+    pub(super) events: Option<OwnedFd>,
     pub(super) process: Option<Arc<OwnedFd>>,
 }
 
@@ -77,13 +79,15 @@ impl Shared {
 
     /// Ends the connection, or the attempt to have one, from outside: whatever the keeper waits for ends with it.
     pub(super) fn break_off(&self) {
-        let Some(Breaker { socket, process }) = self.view().breaker.take() else { return };
+        let Some(Breaker { socket, events, process }) = self.view().breaker.take() else { return };
         warn!(device = self.name, "the daemon does not answer; its connection is ended");
         if let Some(process) = process {
             // One that has ended already is ended.
             let _ = pidfd_send_signal(&process, Signal::KILL);
         }
-        let _ = shutdown(&socket, Shutdown::Both);
+        for socket in [Some(socket), events].into_iter().flatten() {
+            let _ = shutdown(&socket, Shutdown::Both);
+        }
     }
 
     /// Waits until nothing of a daemon that was lost is in flight, for so long at most or for as long as it takes. Returns whether

@@ -362,6 +362,21 @@ fn a_daemon_that_hangs_at_a_reset_is_not_waited_for() {
 }
 
 #[test]
+fn a_daemon_that_leaves_off_in_an_event_is_given_up_with_the_first_wait() {
+    let Play { stage, mut device, _folder } = play(VIRTIO_ID_GPU, PLAIN, |_, _| Does::Obey);
+    device.ack_features(VERSION_1).unwrap();
+    assert!(lock(&stage.events).as_mut().unwrap().write_all(&[2, 0, 0, 0, 1]).is_ok());
+    // The keeper waits for the rest of it by now, or will before long.
+    let start = Instant::now();
+    while stage.connections() == 1 {
+        let asked = Instant::now();
+        device.reset();
+        assert!(asked.elapsed() < ANSWER + NOTICE, "{:?}", asked.elapsed());
+        assert!(start.elapsed() < LIMIT, "it is not given up");
+    }
+}
+
+#[test]
 fn a_reset_is_answered_when_nothing_of_a_dead_daemon_is_in_flight() {
     let Play { mut device, _folder, .. } = play(VIRTIO_ID_GPU, PLAIN, |_, _| Does::Obey);
     device.ack_features(VERSION_1).unwrap();
