@@ -6,6 +6,7 @@
 pub mod embedded;
 pub mod error;
 pub mod host;
+pub mod interposer;
 pub mod lab;
 pub mod native;
 pub mod ongoing;
