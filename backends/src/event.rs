@@ -9,7 +9,7 @@
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
-use std::io::{self, IoSliceMut, Write};
+use std::io::{self, IoSlice, IoSliceMut, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -40,6 +40,8 @@ enum Way {
     Eventfd(Box<Mutex<IoUring>>),
     /// A pipe, by a description that only this process has.
     Pipe(File),
+    /// A pipe that may not be opened once more: its maker is another user. Needs Linux 6.4.
+    SharedPipe(OwnedFd),
     Socket(OwnedFd),
 }
 
@@ -59,7 +61,12 @@ impl Way {
                     return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is the reading end of a pipe"));
                 }
                 let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
-                Ok(Self::Pipe(OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(path)?))
+                match OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(path) {
+                    Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                        Ok(Self::SharedPipe(fd.try_clone_to_owned()?))
+                    }
+                    opened => Ok(Self::Pipe(opened?)),
+                }
             }
             // Closing one of the network may wait for its peer.
             FileType::Socket if socket_domain(fd)? == AddressFamily::UNIX => Ok(Self::Socket(fd.try_clone_to_owned()?)),
@@ -95,6 +102,10 @@ impl SharedEvent {
         let raised = made.and_then(|()| match self.way.get() {
             Some(Way::Eventfd(ring)) => signal(&mut ring.lock().unwrap_or_else(PoisonError::into_inner)),
             Some(Way::Pipe(pipe)) => (&*pipe).write(&ONE).map(drop),
+            Some(Way::SharedPipe(pipe)) => {
+                let bytes = [IoSlice::new(&ONE)];
+                Ok(rustix::io::pwritev2(pipe, &bytes, NO_OFFSET, ReadWriteFlags::NOWAIT).map(drop)?)
+            }
             Some(Way::Socket(socket)) => {
                 Ok(rustix::net::send(socket, &ONE, SendFlags::DONTWAIT | SendFlags::NOSIGNAL).map(drop)?)
             }

@@ -121,7 +121,8 @@ pub struct Chain {
     pub readable: GuestIo,
     /// Device-writable bytes.
     pub writable: GuestIo,
-    /// A buffer was not (all) in guest memory, or in far too many regions of it; the lists hold only those before it and, if it is sound, the last one.
+    /// A buffer was not (all) in guest memory, or in far too many regions of it; the lists hold only those before it and, if it is
+    /// sound, the last one.
     pub unmapped: bool,
 }
 

@@ -87,6 +87,20 @@ impl OnPanic {
     }
 }
 
+/// Tells of a panic when the thread unwinds past it.
+struct Teller {
+    on_panic: OnPanic,
+    thread: usize,
+}
+
+impl Drop for Teller {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.on_panic.tell(self.thread);
+        }
+    }
+}
+
 impl std::fmt::Debug for OnPanic {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(if self.0.is_some() { "OnPanic" } else { "OnPanic(nothing)" })
@@ -225,11 +239,10 @@ impl Reactor {
             };
             tokio_uring::builder().entries(8).start(async move {
                 // A spawned task: as the root future it would cost one more epoll_wait a turn.
-                let run = tokio_uring::spawn(core.run(inbox));
+                let run = tokio_uring::spawn(core.run(inbox, Teller { on_panic, thread: index }));
                 drop(ready.send(Ok(())));
                 if let Err(panicked) = run.await {
                     tracing::error!(thread = index, error = %panicked, "I/O thread died, its queues need a reset");
-                    on_panic.tell(index);
                 }
             });
         })?;
@@ -363,7 +376,9 @@ impl Core {
         Ok(Self { ring, seats: Vec::new(), completions: Vec::new(), window, hold_memory, hold_next, hold_refused })
     }
 
-    async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Command>) {
+    async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Command>, teller: Teller) {
+        // Dropped before the ring, which waits for what is in flight.
+        let _teller = teller;
         // SAFETY: the ring outlives this local and always answers with the same descriptor.
         let ring_fd = match unsafe { AsyncFd::register_with_interest(RingFd(self.ring.fd()), Interest::READABLE) } {
             Ok(fd) => fd,

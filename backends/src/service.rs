@@ -7,9 +7,9 @@ use crate::queue::{Chain, Queue, RingError};
 use crate::reactor::End;
 use crate::stats::QueueStats;
 
-/// Most chains taken in one turn, unless a device knows better. A batch shares its system call, its publication and its interrupt; a bounded one lets the
-/// driver go on with what is done while the next is under way, and a driver that refills faster than its queue is drained
-/// can't keep the thread from other queues.
+/// Most chains taken in one turn, unless a device knows better. A batch shares its system call, its publication and its
+/// interrupt; a bounded one lets the driver go on with what is done while the next is under way, and a driver that refills
+/// faster than its queue is drained can't keep the thread from other queues.
 pub(crate) const BATCH: usize = 16;
 
 #[derive(Debug, PartialEq, Eq)]

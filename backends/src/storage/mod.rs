@@ -1,8 +1,8 @@
 //! What holds the bytes of a disk, behind one trait with static dispatch.
 //!
 //! A storage is a set of state machines over the data ring: each operation has at most one ring operation outstanding, or waits for
-//! another one of the storage, and keeps its state in [`Storage::Op`], which lives in the request's slot. So a request costs no allocation and no task,
-//! and a format that needs several steps (tables before data) is a longer machine of the same shape.
+//! another one of the storage, and keeps its state in [`Storage::Op`], which lives in the request's slot. So a request costs no
+//! allocation and no task, and a format that needs several steps (tables before data) is a longer machine of the same shape.
 
 mod bounce;
 pub mod null;

@@ -10,7 +10,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// Bytes for the bounce buffers of a disk, whatever its queues: enough for a hundred of the longest. A guest has as many requests
 /// in flight as its queues have descriptors, and each would hold a buffer.
@@ -104,7 +104,9 @@ impl Part {
         }
         let queue = match &self.woken {
             Some(woken) => woken,
-            None => self.woken.insert(Arc::new(Woken { list: Mutex::default(), event: EventFd::new(EFD_NONBLOCK)? })),
+            None => self
+                .woken
+                .insert(Arc::new(Woken { list: Mutex::default(), event: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)? })),
         };
         let ticket = share.next_ticket;
         share.next_ticket += 1;
