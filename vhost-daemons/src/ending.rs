@@ -1,6 +1,8 @@
 //! The end of a daemon, which comes in time: sessions are ended, devices flushed, all of them at once, and what does not come to
 //! an end is given up, with a line that says what may be lost.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
@@ -13,6 +15,8 @@ use crate::serve::{Control, Failure, Told};
 
 /// How long the main thread may take to hear of a second signal.
 const HEARING: Duration = Duration::from_secs(1);
+/// How often is looked whether it has.
+const LOOK_PAUSE: Duration = Duration::from_millis(10);
 
 /// How much of the time that the end may take is whose.
 #[derive(Clone, Copy, Debug)]
@@ -32,17 +36,29 @@ impl Deadlines {
 }
 
 /// Ends the process if nobody has heard a second signal that says so.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Second {
     count: u32,
+    /// Whether the daemon has come to its end meanwhile.
+    over: Arc<AtomicBool>,
 }
 
 impl Second {
+    pub(crate) fn new(over: Arc<AtomicBool>) -> Self {
+        Self { count: 0, over }
+    }
+
     /// A signal has come. On the thread that hears them: the others may be waiting for whatever it is.
     pub(crate) fn heard(&mut self, number: i32) {
         self.count += u32::from(is_urgent(number));
         if self.count > 1 {
-            std::thread::sleep(HEARING);
+            let deadline = Instant::now() + HEARING;
+            while Instant::now() < deadline {
+                if self.over.load(Ordering::Acquire) {
+                    return;
+                }
+                std::thread::sleep(LOOK_PAUSE);
+            }
             std::process::exit(Exit::Host as i32);
         }
     }
@@ -54,13 +70,14 @@ fn is_urgent(number: i32) -> bool {
 }
 
 /// Ends the threads, and makes what was written durable. What can't be ended is left to the end of the process, which comes
-/// here then.
+/// here then. `died` is the number of the I/O thread whose panic is the reason.
 pub(crate) fn finish(
     program: &str,
     mut controls: Vec<Control>,
     (tell, told): (&Sender<Told>, &Receiver<Told>),
     deadlines: &Deadlines,
     stats: bool,
+    died: Option<usize>,
 ) -> Result<(), Failure> {
     let begun = Instant::now();
     controls.iter().for_each(|control| control.mailbox.stop());
@@ -81,7 +98,8 @@ pub(crate) fn finish(
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => break,
         }
     }
-    let mut failures = Vec::new();
+    let died = died.map(|thread| format!("I/O thread {thread} panicked, its clients are lost; this is a bug"));
+    let mut failures: Vec<Failure> = died.into_iter().map(|line| (line, Exit::Internal)).collect();
     let mut total = Vec::new();
     let mut all_ended = true;
     for (control, flushed) in controls.iter_mut().zip(flushed) {
@@ -111,7 +129,7 @@ pub(crate) fn finish(
     if !all_ended {
         // Nothing is dropped that would wait for what is in flight.
         failures.iter().for_each(|(line, _)| eprintln!("{program}: {line}"));
-        std::process::exit(Exit::Host as i32);
+        std::process::exit(failures.first().map_or(Exit::Host, |&(_, exit)| exit) as i32);
     }
     let Some(&(_, exit)) = failures.first() else { return Ok(()) };
     Err((failures.into_iter().map(|(line, _)| line).collect::<Vec<_>>().join("\n"), exit))

@@ -2,7 +2,8 @@
 //! behind it: a file server (FUSE) is asked to flush, a TCP socket may linger. Those kinds that a message can need close at
 //! once; all others are closed here, by threads that nobody waits for.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rustix::net::AddressFamily;
@@ -56,7 +57,14 @@ fn is_known(file: &OwnedFd) -> bool {
     rustix::fs::fcntl_get_seals(file).is_ok()
         || descriptor::is_eventfd(file.as_fd())
         || socket_domain(file) == Ok(AddressFamily::UNIX)
-        || rustix::pipe::fcntl_getpipe_size(file).is_ok()
+        || is_pipe(file)
+}
+
+/// Whether it is a pipe without a name: a FIFO in a file system may have a server that answers nothing.
+fn is_pipe(file: &OwnedFd) -> bool {
+    rustix::pipe::fcntl_getpipe_size(file).is_ok()
+        && std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))
+            .is_ok_and(|name| name.as_os_str().as_bytes().starts_with(b"pipe:["))
 }
 
 fn close(files: Vec<OwnedFd>) {

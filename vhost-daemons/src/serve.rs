@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::time::Duration;
 
@@ -96,7 +97,8 @@ fn run<T>(program: &Program<T>, options: &ServeOptions, texts: &[String]) -> Res
     let sources = options.open_sources(inherited).map_err(wrong)?;
 
     let deadlines = Deadlines::within(options.stop_timeout());
-    let (signal, mut second) = (tell.clone(), Second::default());
+    let over = Arc::<AtomicBool>::default();
+    let (signal, mut second) = (tell.clone(), Second::new(Arc::clone(&over)));
     let signals = SignalThread::start(&SIGNALS, move |number| {
         drop(signal.send(Told::Signal(number)));
         second.heard(number);
@@ -114,14 +116,10 @@ fn run<T>(program: &Program<T>, options: &ServeOptions, texts: &[String]) -> Res
     notify("READY=1");
     let died = wait(&mut threads, &told);
     notify("STOPPING=1");
-    let ended = finish(program.name, threads, (&tell, &told), &deadlines, options.stats);
+    let ended = finish(program.name, threads, (&tell, &told), &deadlines, options.stats, died);
+    over.store(true, Ordering::Release);
     drop(signals);
-    match died {
-        Some(thread) => {
-            Err((format!("I/O thread {thread} panicked, its clients are lost; this is a bug"), Exit::Internal))
-        }
-        None => ended,
-    }
+    ended
 }
 
 /// What the main thread is told.

@@ -192,6 +192,16 @@ fn a_second_signal_ends_a_daemon_at_once() {
 }
 
 #[test]
+fn a_second_signal_is_no_failure_of_a_daemon_that_ends_in_time() {
+    let dir = scratch();
+    let daemon = stuck::daemon(dir.path(), &[Kind::Answers]);
+    let _tenant = running(&dir.path().join("0.sock"));
+    daemon.signal(Signal::TERM);
+    daemon.signal(Signal::INT);
+    assert!(!ends(daemon, 0).iter().any(|line| line.contains("given up")));
+}
+
+#[test]
 fn what_does_not_answer_holds_up_the_next_client_but_not_the_end() {
     let dir = scratch();
     let daemon = stuck::daemon(dir.path(), &[Kind::Hangs]);
