@@ -76,3 +76,18 @@ fn a_daemon_whose_storage_answers_no_more_holds_up_no_end() {
         assert_eq!(ended.code(), GAVE_UP, "{}", ended.stderr);
     });
 }
+
+#[test]
+fn signals_that_come_together_are_one() {
+    if !ready() {
+        return;
+    }
+    let image = image(64);
+    let running = busy("job=write bs=64k depth=16 time=600s", &[&disk(&image, Place::Process, "queues=1")]);
+    // As a terminal that is closed, a service manager or timeout(1) sends them.
+    for signal in [Signal::TERM, Signal::HUP, Signal::TERM] {
+        running.signal(signal).expect("it runs");
+    }
+    let ended = running.end(SOON).expect("it ends");
+    assert_eq!(ended.code(), 0, "{}", ended.stderr);
+}
