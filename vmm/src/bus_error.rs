@@ -54,14 +54,14 @@ extern "C" fn on_sigbus(_signal: i32, info: *mut libc::siginfo_t, _context: *mut
     // SAFETY: these calls have no preconditions. The main thread is the one that ends the machine.
     let on_main = unsafe { libc::gettid() == libc::getpid() };
     match RAISED.get() {
-        Some(event) if of_memory && !on_main => {
+        Some(event) if of_memory && (!on_main || code == libc::BUS_MCEERR_AO) => {
             // SAFETY: with these codes the kernel fills in the address.
             ADDRESS.store(unsafe { (*info).si_addr() } as usize, Ordering::Release);
             let one = 1u64;
             // SAFETY: eight bytes that live across the call.
             let _ = unsafe { libc::write(event.as_raw_fd(), (&raw const one).cast(), 8) };
             if code == libc::BUS_MCEERR_AO {
-                // The kernel tells of a page that nobody has touched yet.
+                // The kernel tells any thread of a page that nobody has touched yet.
                 return;
             }
             loop {

@@ -20,7 +20,7 @@ use rustix::stdio::{stdin, stdout};
 use rustix::termios::isatty;
 use rustix::thread::CpuSet;
 use thiserror::Error;
-use tracing::info;
+use tracing::{info, warn};
 use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET};
 
 use crate::advice::advice;
@@ -32,7 +32,7 @@ use crate::kvm::{Kvm, KvmError};
 use crate::legacy::console::{Console, Streams};
 use crate::legacy::serial_file::SerialFile;
 use crate::legacy::terminal::{RawMode, is_interactive};
-use crate::machine::ending::{Limits, Stopped, flush};
+use crate::machine::ending::{Limits, Stopped, flush, let_go};
 use crate::machine::{Blueprint, Machine, MachineError, Running};
 use crate::placement::{Moved, Mover, PlaceError, PlacedDisk, nic_in_daemon};
 use crate::vhost_user::peer::Peer;
@@ -189,7 +189,7 @@ pub fn run(config: &Config) -> Result<Exit, RunError> {
         }
         Serial::File { .. } | Serial::Null => None,
     };
-    let result = run_machines(config, &blueprint, machine, &receiver, &movers);
+    let result = run_machines(config, &blueprint, machine, &receiver, movers);
     drop(signals);
     if let Some(console) = console {
         console.finish();
@@ -204,31 +204,57 @@ fn run_machines(
     blueprint: &Blueprint<'_>,
     mut machine: Machine,
     receiver: &Receiver<Event>,
-    movers: &[Mover],
+    movers: Vec<Mover>,
 ) -> Result<Exit, RunError> {
     loop {
         let running = machine.start()?;
-        let ending = wait(&running, receiver, movers)?;
+        let mut ending = wait(&running, receiver, &movers)?;
         info!(?ending, "the machine stops");
         let limits = Limits::within(Duration::from_secs(config.stop_timeout));
         let Stopped { devices, stats, mut abandoned } = running.stop(limits);
-        if restarts(config, &ending) && abandoned.is_empty() {
-            // A signal that came meanwhile must not be lost.
-            let signal = receiver
-                .try_iter()
-                .find(|event| matches!(event, Event::End(Ending::Signal(_) | Ending::ConsoleEscape)));
-            if signal.is_none() {
-                blueprint.events.rearm();
-                machine = Machine::build(blueprint, devices)?;
-                continue;
+        let all = devices.len();
+        let (devices, failures) = flush(devices, limits);
+        if restarts(config, &ending) && abandoned.is_empty() && devices.len() == all {
+            // What came meanwhile and ends more than this machine must not be lost.
+            match receiver.try_iter().find_map(more_than_a_reset) {
+                Some(other) => ending = other,
+                None => {
+                    failures.iter().for_each(|failure| warn!("{failure}"));
+                    blueprint.events.rearm();
+                    machine = Machine::build(blueprint, devices)?;
+                    continue;
+                }
             }
         }
         if config.stats {
             eprint!("{}", summary(&stats));
         }
-        abandoned.extend(flush(devices, limits));
-        let exit = conclude(config, ending)?;
-        return if abandoned.is_empty() { Ok(exit) } else { Err(RunError::Unfinished(abandoned.join("; "))) };
+        // They hold on to the devices.
+        drop(movers);
+        let_go(devices, limits);
+        abandoned.extend(failures);
+        let exit = conclude(config, ending);
+        if abandoned.is_empty() {
+            return exit;
+        }
+        let unfinished = RunError::Unfinished(abandoned.join("; "));
+        return match exit {
+            Ok(_) => Err(unfinished),
+            Err(first) => {
+                eprintln!("ringvm: {unfinished}");
+                Err(first)
+            }
+        };
+    }
+}
+
+/// An ending that a reboot does not make up for.
+fn more_than_a_reset(event: Event) -> Option<Ending> {
+    match event {
+        Event::End(
+            ending @ (Ending::Signal(_) | Ending::ConsoleEscape | Ending::Panic(_) | Ending::HostFailure(_)),
+        ) => Some(ending),
+        _ => None,
     }
 }
 

@@ -97,7 +97,7 @@ impl Vcpus {
             match spawned {
                 Ok(thread) => threads.push(VcpuThread { id, thread, commands, ended }),
                 Err(source) => {
-                    VcpuThread::stop_all(threads);
+                    VcpuThread::stop_all(threads, Instant::now() + STOP_LIMIT);
                     return Err(KvmError::Call { what: format!("starting the thread of vCPU {id}"), source });
                 }
             }
@@ -127,26 +127,31 @@ pub struct VcpuThread {
 }
 
 impl VcpuThread {
-    /// Stops vCPUs and waits for their threads. Returns the numbers of those that do not stop in time; they run no guest any more
-    /// once the end of the machine was reported.
-    pub fn stop_all(threads: Vec<Self>) -> Vec<u32> {
+    /// The number of the vCPU.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// Stops vCPUs and waits for their threads. Returns those that do not stop in time; they run no guest any more once the end of
+    /// the machine was reported.
+    pub fn stop_all(threads: Vec<Self>, deadline: Instant) -> Vec<Self> {
         for thread in &threads {
             // Full: it was told before. Disconnected: it has ended.
             drop(thread.commands.try_send(Command::Stop));
             signal::kick(&thread.thread);
         }
-        let deadline = Instant::now() + STOP_LIMIT;
         let mut late = Vec::new();
-        'threads: for VcpuThread { id, thread, ended, .. } in threads {
-            while let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(KICK_INTERVAL) {
+        'threads: for vcpu in threads {
+            while let Err(RecvTimeoutError::Timeout) = vcpu.ended.recv_timeout(KICK_INTERVAL) {
                 if Instant::now() > deadline {
-                    late.push(id);
+                    late.push(vcpu);
                     continue 'threads;
                 }
-                signal::kick(&thread);
+                signal::kick(&vcpu.thread);
             }
             // A panic was reported as an event already.
-            drop(thread.join());
+            drop(vcpu.thread.join());
         }
         late
     }

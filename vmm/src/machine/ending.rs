@@ -18,6 +18,8 @@ use crate::virtio_pci::{self, VirtioPci};
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     whole: Duration,
+    /// The vCPUs, one of which may wait for a device.
+    vcpus: Instant,
     /// What devices have in flight; most of it is cancelled.
     stopped: Instant,
     /// What was written and is not durable.
@@ -27,11 +29,12 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// Those of an end that begins now and takes no longer than `whole`. The vCPUs have what the devices leave.
+    /// Those of an end that begins now and takes no longer than `whole`.
     #[must_use]
     pub fn within(whole: Duration) -> Self {
         let now = Instant::now();
-        Self { whole, stopped: now + whole * 5 / 10, flushed: now + whole * 8 / 10, gone: now + whole * 9 / 10 }
+        let part = |tenths| now + whole * tenths / 10;
+        Self { whole, vcpus: part(2), stopped: part(5), flushed: part(8), gone: part(9) }
     }
 }
 
@@ -51,9 +54,7 @@ impl Running {
     #[must_use]
     pub fn stop(self, limits: Limits) -> Stopped {
         let mut stopped = Stopped::default();
-        for id in VcpuThread::stop_all(self.threads) {
-            stopped.abandoned.push(format!("vCPU {id} did not stop, it waits for a device"));
-        }
+        let late = VcpuThread::stop_all(self.threads, limits.vcpus);
         let taken = self.functions.into_iter().map(|(name, function)| (name, move || take(&function)));
         for (name, taken) in all_until(limits.stopped, taken.collect()) {
             match taken {
@@ -66,6 +67,10 @@ impl Running {
                     .push(format!("{name}: given up with requests in flight, what the guest wrote last may be lost")),
             }
         }
+        // What these have waited for is over now, or was given up above.
+        for vcpu in VcpuThread::stop_all(late, limits.stopped) {
+            stopped.abandoned.push(format!("vCPU {} did not stop, it waits for a device", vcpu.id()));
+        }
         stopped
     }
 }
@@ -76,32 +81,33 @@ fn take(function: &Mutex<VirtioPci>) -> (Option<Box<dyn Device>>, DeviceStats) {
     (function.take_device(), stats)
 }
 
-/// Makes what the devices were given durable, and lets them go. Returns a line for each that failed or took too long.
+/// Makes what the devices were given durable. Returns those that answered, and a line for each that failed or took too long.
 #[must_use]
-pub fn flush(devices: Vec<Box<dyn Device>>, limits: Limits) -> Vec<String> {
-    let (gone, all_gone) = unbounded::<()>();
+pub fn flush(devices: Vec<Box<dyn Device>>, limits: Limits) -> (Vec<Box<dyn Device>>, Vec<String>) {
     let flushes = devices.into_iter().map(|mut device| {
-        let gone = gone.clone();
         (device.info().name.clone(), move || {
             let flushed = device.flush();
-            // It goes while others are flushed; its daemon may take its time.
-            let going = thread::Builder::new().name("farewell".into()).spawn(move || drop((device, gone)));
-            if let Err(error) = going {
-                warn!(%error, "starting a thread");
-            }
-            flushed
+            (device, flushed)
         })
     });
-    let flushed = all_until(limits.flushed, flushes.collect());
-    drop(gone);
-    // A disconnect: the last one has gone. One that has not is left to the end of the process.
-    let _ = all_gone.recv_deadline(limits.gone);
-    let failed = flushed.into_iter().filter_map(|(name, flushed)| match flushed {
-        Some(Ok(())) => None,
-        Some(Err(error)) => Some(error.to_string()),
-        None => Some(format!("{name}: flushing did not end within --stop-timeout={}", limits.whole.as_secs())),
-    });
-    failed.map(|what| format!("{what}, what the guest wrote last may be lost")).collect()
+    let (mut answered, mut failures) = (Vec::new(), Vec::new());
+    for (name, flushed) in all_until(limits.flushed, flushes.collect()) {
+        let failed = match flushed {
+            Some((device, flushed)) => {
+                answered.push(device);
+                flushed.err().map(|error| error.to_string())
+            }
+            None => Some(format!("{name}: flushing did not end within --stop-timeout={}", limits.whole.as_secs())),
+        };
+        failures.extend(failed.map(|what| format!("{what}, what the guest wrote last may be lost")));
+    }
+    (answered, failures)
+}
+
+/// Lets devices go, with their daemons, all at once. One that takes too long is left to the end of the process.
+pub fn let_go(devices: Vec<Box<dyn Device>>, limits: Limits) {
+    let going = devices.into_iter().map(|device| (device.info().name.clone(), move || drop(device)));
+    all_until(limits.gone, going.collect());
 }
 
 /// Does all at once, each on a thread of its own. Of those that do not end until `deadline` there is no result.
