@@ -182,7 +182,7 @@ impl Model {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
-    /// PITFALLS 55: nothing is lost or doubled wherever a device ends, its successor too.
+    /// Pitfall 55: nothing is lost or doubled wherever a device ends, its successor too.
     #[test]
     fn pitfall_55_no_crash_point_loses_or_doubles_a_request(first in steps(), second in steps(), again in 0..60u32) {
         for point in 0.. {

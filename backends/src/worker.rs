@@ -41,6 +41,11 @@ pub trait Handler {
         false
     }
 
+    /// Whether a pending request waits for another side, which may never come. Nobody waits for such a request when the queue stops.
+    fn waits_for_another_side(&self, _request: &Self::Request) -> bool {
+        false
+    }
+
     /// While any request waits for others: what becomes readable when another thread has woken one.
     fn wakes(&self) -> Option<BorrowedFd<'_>> {
         None
@@ -127,7 +132,10 @@ impl<H: Handler> Worker<H> {
     fn end_waiting(&mut self, index: u32, ring: &mut Ring) {
         if self.service.is_suspending() && self.handler.is_waiting(&self.slots[index as usize].request) {
             self.leave(index);
-        } else if self.handler.window() != usize::MAX || self.service.is_suspending() {
+        } else if self.handler.window() != usize::MAX
+            || self.service.is_suspending()
+            || self.handler.waits_for_another_side(&self.slots[index as usize].request)
+        {
             ring.cancel(Token { task: self.service.task(), slot: index });
         }
     }

@@ -130,6 +130,27 @@ fn only_the_kvm_module_mentions_kvm_ioctls() {
     assert!(inside > 0 && scanned > inside, "{inside} of {scanned} files: the scan looks in the wrong place");
 }
 
+#[test]
+fn what_tests_call_a_pitfall_is_described() {
+    let workspace = paths::workspace();
+    let described = fs::read_to_string(workspace.join("docs/pitfalls.md")).expect("docs/pitfalls.md is there");
+    let described: BTreeSet<u32> =
+        described.lines().filter_map(|line| line.strip_prefix("| ")?.split(' ').next()?.parse().ok()).collect();
+    let mut named = BTreeSet::new();
+    for folder in ["vmm", "backends", "vhost-daemons", "bench", "tests"] {
+        for file in sources(&workspace.join(folder)) {
+            let text = fs::read_to_string(&file).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
+            for name in text.split("pitfall").skip(1) {
+                let numbers = name.strip_prefix('s').unwrap_or(name).split('_').skip(1).filter(|part| *part != "and");
+                named.extend(numbers.map_while(|part| part.parse::<u32>().ok()));
+            }
+        }
+    }
+    assert!(named.len() > 30, "{} numbers: the scan looks in the wrong place", named.len());
+    let unknown: Vec<_> = named.difference(&described).collect();
+    assert!(unknown.is_empty(), "docs/pitfalls.md does not describe {unknown:?}");
+}
+
 fn sources(folder: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
     let mut files = Vec::new();

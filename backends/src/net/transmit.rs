@@ -136,6 +136,10 @@ impl Handler for TransmitHandler {
         with(self.ends.tx.as_fd());
     }
 
+    fn waits_for_another_side(&self, request: &Transmit) -> bool {
+        request.waiting
+    }
+
     fn window(&self) -> usize {
         if self.port.may_block() { 1 } else { usize::MAX }
     }

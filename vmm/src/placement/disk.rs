@@ -301,7 +301,7 @@ impl Placed {
             return Err(error);
         }
         for kept in self.running.values() {
-            // What the old place has said last may not have been heard (PITFALLS 48).
+            // What the old place has said last may not have been heard (pitfall 48).
             interrupt(&kept.call, lent, Place::Process).unwrap_or_default().raise();
         }
         let pause = start.elapsed();

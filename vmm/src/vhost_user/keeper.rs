@@ -303,7 +303,7 @@ impl Keeper {
             }
             self.start_over(link, index as u16)?;
             if let Some(ring) = &self.rings[index] {
-                // Whatever was said while nobody listened is said again (PITFALLS 48).
+                // Whatever was said while nobody listened is said again (pitfall 48).
                 ring.again.iter().for_each(SharedEvent::raise);
             }
         }

@@ -198,7 +198,7 @@ impl Transport {
 
     /// Writes a field of the selected queue.
     fn write_queue(&mut self, offset: u64, len: usize, value: u64, vectors: &dyn Vectors) {
-        // PITFALLS 1: nothing of a queue changes once it may be in use.
+        // Pitfall 1 (docs/pitfalls.md): nothing of a queue changes once it may be in use.
         if self.has(status::DRIVER_OK) {
             return;
         }
@@ -312,7 +312,7 @@ impl Transport {
         if !self.has(status::DRIVER_OK) {
             return;
         }
-        // Indices are kept as they are, gaps and all (PITFALLS 16). The last comes first: a control queue is behind those it
+        // Indices are kept as they are, gaps and all (pitfall 16). The last comes first: a control queue is behind those it
         // is about.
         for index in (0..self.queues.len()).rev() {
             let queue = &self.queues[index];
