@@ -15,6 +15,8 @@ use crate::serve::{Control, Failure, Told};
 
 /// How long the main thread may take to hear of a second signal.
 const HEARING: Duration = Duration::from_secs(1);
+/// Signals that come together are one: timeout(1) and service managers send two for one reason.
+const REPEAT: Duration = Duration::from_millis(50);
 /// How often is looked whether it has.
 const LOOK_PAUSE: Duration = Duration::from_millis(10);
 
@@ -38,20 +40,19 @@ impl Deadlines {
 /// Ends the process if nobody has heard a second signal that says so.
 #[derive(Debug)]
 pub(crate) struct Second {
-    count: u32,
+    first: Option<Instant>,
     /// Whether the daemon has come to its end meanwhile.
     over: Arc<AtomicBool>,
 }
 
 impl Second {
     pub(crate) fn new(over: Arc<AtomicBool>) -> Self {
-        Self { count: 0, over }
+        Self { first: None, over }
     }
 
     /// A signal has come. On the thread that hears them: the others may be waiting for whatever it is.
     pub(crate) fn heard(&mut self, number: i32) {
-        self.count += u32::from(is_urgent(number));
-        if self.count > 1 {
+        if is_urgent(number) && self.first.get_or_insert_with(Instant::now).elapsed() >= REPEAT {
             let deadline = Instant::now() + HEARING;
             while Instant::now() < deadline {
                 if self.over.load(Ordering::Acquire) {
@@ -88,7 +89,7 @@ pub(crate) fn finish(
         match told.recv_timeout(until.saturating_duration_since(Instant::now())) {
             Ok(Told::Ended(index, report)) => controls[index].report = Some(report),
             Ok(Told::Flushed(index, result)) => flushed[index] = Some(result),
-            Ok(Told::Signal(number)) => at_once = is_urgent(number),
+            Ok(Told::Signal(number)) => at_once = is_urgent(number) && begun.elapsed() >= REPEAT,
             // One more, or the first while the daemon ends anyway.
             Ok(Told::Died(_)) => {}
             Err(RecvTimeoutError::Timeout) if until < begun + deadlines.last => {
