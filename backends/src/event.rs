@@ -8,24 +8,22 @@
 #![allow(unsafe_code, reason = "borrows and reads descriptors whose type has no safe wrapper")]
 
 use std::fmt;
-use std::fs::{File, OpenOptions};
-use std::io::{self, IoSlice, IoSliceMut, Write};
+use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use io_uring::{IoUring, opcode};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{FileType, OFlags};
+use rustix::fs::FileType;
 use rustix::io::ReadWriteFlags;
 use rustix::net::sockopt::socket_domain;
 use rustix::net::{AddressFamily, SendFlags};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::pipe::{ForeignPipe, NO_OFFSET};
+
 /// What is written to pipes and sockets: the bytes that an eventfd would take.
 const ONE: [u8; 8] = 1u64.to_ne_bytes();
-/// The position of what has none.
-const NO_OFFSET: u64 = u64::MAX;
 
 /// An event that somebody else holds as well, and may have made anything of.
 pub struct SharedEvent {
@@ -38,10 +36,7 @@ pub struct SharedEvent {
 enum Way {
     /// An eventfd: by a completion of this ring.
     Eventfd(Box<Mutex<IoUring>>),
-    /// A pipe, by a description that only this process has.
-    Pipe(File),
-    /// A pipe that may not be opened once more: its maker is another user. Needs Linux 6.4.
-    SharedPipe(OwnedFd),
+    Pipe(ForeignPipe),
     Socket(OwnedFd),
 }
 
@@ -56,18 +51,7 @@ impl Way {
             Err(_) => {}
         }
         match FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode) {
-            FileType::Fifo => {
-                if rustix::fs::fcntl_getfl(fd)? & OFlags::RWMODE == OFlags::RDONLY {
-                    return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is the reading end of a pipe"));
-                }
-                let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
-                match OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(path) {
-                    Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-                        Ok(Self::SharedPipe(fd.try_clone_to_owned()?))
-                    }
-                    opened => Ok(Self::Pipe(opened?)),
-                }
-            }
+            FileType::Fifo => Ok(Self::Pipe(ForeignPipe::new(fd, true)?)),
             // Closing one of the network may wait for its peer.
             FileType::Socket if socket_domain(fd)? == AddressFamily::UNIX => Ok(Self::Socket(fd.try_clone_to_owned()?)),
             _ => Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not an eventfd, a pipe or a Unix socket")),
@@ -101,11 +85,7 @@ impl SharedEvent {
         };
         let raised = made.and_then(|()| match self.way.get() {
             Some(Way::Eventfd(ring)) => signal(&mut ring.lock().unwrap_or_else(PoisonError::into_inner)),
-            Some(Way::Pipe(pipe)) => (&*pipe).write(&ONE).map(drop),
-            Some(Way::SharedPipe(pipe)) => {
-                let bytes = [IoSlice::new(&ONE)];
-                Ok(rustix::io::pwritev2(pipe, &bytes, NO_OFFSET, ReadWriteFlags::NOWAIT).map(drop)?)
-            }
+            Some(Way::Pipe(pipe)) => pipe.write(&ONE).map(drop),
             Some(Way::Socket(socket)) => {
                 Ok(rustix::net::send(socket, &ONE, SendFlags::DONTWAIT | SendFlags::NOSIGNAL).map(drop)?)
             }
@@ -168,10 +148,13 @@ pub fn take(event: BorrowedFd<'_>) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
     use std::os::unix::net::{UnixDatagram, UnixStream};
     use std::sync::Arc;
     use std::sync::mpsc;
     use std::time::Duration;
+
+    use rustix::fs::OFlags;
 
     use super::*;
 

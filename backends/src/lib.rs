@@ -19,6 +19,7 @@ pub mod interrupt;
 pub mod io;
 pub mod keyval;
 pub mod net;
+pub mod pipe;
 pub mod port;
 pub mod program;
 pub mod queue;

@@ -4,20 +4,19 @@
 //! A thread of its own reads or writes, so that neither side waits for the other while it should answer messages; it ends
 //! with the pipe, with its time, or with the session. How it went is asked for by CHECK_DEVICE_STATE.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, IoSlice, IoSliceMut, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ringvm_backends::device::{Device, DeviceError};
+use ringvm_backends::pipe::ForeignPipe;
 use ringvm_backends::state::MAX_STATE;
 use rustix::event::{PollFd, PollFlags};
-use rustix::fs::{FileType, OFlags};
-use rustix::io::{Errno, ReadWriteFlags};
+use rustix::fs::FileType;
+use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown};
 use thiserror::Error;
 use vhost::vhost_user::message::{
@@ -30,8 +29,6 @@ use crate::mailbox::{Event, Wanted, poll};
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How often to look whether a transfer is still wanted.
 const LOOK_PAUSE: Duration = Duration::from_millis(100);
-/// The position of what has none.
-const NO_OFFSET: u64 = u64::MAX;
 
 /// Why a state is not moved.
 #[derive(Debug, Error)]
@@ -178,49 +175,29 @@ impl Drop for Transfer {
 
 /// Where the state goes or comes from. Reads and writes never wait, whatever flags the other side gives what it shares.
 enum OtherEnd {
-    /// A pipe, by a description that only this process has.
-    Pipe(File),
-    /// A pipe that may not be opened once more: its maker is another user. Needs Linux 6.4.
-    SharedPipe(OwnedFd),
+    Pipe(ForeignPipe),
     Socket(OwnedFd),
 }
 
 impl OtherEnd {
     fn of(fd: OwnedFd, writes: bool) -> io::Result<Self> {
-        let wrong = |what| io::Error::new(io::ErrorKind::InvalidInput, what);
         match FileType::from_raw_mode(rustix::fs::fstat(&fd)?.st_mode) {
             FileType::Socket => Ok(Self::Socket(fd)),
-            FileType::Fifo => {
-                let mode = rustix::fs::fcntl_getfl(&fd)? & OFlags::RWMODE;
-                if mode == if writes { OFlags::RDONLY } else { OFlags::WRONLY } {
-                    return Err(wrong("its descriptor is the wrong end of a pipe"));
-                }
-                let mut options = OpenOptions::new();
-                options.read(!writes).write(writes).custom_flags(libc::O_NONBLOCK);
-                let opened = options.open(format!("/proc/self/fd/{}", fd.as_raw_fd()));
-                Ok(opened.map_or(Self::SharedPipe(fd), Self::Pipe))
-            }
-            _ => Err(wrong("its descriptor is neither a pipe nor a socket")),
+            FileType::Fifo => Ok(Self::Pipe(ForeignPipe::new(fd.as_fd(), writes)?)),
+            _ => Err(io::Error::new(io::ErrorKind::InvalidInput, "its descriptor is neither a pipe nor a socket")),
         }
     }
 
     fn read(&self, room: &mut [u8]) -> io::Result<usize> {
         match self {
-            Self::Pipe(pipe) => (&*pipe).read(room),
-            Self::SharedPipe(pipe) => {
-                let mut room = [IoSliceMut::new(room)];
-                Ok(rustix::io::preadv2(pipe, &mut room, NO_OFFSET, ReadWriteFlags::NOWAIT)?)
-            }
+            Self::Pipe(pipe) => pipe.read(room),
             Self::Socket(socket) => Ok(rustix::net::recv(socket, room, RecvFlags::DONTWAIT)?.0),
         }
     }
 
     fn write(&self, bytes: &[u8]) -> io::Result<usize> {
         match self {
-            Self::Pipe(pipe) => (&*pipe).write(bytes),
-            Self::SharedPipe(pipe) => {
-                Ok(rustix::io::pwritev2(pipe, &[IoSlice::new(bytes)], NO_OFFSET, ReadWriteFlags::NOWAIT)?)
-            }
+            Self::Pipe(pipe) => pipe.write(bytes),
             Self::Socket(socket) => Ok(rustix::net::send(socket, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)?),
         }
     }
@@ -230,7 +207,7 @@ impl AsFd for OtherEnd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match self {
             Self::Pipe(pipe) => pipe.as_fd(),
-            Self::SharedPipe(fd) | Self::Socket(fd) => fd.as_fd(),
+            Self::Socket(socket) => socket.as_fd(),
         }
     }
 }
@@ -297,6 +274,8 @@ impl Channel {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::io::{Read as _, Write as _};
     use std::os::unix::net::UnixStream;
 
     use super::*;
