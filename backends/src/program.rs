@@ -5,8 +5,10 @@ mod log_budget;
 use std::env;
 use std::io::{self, IsTerminal};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use log_budget::LogBudget;
+use signal_hook::consts::SIGHUP;
 use signal_hook::iterator::{Handle, Signals};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt as _;
@@ -65,6 +67,23 @@ impl Drop for SignalThread {
     }
 }
 
+/// Signals that come together are one: terminals, timeout(1) and service managers send two for one reason.
+const TOGETHER: Duration = Duration::from_millis(50);
+
+/// Tells the second signal that ends a program, which means now, from the first. SIGHUP is never the second: it often follows another.
+#[derive(Debug, Default)]
+pub struct Endings {
+    first: Option<Instant>,
+}
+
+impl Endings {
+    /// A signal that ends the program has come. Returns whether it means now.
+    pub fn is_second(&mut self, signal: i32) -> bool {
+        let first = *self.first.get_or_insert_with(Instant::now);
+        signal != SIGHUP && first.elapsed() >= TOGETHER
+    }
+}
+
 /// Has a write beyond RLIMIT_FSIZE fail with EFBIG, as one to a full disk fails, instead of ending the process (SIGXFSZ): a guest that
 /// writes to its disk does not choose when its host ends. Programs that are started inherit this.
 #[allow(unsafe_code, reason = "signals have no safe wrapper among our dependencies that can ignore one")]
@@ -78,6 +97,17 @@ mod tests {
     use tracing::Level;
 
     use super::*;
+
+    #[test]
+    fn signals_that_come_together_are_one_and_sighup_is_never_the_second() {
+        use signal_hook::consts::{SIGINT, SIGTERM};
+        let mut endings = Endings::default();
+        assert!(!endings.is_second(SIGTERM));
+        endings.first = endings.first.and_then(|first| first.checked_sub(TOGETHER));
+        assert!(!endings.is_second(SIGHUP) && endings.is_second(SIGINT));
+        let mut just_now = Endings { first: Some(Instant::now() + Duration::from_secs(3600)) };
+        assert!(!just_now.is_second(SIGTERM));
+    }
 
     #[test]
     fn the_log_is_as_loud_as_asked() {

@@ -1,23 +1,19 @@
 //! The end of a daemon, which comes in time: sessions are ended, devices flushed, all of them at once, and what does not come to
 //! an end is given up, with a line that says what may be lost.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use ringvm_backends::device::DeviceError;
 use ringvm_backends::summary::summary;
-use signal_hook::consts::{SIGINT, SIGQUIT, SIGTERM};
 
 use crate::exit::Exit;
 use crate::serve::{Control, Failure, Told};
 
 /// How long the main thread may take to hear of a second signal.
 const HEARING: Duration = Duration::from_secs(1);
-/// Signals that come together are one: timeout(1) and service managers send two for one reason.
-const REPEAT: Duration = Duration::from_millis(50);
-/// How often is looked whether it has.
+/// How often to look whether it has.
 const LOOK_PAUSE: Duration = Duration::from_millis(10);
 
 /// How much of the time that the end may take is whose.
@@ -37,37 +33,15 @@ impl Deadlines {
     }
 }
 
-/// Ends the process if nobody has heard a second signal that says so.
-#[derive(Debug)]
-pub(crate) struct Second {
-    first: Option<Instant>,
-    /// Whether the daemon has come to its end meanwhile.
-    over: Arc<AtomicBool>,
-}
-
-impl Second {
-    pub(crate) fn new(over: Arc<AtomicBool>) -> Self {
-        Self { first: None, over }
-    }
-
-    /// A signal has come. On the thread that hears them: the others may be waiting for whatever it is.
-    pub(crate) fn heard(&mut self, number: i32) {
-        if is_urgent(number) && self.first.get_or_insert_with(Instant::now).elapsed() >= REPEAT {
-            let deadline = Instant::now() + HEARING;
-            while Instant::now() < deadline {
-                if self.over.load(Ordering::Acquire) {
-                    return;
-                }
-                std::thread::sleep(LOOK_PAUSE);
-            }
+/// Ends the process unless it is `over` soon: the other threads, which were told to end at once, may be waiting for whatever it is.
+pub(crate) fn exit_soon(over: &AtomicBool) {
+    let deadline = Instant::now() + HEARING;
+    while !over.load(Ordering::Acquire) {
+        if Instant::now() >= deadline {
             std::process::exit(Exit::Host as i32);
         }
+        std::thread::sleep(LOOK_PAUSE);
     }
-}
-
-/// Whether a signal, sent twice, means now.
-fn is_urgent(number: i32) -> bool {
-    matches!(number, SIGTERM | SIGINT | SIGQUIT)
 }
 
 /// Ends the threads, and makes what was written durable. What can't be ended is left to the end of the process, which comes
@@ -89,7 +63,8 @@ pub(crate) fn finish(
         match told.recv_timeout(until.saturating_duration_since(Instant::now())) {
             Ok(Told::Ended(index, report)) => controls[index].report = Some(report),
             Ok(Told::Flushed(index, result)) => flushed[index] = Some(result),
-            Ok(Told::Signal(number)) => at_once = is_urgent(number) && begun.elapsed() >= REPEAT,
+            Ok(Told::AtOnce) => at_once = true,
+            Ok(Told::End | Told::Statistics) => {}
             // One more, or the first while the daemon ends anyway.
             Ok(Told::Died(_)) => {}
             Err(RecvTimeoutError::Timeout) if until < begun + deadlines.last => {

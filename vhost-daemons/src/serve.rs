@@ -10,14 +10,14 @@ use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::time::Duration;
 
 use ringvm_backends::device::{Device, DeviceError, Flusher};
-use ringvm_backends::program::{SignalThread, ignore_file_size_signal, start_tracing};
+use ringvm_backends::program::{Endings, SignalThread, ignore_file_size_signal, start_tracing};
 use ringvm_backends::reactor::{OnPanic, ReactorOptions, ReactorPool};
 use ringvm_backends::stats::DeviceStats;
 use ringvm_backends::summary::summary;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1};
 use tracing::{error, info, warn};
 
-use crate::ending::{Deadlines, Second, finish};
+use crate::ending::{Deadlines, exit_soon, finish};
 use crate::exit::Exit;
 use crate::mailbox::Mailbox;
 use crate::message::Connection;
@@ -98,10 +98,18 @@ fn run<T>(program: &Program<T>, options: &ServeOptions, texts: &[String]) -> Res
 
     let deadlines = Deadlines::within(options.stop_timeout());
     let over = Arc::<AtomicBool>::default();
-    let (signal, mut second) = (tell.clone(), Second::new(Arc::clone(&over)));
+    let (signal, theirs, mut endings) = (tell.clone(), Arc::clone(&over), Endings::default());
     let signals = SignalThread::start(&SIGNALS, move |number| {
-        drop(signal.send(Told::Signal(number)));
-        second.heard(number);
+        let at_once = number != SIGUSR1 && endings.is_second(number);
+        let what = match number {
+            SIGUSR1 => Told::Statistics,
+            _ if at_once => Told::AtOnce,
+            _ => Told::End,
+        };
+        drop(signal.send(what));
+        if at_once {
+            exit_soon(&theirs);
+        }
     });
     let signals = signals.map_err(|error| host("listening to signals", error))?;
     let ready = devices.iter().zip(&sources);
@@ -124,7 +132,12 @@ fn run<T>(program: &Program<T>, options: &ServeOptions, texts: &[String]) -> Res
 
 /// What the main thread is told.
 pub(crate) enum Told {
-    Signal(i32),
+    /// A signal asks for statistics.
+    Statistics,
+    /// A signal asks for the end.
+    End,
+    /// A second one does not wait for what the end takes.
+    AtOnce,
     /// The I/O thread of this number has panicked.
     Died(usize),
     /// The control thread of this number has nobody to serve any more.
@@ -230,8 +243,8 @@ fn serve_client(device: &mut dyn Device, stream: UnixStream, mailbox: &Mailbox, 
 fn wait(threads: &mut [Control], told: &Receiver<Told>) -> Option<usize> {
     while threads.iter().any(|control| control.report.is_none()) {
         match told.recv() {
-            Ok(Told::Signal(SIGUSR1)) => eprint!("{}", summary(&statistics(threads))),
-            Ok(Told::Signal(_)) | Err(_) => return None,
+            Ok(Told::Statistics) => eprint!("{}", summary(&statistics(threads))),
+            Ok(Told::End | Told::AtOnce) | Err(_) => return None,
             Ok(Told::Died(thread)) => return Some(thread),
             Ok(Told::Ended(index, report)) => threads[index].report = Some(report),
             Ok(Told::Flushed(..)) => {}

@@ -1,17 +1,13 @@
 //! Signals of the process, turned into events.
 
 use std::io;
-use std::time::{Duration, Instant};
 
-use ringvm_backends::program::SignalThread;
+use ringvm_backends::program::{Endings, SignalThread};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 
 use crate::events::{Ending, Events};
 use crate::exit::Exit;
 use crate::legacy::terminal;
-
-/// Signals that come together are one.
-const REPEAT: Duration = Duration::from_millis(50);
 
 /// Starts to listen: SIGTERM, SIGINT, SIGQUIT and SIGHUP end the machine, and the second of them, unless it is SIGHUP, the process at
 /// once. SIGUSR1 asks for statistics, SIGUSR2 for disks to change their place.
@@ -24,7 +20,7 @@ pub fn listen(events: Events) -> io::Result<SignalThread> {
         // nohup(1) means that it shall go on.
         wanted.push(SIGHUP);
     }
-    let mut first = None;
+    let mut endings = Endings::default();
     SignalThread::start(&wanted, move |signal| {
         let name = match signal {
             SIGUSR1 => return events.statistics(),
@@ -34,16 +30,12 @@ pub fn listen(events: Events) -> io::Result<SignalThread> {
             SIGHUP => "SIGHUP",
             _ => "SIGTERM",
         };
-        let Some(first) = first else {
-            first = Some(Instant::now());
-            return events.end(Ending::Signal(name));
-        };
-        // Terminals, timeout(1) and service managers send two for one reason; SIGHUP often follows another.
-        if signal != SIGHUP && first.elapsed() >= REPEAT {
+        if endings.is_second(signal) {
             terminal::restore();
             eprintln!("ringvm: a second signal, {name}, ends it at once; what the guest wrote last may be lost");
             std::process::exit(Exit::Host as i32);
         }
+        events.end(Ending::Signal(name));
     })
 }
 
