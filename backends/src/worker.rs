@@ -26,6 +26,9 @@ pub trait Handler {
     /// fewer lets the driver go on with what is done while the next are under way.
     const BATCH: usize = BATCH;
 
+    /// Whether requests may wait for another side, such as room at a port.
+    const MAY_WAIT: bool = false;
+
     /// Looks at a new chain, and pushes its first operation if it needs one.
     fn start(&mut self, chain: &mut Chain, request: &mut Self::Request, io: &mut Io<'_>) -> Step;
 
@@ -38,11 +41,6 @@ pub trait Handler {
     /// Whether a pending request waits for others instead of an operation. It is resumed with 0 when [`Self::next_woken`] has
     /// named it.
     fn is_waiting(&self, _request: &Self::Request) -> bool {
-        false
-    }
-
-    /// Whether a pending request waits for another side, which may never come. Nobody waits for such a request when the queue stops.
-    fn waits_for_another_side(&self, _request: &Self::Request) -> bool {
         false
     }
 
@@ -127,15 +125,12 @@ impl<H: Handler> Worker<H> {
         })
     }
 
-    /// Requests end by themselves, but for those of a bounded window: they may wait for another side, which may never come.
-    /// Nobody waits for those of a queue that is suspended, if it can be helped.
+    /// Requests end by themselves, but for those that may wait for another side, which may never come. Nobody waits for those of a
+    /// queue that is suspended, if it can be helped.
     fn end_waiting(&mut self, index: u32, ring: &mut Ring) {
         if self.service.is_suspending() && self.handler.is_waiting(&self.slots[index as usize].request) {
             self.leave(index);
-        } else if self.handler.window() != usize::MAX
-            || self.service.is_suspending()
-            || self.handler.waits_for_another_side(&self.slots[index as usize].request)
-        {
+        } else if H::MAY_WAIT || self.service.is_suspending() {
             ring.cancel(Token { task: self.service.task(), slot: index });
         }
     }

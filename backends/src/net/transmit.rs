@@ -69,6 +69,8 @@ impl Handler for TransmitHandler {
     /// Ports take frames at once.
     const BATCH: usize = 64;
 
+    const MAY_WAIT: bool = true;
+
     fn start(&mut self, chain: &mut Chain, request: &mut Transmit, io: &mut Io<'_>) -> Step {
         let header = chain.readable.peek::<HEADER_LEN>().filter(|_| !chain.unmapped);
         let len = chain.readable.len().saturating_sub(HEADER_LEN as u64);
@@ -134,10 +136,6 @@ impl Handler for TransmitHandler {
 
     fn files(&self, with: &mut dyn FnMut(BorrowedFd<'_>)) {
         with(self.ends.tx.as_fd());
-    }
-
-    fn waits_for_another_side(&self, request: &Transmit) -> bool {
-        request.waiting
     }
 
     fn window(&self) -> usize {
