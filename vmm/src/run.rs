@@ -20,7 +20,7 @@ use rustix::stdio::{stdin, stdout};
 use rustix::termios::isatty;
 use rustix::thread::CpuSet;
 use thiserror::Error;
-use tracing::{info, warn};
+use tracing::info;
 use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET};
 
 use crate::advice::advice;
@@ -169,7 +169,7 @@ pub fn run(config: &Config) -> Result<Exit, RunError> {
     let kvm = Kvm::open()?;
     check_cpus(config, &kvm)?;
     let (events, receiver) = Events::channel();
-    let (devices, movers) = open_devices(config, &events)?;
+    let (mut devices, movers) = open_devices(config, &events)?;
     let console = open_console(config, &events)?;
     let blueprint = Blueprint {
         kvm: &kvm,
@@ -179,7 +179,7 @@ pub fn run(config: &Config) -> Result<Exit, RunError> {
         console: console.as_ref(),
         events: &events,
     };
-    let machine = Machine::build(&blueprint, devices)?;
+    let machine = Machine::build(&blueprint, &mut devices)?;
     bus_error::watch(events.clone()).map_err(|source| RunError::Host { what: "listening to SIGBUS", source })?;
     let signals =
         signals::listen(events.clone()).map_err(|source| RunError::Host { what: "listening to signals", source })?;
@@ -208,21 +208,22 @@ fn run_machines(
 ) -> Result<Exit, RunError> {
     loop {
         let running = machine.start()?;
-        let mut ending = wait(&running, receiver, &movers)?;
+        let mut ending = wait(&running, receiver, &movers);
         info!(?ending, "the machine stops");
         let limits = Limits::within(Duration::from_secs(config.stop_timeout));
-        let Stopped { devices, stats, mut abandoned } = running.stop(limits);
-        let all = devices.len();
-        let (devices, failures) = flush(devices, limits);
-        if restarts(config, &ending) && abandoned.is_empty() && devices.len() == all {
+        let Stopped { mut devices, stats, mut abandoned } = running.stop(limits);
+        if abandoned.is_empty() && ending.as_ref().is_ok_and(|ending| restarts(config, ending)) {
             // What came meanwhile and ends more than this machine must not be lost.
-            match receiver.try_iter().find_map(more_than_a_reset) {
-                Some(other) => ending = other,
-                None => {
-                    failures.iter().for_each(|failure| warn!("{failure}"));
-                    blueprint.events.rearm();
-                    machine = Machine::build(blueprint, devices)?;
-                    continue;
+            if let Some(other) = receiver.try_iter().find_map(more_than_a_reset) {
+                ending = Ok(other);
+            } else {
+                blueprint.events.rearm();
+                match Machine::build(blueprint, &mut devices) {
+                    Ok(next) => {
+                        machine = next;
+                        continue;
+                    }
+                    Err(error) => ending = Err(error.into()),
                 }
             }
         }
@@ -231,9 +232,10 @@ fn run_machines(
         }
         // They hold on to the devices.
         drop(movers);
-        let_go(devices, limits);
+        let (devices, failures) = flush(devices, limits);
         abandoned.extend(failures);
-        let exit = conclude(config, ending);
+        let_go(devices, limits);
+        let exit = ending.and_then(|ending| conclude(config, ending));
         if abandoned.is_empty() {
             return exit;
         }

@@ -89,11 +89,11 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Builds a machine around `devices`.
+    /// Builds a machine around `devices`, and takes them once it has all that the host may lack: memory, a VM and vCPUs.
     ///
     /// # Errors
     /// For the first thing that can't be; nothing of the machine is left then.
-    pub fn build(blueprint: &Blueprint<'_>, devices: Vec<Box<dyn Device>>) -> Result<Self, MachineError> {
+    pub fn build(blueprint: &Blueprint<'_>, devices: &mut Vec<Box<dyn Device>>) -> Result<Self, MachineError> {
         let map = AddressMap::new(blueprint.memory.size, blueprint.memory.page(), blueprint.kvm.physical_bits())?;
         let memory = memory::allocate(blueprint.memory, &map.ram)?;
         let tables = acpi::Platform { cpus: blueprint.cpus.count, serial: true };
@@ -107,7 +107,7 @@ impl Machine {
         pci.insert(pci.free_slot()?, Arc::new(Mutex::new(HostBridge::default())));
         let window = BarWindow::new(&[MMIO32, map.mmio64.clone()]);
         let mut functions = Vec::with_capacity(devices.len());
-        for (device, bar) in devices.into_iter().zip((map.mmio64.start..).step_by(BAR_SIZE as usize)) {
+        for (device, bar) in devices.drain(..).zip((map.mmio64.start..).step_by(BAR_SIZE as usize)) {
             let slot = pci.free_slot()?;
             let name = device.info().name.clone();
             let place = Place { slot, bar, window: window.clone() };
