@@ -30,28 +30,38 @@ const AFTERWARDS: Duration = Duration::from_millis(100);
 /// Attempts to come to the moment of a trigger: a connection may end before it.
 const ATTEMPTS: usize = 20;
 
-/// A `ringvm-blk` with its disk, and a socket for the one in the middle.
+/// A `ringvm-blk` with its disk, a socket for the one in the middle, and what `ringvm` has of both and of an honest disk.
 struct Stage {
     folder: TempDir,
-    _image: NamedTempFile,
+    _images: [NamedTempFile; 2],
     daemon: Running,
+    honest: String,
+    hostile: String,
 }
 
 impl Stage {
     fn new() -> Stage {
         let folder = TempDir::new_in(paths::target()).expect("the target folder is writable");
-        let image = image(16);
+        let (image, honest) = (image(16), image(32));
         let socket = folder.path().join("daemon.sock").display().to_string();
         let option = format!("path={},queues=2", image.path().display());
         let mut daemon = native::daemon("ringvm-blk", ["--socket", &socket, "--disk", &option])
             .and_then(native::RingVm::start)
             .expect("the daemon starts");
         daemon.expect_said(" is ready at ", 1, LIMIT).expect("the daemon comes up");
-        Stage { folder, _image: image, daemon }
+        let hostile = format!("socket={},queues=2", folder.path().join("ringvm.sock").display());
+        let option = disk(&honest, Place::Process, "queues=1");
+        Stage { folder, _images: [image, honest], daemon, honest: option, hostile }
     }
 
-    fn path(&self, name: &str) -> std::path::PathBuf {
-        self.folder.path().join(name)
+    /// Where the one in the middle listens, and where it connects.
+    fn sockets(&self) -> (std::path::PathBuf, std::path::PathBuf) {
+        (self.folder.path().join("ringvm.sock"), self.folder.path().join("daemon.sock"))
+    }
+
+    /// The guest with a job on both disks.
+    fn start(&self, job: &str) -> Running {
+        guest(job, &["--cpus", "2", "--disk", &self.honest, "--disk", &self.hostile]).start().expect("it starts")
     }
 }
 
@@ -93,13 +103,10 @@ fn every_trigger_of_a_hostile_daemon_leaves_the_honest_disk_alone() {
         return;
     }
     let stage = Stage::new();
-    let (front, back) = (stage.path("ringvm.sock"), stage.path("daemon.sock"));
+    let (front, back) = stage.sockets();
     let interposer = Interposer::new(&front, &back).expect("a socket in a folder of ours");
-    let honest_image = image(32);
-    let honest = disk(&honest_image, Place::Process, "queues=1");
-    let hostile = format!("socket={},queues=2", front.display());
     let job = "job=beside until=told rounds=100 depth=16 max=32k stall=30s";
-    let mut running = guest(job, &["--cpus", "2", "--disk", &honest, "--disk", &hostile]).start().expect("it starts");
+    let mut running = stage.start(job);
     let mut kept = Kept::default();
     be_honest(&interposer, &mut kept, "the start");
     let early = running.holdings();
@@ -135,14 +142,11 @@ fn no_trigger_of_a_hostile_daemon_keeps_the_end_waiting() {
         return;
     }
     let stage = Stage::new();
-    let (front, back) = (stage.path("ringvm.sock"), stage.path("daemon.sock"));
+    let (front, back) = stage.sockets();
     let interposer = Interposer::new(&front, &back).expect("a socket in a folder of ours");
-    let honest_image = image(32);
-    let honest = disk(&honest_image, Place::Process, "queues=1");
-    let hostile = format!("socket={},queues=2", front.display());
     for (name, act) in triggers::at_the_end() {
         let job = "job=beside until=told depth=16 max=32k stall=30s";
-        let running = guest(job, &["--cpus", "2", "--disk", &honest, "--disk", &hostile]).start().expect("it starts");
+        let running = stage.start(job);
         let mut kept = Kept::default();
         let mut link = interposer.accept(&mut kept, LIMIT).expect("it connects");
         link.until_running().expect("the guest comes up");
@@ -169,7 +173,7 @@ fn no_trigger_of_a_hostile_daemon_keeps_the_end_waiting() {
         // A connection that came meanwhile is nobody's any more.
         while interposer.accept(&mut kept, Duration::ZERO).is_ok() {}
     }
-    succeed("job=verify ops=200 depth=4", &["--disk", &honest]);
+    succeed("job=verify ops=200 depth=4", &["--disk", &stage.honest]);
 }
 
 /// Passes everything on while something happens.

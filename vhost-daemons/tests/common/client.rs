@@ -27,6 +27,8 @@ pub(crate) const NEED_REPLY: u32 = 8;
 pub(crate) const PROTOCOL_FEATURES: u64 = 1 << 30;
 /// VERSION_1, INDIRECT_DESC, FLUSH and the vhost-user bit.
 pub(crate) const FEATURES: u64 = 1 << 32 | 1 << 28 | 1 << 9 | PROTOCOL_FEATURES;
+/// What is written to guest memory is marked in a log.
+pub(crate) const LOG_ALL: u64 = 1 << 26;
 pub(crate) const MEMORY: u64 = 4 << 20;
 /// What the client says its addresses are: others than the guest's.
 pub(crate) const USER: u64 = 0x7f00_0000_0000;
@@ -174,6 +176,15 @@ impl Client {
         self.tell(FrontendReq::SET_FEATURES, &longs(&[features]), &[]);
     }
 
+    /// Has what is written to guest memory marked in a log of a MiB, which is as much as a ring can reach here.
+    pub(crate) fn log_writes(&mut self) -> OwnedFd {
+        let log = memfd(1 << 20, MemfdFlags::ALLOW_SEALING);
+        self.send(FrontendReq::SET_LOG_BASE, &longs(&[1 << 20, 0]), &[log.as_fd()]);
+        assert!(self.receive().is_some(), "the log is taken");
+        self.tell(FrontendReq::SET_FEATURES, &longs(&[FEATURES | LOG_ALL]), &[]);
+        log
+    }
+
     /// Whether the other side has ended the connection, within some time.
     pub(crate) fn is_dropped(&mut self) -> bool {
         loop {
@@ -301,6 +312,17 @@ impl Ring {
         buffers.extend(vec![data; pieces]);
         buffers.push(Buffer { addr: status, len: 1, writable: true });
         (0..usize::from(SIZE)).take_while(|_| self.driver.add_indirect(table, &buffers).is_some()).count()
+    }
+
+    /// Fills the ring with one request over and over, and waits until all of them have come back. Its buffers are indirect or not.
+    pub(crate) fn serve_full(&mut self, mut add: impl FnMut(&mut Driver) -> Option<u16>) {
+        let count = (0..SIZE).take_while(|_| add(&mut self.driver).is_some()).count();
+        assert!(count > 0);
+        self.driver.publish();
+        self.kick();
+        for _ in 0..count {
+            self.used();
+        }
     }
 
     /// The status byte of a request.

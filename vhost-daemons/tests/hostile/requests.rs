@@ -9,7 +9,7 @@ use rustix::fs::MemfdFlags;
 use vhost::vhost_user::message::FrontendReq;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::common::client::{Client, FEATURES, GUEST, Memory, Ring, SIZE, USER, longs, memfd, running, words};
+use crate::common::client::{Client, FEATURES, GUEST, Memory, Ring, USER, longs, memfd, running, words};
 use crate::common::target::Target;
 
 pub(crate) fn whole_disk_reads_are_not_drained_for_a_client_that_has_gone(target: &Target) {
@@ -29,10 +29,7 @@ pub(crate) fn whole_disk_reads_are_not_drained_for_a_client_that_has_gone(target
 
 pub(crate) fn whole_disk_reads_with_a_log_hold_up_nobody(target: &Target) {
     let (mut client, memory, mut ring) = running(&target.socket);
-    let log = memfd(1 << 20, MemfdFlags::ALLOW_SEALING);
-    client.send(FrontendReq::SET_LOG_BASE, &longs(&[1 << 20, 0]), &[log.as_fd()]);
-    assert!(client.receive().is_some());
-    client.tell(FrontendReq::SET_FEATURES, &longs(&[FEATURES | 1 << 26]), &[]);
+    let _log = client.log_writes();
     assert!(ring.add_longest_reads(&memory) > 0);
     ring.driver.publish();
     ring.kick();
@@ -64,12 +61,7 @@ pub(crate) fn chains_over_very_many_regions_hold_up_nobody(target: &Target) {
     let piece = Buffer { addr: GUEST + (1 << 32), len: (REGIONS * 4096) as u32, writable: true };
     buffers.extend(vec![piece; 1000]);
     buffers.push(Buffer { addr: header + 16, len: 1, writable: true });
-    let count = (0..SIZE).take_while(|_| ring.driver.add_indirect(table, &buffers).is_some()).count();
-    ring.driver.publish();
-    ring.kick();
-    (0..count).for_each(|_| {
-        ring.used();
-    });
+    ring.serve_full(|driver| driver.add_indirect(table, &buffers));
     target.honest.is_served();
     drop(client);
     target.is_well();
@@ -82,12 +74,7 @@ pub(crate) fn a_flood_of_flushes_holds_up_nobody(target: &Target) {
     let buffers =
         [Buffer { addr: header, len: 16, writable: false }, Buffer { addr: header + 16, len: 1, writable: true }];
     for _ in 0..20 {
-        let count = (0..SIZE).take_while(|_| ring.driver.add(&buffers).is_some()).count();
-        ring.driver.publish();
-        ring.kick();
-        (0..count).for_each(|_| {
-            ring.used();
-        });
+        ring.serve_full(|driver| driver.add(&buffers));
         target.honest.is_served();
     }
     drop(client);
