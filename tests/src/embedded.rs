@@ -55,11 +55,13 @@ pub fn guest(job: &str, options: &[&str]) -> RingVm {
     guest_in("256M", job, options)
 }
 
-/// A guest as [`guest`], in memory as the option `--memory` has it.
+/// A guest as [`guest`], in memory as the option `--memory` has it. Unless the options say how long its end may take, it may take
+/// as long as a busy machine needs to flush a disk.
 pub fn guest_in(memory: &str, job: &str, options: &[&str]) -> RingVm {
     let kernel = kernel().to_str().expect("a path of ours is text");
     let fixed = ["run", "--kernel", kernel, "--cmdline", job, "--memory", memory, "--serial", "stdio"];
-    native::ringvm(fixed.iter().chain(options)).expect("the binary is built")
+    let end: &[&str] = if options.contains(&"--stop-timeout") { &[] } else { &["--stop-timeout", "60"] };
+    native::ringvm(fixed.iter().chain(end).chain(options)).expect("the binary is built")
 }
 
 /// Runs a job that must succeed, and returns what the guest said.

@@ -17,7 +17,8 @@ const AWAY: &str = " is away (";
 
 /// A guest that writes at random to its disks, and has begun.
 fn writing(disks: &[&str]) -> Running {
-    let options: Vec<&str> = disks.iter().flat_map(|disk| ["--disk", disk]).collect();
+    let end = ["--stop-timeout", "15"];
+    let options: Vec<&str> = disks.iter().flat_map(|disk| ["--disk", disk]).chain(end).collect();
     let mut running = guest("job=rand-write time=600s depth=32 queues=2", &options).start().expect("it starts");
     running.expect("ringvm-guest: start job=", LIMIT).expect("the guest comes up");
     running

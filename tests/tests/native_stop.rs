@@ -7,17 +7,20 @@ use ringvm_tests::embedded::{disk, guest_in, image, ready};
 use ringvm_tests::host::{Need, need};
 use ringvm_tests::native::{Ended, Place, Running};
 use ringvm_tests::stuck_disk::StuckDisk;
-use rustix::process::Signal;
+use rustix::process::{Pid, Resource, Rlimit, Signal};
 
 const LIMIT: Duration = Duration::from_secs(60);
 /// Far above what an end takes, and far below what the requests would.
 const SOON: Duration = Duration::from_secs(20);
+/// The usual limit of an end, and one for what has to be through on a busy machine.
+const USUAL: [&str; 2] = ["--stop-timeout", "5"];
+const AMPLE: [&str; 2] = ["--stop-timeout", "15"];
 /// Something was given up.
 const GAVE_UP: i32 = 3;
 
 /// A guest whose last job has begun.
-fn busy(jobs: &str, disks: &[&str]) -> Running {
-    let options: Vec<&str> = disks.iter().flat_map(|disk| ["--disk", disk]).collect();
+fn busy(jobs: &str, disks: &[&str], more: &[&str]) -> Running {
+    let options: Vec<&str> = disks.iter().flat_map(|disk| ["--disk", disk]).chain(more.iter().copied()).collect();
     let mut running = guest_in("1G", jobs, &options).start().expect("it starts");
     running.expect_count("ringvm-guest: start job=", jobs.matches("job=").count(), LIMIT).expect("the guest comes up");
     running
@@ -41,7 +44,7 @@ fn queues_full_of_long_requests_hold_up_no_end() {
         for direct in ["on", "off"] {
             let image = image(512);
             let option = disk(&image, place, &format!("queues=2,direct={direct}"));
-            let running = busy("job=write bs=16M depth=24 queues=2 time=600s", &[&option]);
+            let running = busy("job=write bs=16M depth=24 queues=2 time=600s", &[&option], &AMPLE);
             let ended = terminate(running);
             assert_eq!(ended.code(), 0, "{}", ended.stderr);
         }
@@ -56,7 +59,7 @@ fn stuck(place: Place, after: impl FnOnce(Ended)) {
     let (stuck, other) = (StuckDisk::new().expect("FUSE works"), StuckDisk::new().expect("FUSE works"));
     let option = |disk: &StuckDisk, place: Place| format!("path={},queues=2,{}", disk.path().display(), place.option());
     let jobs = "job=write disk=1 ops=100 bs=4k job=rand-write disk=0 time=600s bs=4k depth=16 queues=2";
-    let running = busy(jobs, &[&option(&stuck, place), &option(&other, Place::Process)]);
+    let running = busy(jobs, &[&option(&stuck, place), &option(&other, Place::Process)], &USUAL);
     stuck.stick();
     let flushes = other.flushes();
     after(terminate(running));
@@ -83,11 +86,33 @@ fn signals_that_come_together_are_one() {
         return;
     }
     let image = image(64);
-    let running = busy("job=write bs=64k depth=16 time=600s", &[&disk(&image, Place::Process, "queues=1")]);
+    let running = busy("job=write bs=64k depth=16 time=600s", &[&disk(&image, Place::Process, "queues=1")], &AMPLE);
     // As a terminal that is closed, a service manager or timeout(1) sends them.
     for signal in [Signal::TERM, Signal::HUP, Signal::TERM] {
         running.signal(signal).expect("it runs");
     }
     let ended = running.end(SOON).expect("it ends");
     assert_eq!(ended.code(), 0, "{}", ended.stderr);
+}
+
+#[test]
+fn a_machine_that_can_not_be_built_again_leaves_its_disks_flushed() {
+    if !ready() || !need(Need::Fuse) {
+        return;
+    }
+    let (image, other) = (image(64), StuckDisk::new().expect("FUSE works"));
+    let disks = [disk(&image, Place::Process, "queues=1"), format!("path={}", other.path().display())];
+    let options = ["--disk", &disks[0], "--disk", &disks[1]];
+    let mut running = guest_in("256M", "job=read ops=64 depth=8 job=reboot", &options).start().expect("it starts");
+    running.expect("ringvm-guest: start job=", LIMIT).expect("the guest comes up");
+    // From now on there is no descriptor for the next machine's memory.
+    let pid = Pid::from_raw(running.pid().cast_signed()).expect("it runs");
+    let none = Rlimit { current: Some(3), maximum: Some(3) };
+    rustix::process::prlimit(Some(pid), Resource::Nofile, none).expect("it is ours");
+    let flushes = other.flushes();
+    // The guest reboots again and again.
+    let ended = running.end(LIMIT).expect("it ends");
+    assert_eq!(ended.code(), GAVE_UP, "{}", ended.stderr);
+    assert!(ended.stderr.contains("memfd"), "{}", ended.stderr);
+    assert!(other.flushes() > flushes, "the disks are flushed");
 }

@@ -227,6 +227,8 @@ impl Vm {
         option("--cpus", &self.cpus.to_string());
         option("--memory", &self.memory);
         option("--serial", "stdio");
+        // An emulated machine takes its time to flush a disk.
+        option("--stop-timeout", "60");
         for disk in &self.disks {
             option("--disk", &disk.option());
         }

@@ -61,7 +61,8 @@ impl Stage {
 
     /// The guest with a job on both disks.
     fn start(&self, job: &str) -> Running {
-        guest(job, &["--cpus", "2", "--disk", &self.honest, "--disk", &self.hostile]).start().expect("it starts")
+        let disks = ["--disk", &self.honest, "--disk", &self.hostile];
+        guest(job, &[&["--cpus", "2", "--stop-timeout", "15"][..], &disks].concat()).start().expect("it starts")
     }
 }
 

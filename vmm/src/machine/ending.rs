@@ -34,7 +34,7 @@ impl Limits {
     pub fn within(whole: Duration) -> Self {
         let now = Instant::now();
         let part = |tenths| now + whole * tenths / 10;
-        Self { whole, vcpus: part(2), stopped: part(5), flushed: part(8), gone: part(9) }
+        Self { whole, vcpus: part(2), stopped: part(6), flushed: part(8), gone: part(9) }
     }
 }
 
