@@ -303,12 +303,13 @@ mod tests {
 
     #[test]
     fn the_next_one_waits_for_what_the_one_before_has_in_flight() {
-        // What a killed daemon has in flight is played by a process of its that lives on until it is told.
+        // What a killed daemon has in flight is played by a process of its that lives on until a file has gone.
         let folder = tempfile::tempdir().unwrap();
-        let done = folder.path().join("done");
+        let in_flight = folder.path().join("in-flight");
+        std::fs::write(&in_flight, "").unwrap();
         let text = format!(
-            "(trap '' HUP; exec 3>&-; while [ ! -e '{}' ]; do sleep 0.01; done) & echo up >&3; exec 4>&-; exec sleep 60",
-            done.display()
+            "(trap '' HUP; exec 3>&-; while [ -e '{}' ]; do sleep 0.01; done) & echo up >&3; exec 4>&-; exec sleep 60",
+            in_flight.display()
         );
         let mut program = script(&text, Vec::new());
         let mut stream = program.start().unwrap();
@@ -318,10 +319,9 @@ mod tests {
         assert!(program.process().is_none(), "the process has ended");
         assert!(!sentinel.is_over(Some(Duration::from_millis(100))));
         assert!(program.has_predecessor(), "and there is something to wait for");
-        std::fs::write(&done, "").unwrap();
+        std::fs::remove_file(&in_flight).unwrap();
         assert!(sentinel.is_over(Some(LIMIT)));
         assert!(!program.has_predecessor());
         program.start().unwrap();
-        std::fs::write(&done, "").unwrap();
     }
 }
