@@ -5,7 +5,6 @@
 //! Terms are those of the virtio 1.3 specification, sections 2.1 to 2.7.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use serde::Deserialize;
 use thiserror::Error;
@@ -16,8 +15,8 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::dirty::QueueLog;
 use crate::inflight::InflightTable;
 use crate::interrupt::Interrupt;
-use crate::reactor::End;
 use crate::stats::DeviceStats;
+use crate::stopping::{End, Ends, Stopping};
 
 /// Guest memory as a queue sees it: every region is mapped into this process for as long as the handle lives.
 pub type GuestMemory = Arc<GuestMemoryMmap>;
@@ -247,29 +246,22 @@ pub trait Device: Send {
     /// When the index is out of range, the queue runs already, its layout does not lie in memory or the host refuses.
     fn start_queue(&mut self, index: u16, parts: QueueParts) -> Result<(), DeviceError>;
 
-    /// Stops queue `index` and returns where it stands, or `None` if it was not running.
+    /// Begins to stop queues, all at once, and returns what tells when they have: then nothing of them is in flight, every
+    /// completion is published, and each says where it stands. One that does not run says nothing, or where it stood before.
     ///
-    /// Returns only when nothing of the queue is in flight and every completion is published. Idempotent.
-    fn stop_queue(&mut self, index: u16) -> Option<QueueState>;
+    /// `End::Drained` answers everything that was taken. `End::Suspended` waits for no more than has to be waited for: a request
+    /// that can be cancelled is, and left to whoever goes on with the queue. Queues that drain already are suspended by another
+    /// call that asks for it. A queue starts again only after it has stopped.
+    fn stop(&mut self, queues: &[u16], end: End) -> Stopping;
 
-    /// Stops queues without waiting for more than has to be waited for: a request that can be cancelled is, and left to whoever
-    /// goes on with the queue. Returns where each stands, or `None` for those that were not running.
-    fn suspend(&mut self, queues: &[u16]) -> Vec<Option<Suspended>> {
-        let stopped = queues.iter().map(|&index| self.stop_queue(index));
-        stopped.map(|state| state.map(|state| Suspended { state, left: Vec::new() })).collect()
+    /// Drains one queue, waits for that, and returns where it stands, or `None` if it was not running.
+    fn drain(&mut self, index: u16) -> Option<QueueState> {
+        Some(self.stop(&[index], End::Drained).wait().pop()??.state)
     }
 
-    /// Stops queues, drained or suspended, and waits for that until `deadline` at most. `None` if something of them is in flight
-    /// still: they take nothing new, memory that they use must stay, and the call is to be repeated. A queue that drains is
-    /// suspended by a repetition that asks for that. Otherwise as [`Self::stop_queue`] and [`Self::suspend`].
-    ///
-    /// As provided it waits for as long as those do, which is for devices whose requests always end soon.
-    fn stop_by(&mut self, queues: &[u16], end: End, _deadline: Instant) -> Option<Vec<Option<Suspended>>> {
-        if end == End::Suspended {
-            return Some(self.suspend(queues));
-        }
-        let stopped = queues.iter().map(|&index| self.stop_queue(index));
-        Some(stopped.map(|state| state.map(|state| Suspended { state, left: Vec::new() })).collect())
+    /// Suspends queues, waits for that, and returns where each stands, or `None` for those that were not running.
+    fn suspend(&mut self, queues: &[u16]) -> Ends {
+        self.stop(queues, End::Suspended).wait()
     }
 
     /// Returns the device to its state before `ack_features`. All queues are stopped first.

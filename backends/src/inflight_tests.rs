@@ -345,7 +345,7 @@ fn start_and_stop(device: &mut dyn Device) -> (Model, QueueState) {
         ..QueueParts::new(model.driver.ring(), model.mem.clone(), vmm_sys_util::eventfd::EventFd::new(0).unwrap())
     };
     device.start_queue(0, parts).unwrap();
-    let state = device.stop_queue(0).unwrap();
+    let state = device.drain(0).unwrap();
     (model, state)
 }
 

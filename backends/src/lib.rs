@@ -33,6 +33,7 @@ pub mod service;
 pub mod shared;
 pub mod state;
 pub mod stats;
+pub mod stopping;
 pub mod storage;
 pub mod summary;
 pub mod worker;

@@ -1,14 +1,14 @@
 //! The running queues of one device: where each is served, and what it has counted over all its lives.
 
-use std::sync::mpsc::RecvTimeoutError;
-use std::time::Instant;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::device::{DeviceError, QueueParts, QueueState, Suspended};
+use crate::device::{DeviceError, QueueParts};
 use crate::queue::Queue;
-use crate::reactor::{End, Leaving, ReactorPool, Task};
+use crate::reactor::{Leaving, ReactorPool, Task};
 use crate::receiver::{Receiver, Source};
 use crate::service::Service;
 use crate::stats::{DeviceStats, QueueStats};
+use crate::stopping::{End, Gathering, Stopping};
 use crate::worker::{Handler, Worker};
 
 /// The queues of a device.
@@ -17,7 +17,7 @@ pub(crate) struct Queues {
     pool: ReactorPool,
     places: Vec<Option<Place>>,
     /// What earlier runs of each queue counted.
-    ended: Vec<Option<QueueStats>>,
+    ended: Vec<Arc<Mutex<Option<QueueStats>>>>,
 }
 
 /// Where a queue is.
@@ -26,15 +26,18 @@ enum Place {
     Runs { reactor: usize, task: u32 },
     /// Told to stop. Something of it may be in flight.
     Leaves(Leaving),
-    /// Stopped, while another that was told with it has something in flight.
-    Ended(Suspended),
 }
 
 impl Queues {
     /// `count` queues, none running.
     pub(crate) fn new(name: &str, count: usize, pool: ReactorPool) -> Self {
         let name = name.to_owned();
-        Self { name, pool, places: (0..count).map(|_| None).collect(), ended: (0..count).map(|_| None).collect() }
+        Self {
+            name,
+            pool,
+            places: (0..count).map(|_| None).collect(),
+            ended: (0..count).map(|_| Arc::default()).collect(),
+        }
     }
 
     /// Starts a queue whose chains are requests. The handler is built on the thread that serves it, and may be bound to it.
@@ -72,8 +75,10 @@ impl Queues {
         let place = self.places.get_mut(usize::from(index)).ok_or_else(|| refuse("does not exist"))?;
         match place {
             Some(Place::Runs { .. }) => return Err(refuse("runs already")),
-            Some(Place::Leaves(_)) => return Err(refuse("was stopped, but has requests in flight still")),
-            Some(Place::Ended(_)) | None => {}
+            Some(Place::Leaves(leaving)) if !leaving.departure.has_ended() => {
+                return Err(refuse("was stopped, but has requests in flight still"));
+            }
+            Some(Place::Leaves(_)) | None => {}
         }
         let QueueParts { ring, mem, kick, call, fault, from, left, inflight, log, in_order } = parts;
         let broken = |source| DeviceError::Ring { device: self.name.clone(), index, source };
@@ -95,75 +100,33 @@ impl Queues {
         Ok(())
     }
 
-    /// Stops a queue: drains it and publishes what it completed.
-    pub(crate) fn stop(&mut self, index: u16) -> Option<QueueState> {
-        Some(self.end(&[index], End::Drained, None)?.pop()??.state)
-    }
-
-    /// Stops queues without waiting for what can be cancelled.
-    pub(crate) fn suspend(&mut self, indices: &[u16]) -> Vec<Option<Suspended>> {
-        self.end(indices, End::Suspended, None).unwrap_or_default()
-    }
-
-    /// Stops queues as [`Device::stop_by`](crate::device::Device::stop_by) does.
-    pub(crate) fn stop_by(&mut self, indices: &[u16], end: End, deadline: Instant) -> Option<Vec<Option<Suspended>>> {
-        self.end(indices, end, Some(deadline))
-    }
-
-    /// Stops every queue, and forgets what it has in flight.
-    pub(crate) fn stop_all(&mut self) {
-        self.end(&self.indices(), End::Suspended, None);
-    }
-
-    fn indices(&self) -> Vec<u16> {
-        (0..self.places.len() as u16).collect()
-    }
-
-    /// Stops queues. All are told before one is waited for: what is in flight in each ends meanwhile. `None` if the time is over
-    /// before all have ended.
-    fn end(&mut self, indices: &[u16], end: End, deadline: Option<Instant>) -> Option<Vec<Option<Suspended>>> {
-        indices.iter().for_each(|&index| self.tell(index, end));
-        let mut all = true;
-        for &index in indices {
-            all &= self.has_ended(index, deadline);
-        }
-        let take = |&index: &u16| match self.places.get_mut(usize::from(index))?.take()? {
-            Place::Ended(end) => Some(end),
-            Place::Runs { .. } | Place::Leaves(_) => None,
-        };
-        all.then(|| indices.iter().map(take).collect())
-    }
-
-    /// Tells a queue to stop, if it was not told already.
-    fn tell(&mut self, index: u16, end: End) {
-        let Some(Some(place)) = self.places.get_mut(usize::from(index)) else { return };
-        let thread = |reactor| self.pool.get(reactor).expect("a place names a thread of its pool");
-        match place {
-            Place::Runs { reactor, task } => *place = Place::Leaves(thread(*reactor).detach(*task, end)),
-            Place::Leaves(leaving) if end == End::Suspended => thread(leaving.reactor).hurry(leaving),
-            Place::Leaves(_) | Place::Ended(_) => {}
-        }
-    }
-
-    /// Waits for the end of a queue that was told to stop. Returns whether it has come.
-    fn has_ended(&mut self, index: u16, deadline: Option<Instant>) -> bool {
-        let Some(place) = self.places.get_mut(usize::from(index)) else { return true };
-        if let Some(Place::Leaves(leaving)) = place {
-            let reactor = self.pool.get(leaving.reactor).expect("a place names a thread of its pool");
-            match reactor.wait(leaving, deadline) {
-                Ok(left) => {
-                    match &mut self.ended[usize::from(index)] {
-                        Some(ended) => ended.merge(&left.stats),
-                        none => *none = Some(left.stats),
-                    }
-                    *place = Some(Place::Ended(left.queue));
+    /// Stops queues as [`Device::stop`](crate::device::Device::stop) does. All are told before one is waited for: what is in flight in
+    /// each ends meanwhile.
+    pub(crate) fn stop(&mut self, indices: &[u16], end: End) -> Stopping {
+        let (gathering, stopping) = Gathering::new(indices.len());
+        for (position, &index) in indices.iter().enumerate() {
+            let Some(Some(place)) = self.places.get_mut(usize::from(index)) else { continue };
+            let thread = |reactor| self.pool.get(reactor).expect("a place names a thread of its pool");
+            match place {
+                Place::Runs { reactor, task } => {
+                    let counted = Arc::clone(&self.ended[usize::from(index)]);
+                    *place = Place::Leaves(thread(*reactor).detach(*task, end, counted));
                 }
-                Err(RecvTimeoutError::Timeout) => return false,
-                // Its thread has died, and with it all that was in flight.
-                Err(RecvTimeoutError::Disconnected) => *place = None,
+                Place::Leaves(leaving) if end == End::Suspended => thread(leaving.reactor).hurry(leaving),
+                Place::Leaves(_) => {}
+            }
+            if let Place::Leaves(leaving) = place {
+                leaving.departure.tell(&gathering, position);
             }
         }
-        true
+        stopping
+    }
+
+    /// Suspends every queue, and forgets where each stood.
+    pub(crate) fn reset(&mut self) {
+        let indices: Vec<u16> = (0..self.places.len() as u16).collect();
+        drop(self.stop(&indices, End::Suspended).wait());
+        self.places.fill_with(|| None);
     }
 
     /// What the queues have counted.
@@ -172,9 +135,10 @@ impl Queues {
             // Of one that stops, the last word comes with its end.
             let running = match place {
                 Some(Place::Runs { reactor, task }) => self.pool.get(*reactor).and_then(|thread| thread.stats(*task)),
-                Some(Place::Leaves(_) | Place::Ended(_)) | None => None,
+                Some(Place::Leaves(_)) | None => None,
             };
-            let total = match (ended.clone(), running) {
+            let ended = ended.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            let total = match (ended, running) {
                 (Some(mut total), Some(running)) => {
                     total.merge(&running);
                     Some(total)
@@ -190,6 +154,6 @@ impl Queues {
 impl Drop for Queues {
     /// Nothing may be in flight once the device is gone, and nobody waits for what can be cancelled.
     fn drop(&mut self) {
-        self.suspend(&self.indices());
+        self.reset();
     }
 }

@@ -14,9 +14,9 @@ use std::future::poll_fn;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc as reply;
-use std::sync::mpsc::RecvTimeoutError;
+use std::sync::{Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -30,6 +30,7 @@ use crate::device::{GuestMemory, Suspended};
 use crate::ring::{Budget, Ring, Token};
 use crate::service::Service;
 use crate::stats::QueueStats;
+use crate::stopping::{Departure, End};
 pub use stepped::Stepped;
 
 /// What a reactor runs: one queue of some device. Called from one thread only.
@@ -163,7 +164,7 @@ impl ReactorPool {
 pub struct Reactor {
     index: usize,
     commands: Option<mpsc::UnboundedSender<Command>>,
-    load: AtomicUsize,
+    load: Arc<AtomicUsize>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -192,38 +193,41 @@ enum Command {
     },
 }
 
-/// How a task comes to its end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum End {
-    /// With everything answered that was taken.
-    Drained,
-    /// With nothing under way, but what could be cancelled unanswered.
-    Suspended,
-}
-
-/// What a task leaves behind.
+/// A task that was told to leave, as its device sees it.
 #[derive(Debug)]
-pub struct Left {
-    /// Where its queue stands.
-    pub queue: Suspended,
-    /// What it has counted.
-    pub stats: QueueStats,
-}
-
-/// A task that was told to leave.
-#[derive(Debug)]
-pub struct Leaving {
+pub(crate) struct Leaving {
     /// The number of its thread.
-    pub reactor: usize,
-    answer: reply::Receiver<Left>,
-    hurry: Arc<AtomicBool>,
+    pub(crate) reactor: usize,
+    pub(crate) departure: Arc<Departure>,
 }
 
 /// The other end of a [`Leaving`], on the thread itself.
 struct Leave {
-    reply: reply::Sender<Left>,
-    /// Set once the task shall be suspended, even if it was to be drained.
-    hurry: Arc<AtomicBool>,
+    departure: Arc<Departure>,
+    /// What the task has counted is added to this.
+    counted: Arc<Mutex<Option<QueueStats>>>,
+    load: Arc<AtomicUsize>,
+}
+
+impl Leave {
+    fn end(self, left: Suspended, stats: &QueueStats) {
+        // Before the end is told: whoever hears of it may ask for the statistics.
+        let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        match &mut *counted {
+            Some(total) => total.merge(stats),
+            none => *none = Some(stats.clone()),
+        }
+        drop(counted);
+        self.load.fetch_sub(1, Ordering::Relaxed);
+        self.departure.end(Some(left));
+    }
+}
+
+impl Drop for Leave {
+    fn drop(&mut self) {
+        // Without such a task, or with its thread dead, nothing of it is in flight either.
+        self.departure.end(None);
+    }
 }
 
 impl Reactor {
@@ -247,7 +251,7 @@ impl Reactor {
             });
         })?;
         started.recv().map_err(|_| io::Error::other("the I/O thread died at its start"))??;
-        Ok(Self { index, commands: Some(commands), load: AtomicUsize::new(0), thread: Some(thread) })
+        Ok(Self { index, commands: Some(commands), load: Arc::default(), thread: Some(thread) })
     }
 
     /// Its number among the threads of the pool.
@@ -268,33 +272,23 @@ impl Reactor {
         Ok(task)
     }
 
-    /// Tells a task to leave, without waiting for it.
-    pub fn detach(&self, task: u32, end: End) -> Leaving {
-        let (reply, answer) = reply::channel();
-        let hurry = Arc::new(AtomicBool::new(end == End::Suspended));
-        self.send(Command::Detach { task, end, leave: Leave { reply, hurry: Arc::clone(&hurry) } });
-        Leaving { reactor: self.index, answer, hurry }
+    /// Tells a task to leave, without waiting for it. What it has counted goes to `counted` with its end.
+    pub(crate) fn detach(&self, task: u32, end: End, counted: Arc<Mutex<Option<QueueStats>>>) -> Leaving {
+        let departure = Arc::new(Departure::default());
+        if end == End::Suspended {
+            departure.hurry();
+        }
+        let leave = Leave { departure: Arc::clone(&departure), counted, load: Arc::clone(&self.load) };
+        self.send(Command::Detach { task, end, leave });
+        Leaving { reactor: self.index, departure }
     }
 
     /// Has a task suspended that was told to leave drained.
-    pub fn hurry(&self, leaving: &Leaving) {
+    pub(crate) fn hurry(&self, leaving: &Leaving) {
         // Not by the task's number: once it has left, that may be another task's.
-        if !leaving.hurry.swap(true, Ordering::AcqRel) {
+        if leaving.departure.hurry() {
             self.send(Command::Hurry);
         }
-    }
-
-    /// Waits until nothing of a task is in flight and all it has completed is published; until `deadline`, if there is one.
-    ///
-    /// # Errors
-    /// `Timeout` when the time is over, `Disconnected` when there was no such task, or its thread has died.
-    pub fn wait(&self, leaving: &Leaving, deadline: Option<Instant>) -> Result<Left, RecvTimeoutError> {
-        let left = match deadline {
-            Some(deadline) => leaving.answer.recv_timeout(deadline.saturating_duration_since(Instant::now()))?,
-            None => leaving.answer.recv().map_err(|_| RecvTimeoutError::Disconnected)?,
-        };
-        self.load.fetch_sub(1, Ordering::Relaxed);
-        Ok(left)
     }
 
     /// What a task has counted so far.
@@ -538,7 +532,6 @@ impl Core {
                 drop(reply.send(seat));
             }
             Command::Detach { task, end, leave } => {
-                // Without such a task the reply's sender is dropped, which is the answer.
                 let seat = self.seats.get_mut(task as usize).and_then(Option::as_mut);
                 if let Some(seat) = seat.filter(|seat| seat.leaving.is_none()) {
                     seat.task.service().stop(end);
@@ -548,7 +541,7 @@ impl Core {
             }
             Command::Hurry => {
                 for seat in self.seats.iter_mut().flatten() {
-                    let hurries = seat.leaving.as_ref().is_some_and(|leave| leave.hurry.load(Ordering::Acquire));
+                    let hurries = seat.leaving.as_ref().is_some_and(|leave| leave.departure.hurries());
                     if hurries && !seat.task.service().is_suspending() {
                         seat.task.service().stop(End::Suspended);
                         seat.task.stop(&mut self.ring);
@@ -607,7 +600,7 @@ impl Core {
                 let service = seat.task.service();
                 service.publish();
                 if let Some(leave) = seat.leaving.take() {
-                    drop(leave.reply.send(Left { queue: service.end(), stats: service.stats.clone() }));
+                    leave.end(service.end(), &service.stats);
                 }
                 // Last: whoever waits for the queue need not wait for this, and until then `seat` has it mapped.
                 if let Some(memory) = &seat.memory {

@@ -14,12 +14,13 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
-use crate::device::{GuestMemory, QueueParts, QueueState};
+use crate::device::{GuestMemory, QueueParts, QueueState, Suspended};
 use crate::driver::{Buffer, Descriptor, Driver};
 use crate::interrupt::Interrupt;
 use crate::queue::{Queue, RING_FEATURES};
 use crate::queues::Queues;
-use crate::reactor::{End, ReactorOptions, ReactorPool};
+use crate::reactor::{ReactorOptions, ReactorPool};
+use crate::stopping::End;
 
 const DATA: u64 = 0x10_0000;
 const SIZE: u16 = 64;
@@ -203,7 +204,11 @@ fn pitfall_35_a_source_whose_reads_fail_while_it_is_enabled_is_given_up_and_left
         assert!(start.elapsed() < PATIENCE, "a source that fails each time is never given up");
     }
     rig.settle();
-    assert_eq!(rig.queues.stop(0).unwrap(), QueueState::default(), "its buffers are the driver's again");
+    assert_eq!(
+        rig.queues.stop(&[0], End::Drained).wait(),
+        [Some(Suspended::default())],
+        "its buffers are the driver's again"
+    );
 }
 
 #[test]

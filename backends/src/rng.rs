@@ -2,12 +2,13 @@
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
-use crate::device::{Device, DeviceError, DeviceInfo, QueueParts, QueueState};
+use crate::device::{Device, DeviceError, DeviceInfo, QueueParts};
 use crate::io::Io;
 use crate::queue::{Chain, RING_FEATURES};
 use crate::queues::Queues;
 use crate::reactor::ReactorPool;
 use crate::stats::DeviceStats;
+use crate::stopping::{End, Stopping};
 use crate::worker::{Handler, Outcome, Step};
 
 const QUEUE_SIZE: u16 = 64;
@@ -87,12 +88,12 @@ impl Device for RngDevice {
         self.queues.start(index, parts, self.features, || RngHandler { bytes: [0; MAX_BYTES] })
     }
 
-    fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
-        self.queues.stop(index)
+    fn stop(&mut self, queues: &[u16], end: End) -> Stopping {
+        self.queues.stop(queues, end)
     }
 
     fn reset(&mut self) {
-        self.queues.stop_all();
+        self.queues.reset();
         self.features = 0;
     }
 

@@ -4,8 +4,8 @@
 use crate::device::Suspended;
 use crate::interrupt::Interrupt;
 use crate::queue::{Chain, Queue, RingError};
-use crate::reactor::End;
 use crate::stats::QueueStats;
+use crate::stopping::End;
 
 /// Most chains taken in one turn, unless a device knows better. A batch shares its system call, its publication and its
 /// interrupt; a bounded one lets the driver go on with what is done while the next is under way, and a driver that refills

@@ -517,7 +517,7 @@ fn a_queue_is_stopped_while_its_requests_wait_for_those_of_another() {
             rig.start_queue_with(queue.into(), state, left);
         }
         if round % 2 == 0 {
-            let state = rig.device.stop_queue(1).unwrap();
+            let state = rig.device.drain(1).unwrap();
             assert_eq!(state.next_used, state.next_avail, "nothing is in flight");
             rig.start_queue(1, state);
         }
@@ -547,10 +547,10 @@ fn pitfall_24_stopping_drains_and_another_start_goes_on() {
             rig.queues[0].driver.add(&chain).unwrap();
         }
         rig.kick(0);
-        let state = rig.device.stop_queue(0).unwrap();
+        let state = rig.device.drain(0).unwrap();
         assert_eq!(state.next_used, state.next_avail, "nothing is in flight");
         assert_eq!(rig.queues[0].driver.used_index(), state.next_used, "and all is published");
-        assert_eq!(rig.device.stop_queue(0), None, "idempotent");
+        assert_eq!(rig.device.drain(0), Some(state), "stopped once more, it stands where it stood");
         rig.start_queue(0, state);
         for _ in 0..32 {
             rig.next_used(0);

@@ -81,7 +81,7 @@ fn serve(
             std::thread::yield_now();
         }
     }
-    device.stop_queue(0).expect("it ran")
+    device.drain(0).expect("it ran")
 }
 
 fn check(mut device: BlockDevice, cases: u32) {

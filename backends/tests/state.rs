@@ -59,7 +59,7 @@ fn command(nic: &mut NetDevice, commands: &[Vec<u8>]) -> Vec<u8> {
             std::thread::yield_now();
         }
     }
-    nic.stop_queue(4).unwrap();
+    nic.drain(4).unwrap();
     (0..commands.len()).map(|index| mem.read_obj(GuestAddress(at(index) + 0xffff)).unwrap()).collect()
 }
 

@@ -112,7 +112,7 @@ pub fn measure(options: &BlockOptions, point: BlockPoint, scratch: &Scratch, war
     }
     let sample = drive(&mut lanes, threads, options.time, warm);
     for index in 0..options.queues {
-        device.stop_queue(index);
+        device.drain(index);
     }
     sample
 }

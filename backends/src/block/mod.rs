@@ -11,7 +11,6 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
@@ -19,13 +18,14 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
-use crate::device::{Device, DeviceError, DeviceInfo, Flusher, QueueParts, QueueState, Suspended};
+use crate::device::{Device, DeviceError, DeviceInfo, Flusher, QueueParts};
 use crate::queue::RING_FEATURES;
 use crate::queues::Queues;
-use crate::reactor::{End, ReactorPool};
+use crate::reactor::ReactorPool;
 use crate::ring::MAX_PIECES;
 use crate::state::{Refusal, StateReader, StateWriter};
 use crate::stats::DeviceStats;
+use crate::stopping::{End, Stopping};
 use crate::storage::Storage;
 use config::{CONFIG_LEN, WRITEBACK};
 use handler::BlockHandler;
@@ -220,20 +220,12 @@ impl Device for BlockDevice {
         self.backing.start(handler, &mut self.queues, index, parts, self.features)
     }
 
-    fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
-        self.queues.stop(index)
-    }
-
-    fn suspend(&mut self, queues: &[u16]) -> Vec<Option<Suspended>> {
-        self.queues.suspend(queues)
-    }
-
-    fn stop_by(&mut self, queues: &[u16], end: End, deadline: Instant) -> Option<Vec<Option<Suspended>>> {
-        self.queues.stop_by(queues, end, deadline)
+    fn stop(&mut self, queues: &[u16], end: End) -> Stopping {
+        self.queues.stop(queues, end)
     }
 
     fn reset(&mut self) {
-        self.queues.stop_all();
+        self.queues.reset();
         self.features = 0;
         self.limits.discard = false;
         self.limits.write_zeroes = false;

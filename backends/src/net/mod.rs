@@ -10,19 +10,19 @@ mod transmit;
 
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP};
 
-use crate::device::{Device, DeviceError, DeviceInfo, QueueParts, QueueState, Suspended};
+use crate::device::{Device, DeviceError, DeviceInfo, QueueParts};
 use crate::event::SharedEvent;
 use crate::interrupt::Interrupt;
 use crate::port::Port;
 use crate::queue::{RING_FEATURES, avail_index};
 use crate::queues::Queues;
-use crate::reactor::{End, ReactorPool};
+use crate::reactor::ReactorPool;
 use crate::stats::DeviceStats;
+use crate::stopping::{End, Stopping};
 use control::{Control, ControlHandler, RxMode};
 use frame::{HEADER_LEN, MAX_FRAME};
 pub use options::{MAX_QUEUE_SIZE, Mac, NetOptions, OpenError};
@@ -312,18 +312,13 @@ impl Device for NetDevice {
         }
     }
 
-    fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
-        self.leave_pair(index);
-        self.queues.stop(index)
-    }
-
-    fn stop_by(&mut self, queues: &[u16], end: End, deadline: Instant) -> Option<Vec<Option<Suspended>>> {
+    fn stop(&mut self, queues: &[u16], end: End) -> Stopping {
         queues.iter().for_each(|&index| self.leave_pair(index));
-        self.queues.stop_by(queues, end, deadline)
+        self.queues.stop(queues, end)
     }
 
     fn reset(&mut self) {
-        self.queues.stop_all();
+        self.queues.reset();
         self.features = 0;
         *self.control.mac.lock().unwrap_or_else(PoisonError::into_inner) = self.mac;
         self.control.receivers.lock().unwrap_or_else(PoisonError::into_inner).fill_with(|| None);

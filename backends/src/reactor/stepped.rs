@@ -3,7 +3,6 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
 use std::thread;
 use std::time::Duration;
 
@@ -29,7 +28,7 @@ impl<D: Send> Stepped<D> {
     /// When the host refuses an io_uring.
     pub fn new(start: impl FnOnce(&ReactorPool) -> D + Send) -> io::Result<Self> {
         let (commands, inbox) = mpsc::unbounded_channel();
-        let reactor = Reactor { index: 0, commands: Some(commands), load: AtomicUsize::new(0), thread: None };
+        let reactor = Reactor { index: 0, commands: Some(commands), load: Arc::default(), thread: None };
         let pool = ReactorPool(Arc::from([reactor]));
         let runtime = tokio_uring::Runtime::new(tokio_uring::builder().entries(8))?;
         let mut stepped = Self { device: None, core: Core::new(None, Duration::ZERO, None)?, inbox, runtime };

@@ -13,14 +13,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ringvm_backends::block::{BlockDevice, BlockOptions, StorageKind};
-use ringvm_backends::device::{
-    Device, DeviceError, DeviceInfo, GuestMemory, Place, QueueParts, QueueState, RingConfig, Suspended,
-};
+use ringvm_backends::device::{Device, DeviceError, DeviceInfo, GuestMemory, Place, QueueParts, RingConfig, Suspended};
 use ringvm_backends::event::SharedEvent;
 use ringvm_backends::interrupt::Interrupt;
 use ringvm_backends::keyval;
 use ringvm_backends::reactor::{ReactorOptions, ReactorPool};
 use ringvm_backends::stats::DeviceStats;
+use ringvm_backends::stopping::{End, Stopping};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
@@ -377,16 +376,10 @@ impl Device for PlacedDisk {
         Ok(())
     }
 
-    fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
-        let mut placed = self.lock();
-        placed.running.remove(&index);
-        placed.server.device().stop_queue(index)
-    }
-
-    fn suspend(&mut self, queues: &[u16]) -> Vec<Option<Suspended>> {
+    fn stop(&mut self, queues: &[u16], end: End) -> Stopping {
         let mut placed = self.lock();
         placed.running.retain(|index, _| !queues.contains(index));
-        placed.server.device().suspend(queues)
+        placed.server.device().stop(queues, end)
     }
 
     fn reset(&mut self) {
@@ -426,6 +419,8 @@ impl Device for PlacedDisk {
 mod tests {
     use vm_memory::{GuestAddress, GuestMemoryMmap};
 
+    use ringvm_backends::device::QueueState;
+
     use super::*;
 
     #[test]
@@ -452,6 +447,6 @@ mod tests {
         );
         disk.start_queue(0, parts).unwrap();
         assert!(matches!(mover.toggle(), Err(PlaceError::Private { .. })));
-        assert_eq!(disk.stop_queue(0), Some(QueueState::default()), "it is served all the same");
+        assert_eq!(disk.drain(0), Some(QueueState::default()), "it is served all the same");
     }
 }

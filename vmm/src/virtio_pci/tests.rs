@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 
 use bolero::TypeGenerator;
-use ringvm_backends::device::{DeviceError, QueueParts, QueueState, RingConfig};
+use ringvm_backends::device::{DeviceError, QueueParts, QueueState, RingConfig, Suspended};
 use ringvm_backends::event::{borrow, is_raised};
 use ringvm_backends::interrupt::Interrupt;
+use ringvm_backends::stopping::{End, Stopping};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::*;
@@ -85,9 +86,14 @@ impl Device for TestDevice {
         Ok(())
     }
 
-    fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
-        self.told.lock().unwrap().running.remove(&index)?;
-        Some(QueueState { next_avail: 7 + index, next_used: 7 + index })
+    fn stop(&mut self, queues: &[u16], _end: End) -> Stopping {
+        let mut told = self.told.lock().unwrap();
+        let stopped = queues.iter().map(|index| {
+            told.running.remove(index)?;
+            let state = QueueState { next_avail: 7 + index, next_used: 7 + index };
+            Some(Suspended { state, left: Vec::new() })
+        });
+        Stopping::done(stopped.collect())
     }
 
     fn reset(&mut self) {
