@@ -38,7 +38,10 @@ pub struct PlacedDisk {
 
 /// Moves a disk whose other half is the machine's.
 #[derive(Clone)]
-pub struct Mover(Arc<Mutex<Placed>>);
+pub struct Mover {
+    name: String,
+    shared: Arc<Mutex<Placed>>,
+}
 
 /// What one move did.
 #[derive(Clone, Debug)]
@@ -153,7 +156,7 @@ impl PlacedDisk {
             past: DeviceStats::default(),
             lent: options.place == Place::Daemon,
         }));
-        Ok((Self { info, shared: Arc::clone(&shared) }, Mover(shared)))
+        Ok((Self { info, shared: Arc::clone(&shared) }, Mover { name: name.to_owned(), shared }))
     }
 
     fn lock(&self) -> MutexGuard<'_, Placed> {
@@ -312,13 +315,19 @@ impl Placed {
 }
 
 impl Mover {
+    /// The name of the disk.
+    #[must_use]
+    pub fn name(&self) -> String {
+        self.name.clone()
+    }
+
     /// Moves the disk to the place where it is not.
     ///
     /// # Errors
     /// When it can't be served there. It goes on where it is.
     pub fn toggle(&self) -> Result<Moved, PlaceError> {
         let (place, mut source) = {
-            let placed = lock(&self.0);
+            let placed = lock(&self.shared);
             let place = match placed.place {
                 Place::Process => Place::Daemon,
                 Place::Daemon => Place::Process,
@@ -328,7 +337,7 @@ impl Mover {
         };
         // Without the lock: a daemon may take its time, and meanwhile the guest uses the disk where it is.
         let next = source.serve(place)?;
-        let mut placed = lock(&self.0);
+        let mut placed = lock(&self.shared);
         placed.source = source;
         placed.move_to(place, next)
     }

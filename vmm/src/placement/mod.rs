@@ -16,6 +16,7 @@ use crate::vhost_user::ConnectError;
 
 pub use disk::{Moved, Mover, PlacedDisk};
 pub use net::nic_in_daemon;
+pub use ringvm_backends::device::Place;
 
 /// Where the programs are, if not beside this one.
 const DAEMONS: &str = "RINGVM_DAEMONS";

@@ -6,8 +6,6 @@
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
-use super::error::KvmError;
-
 /// "Auth" and "Hygo", the beginnings of the vendor strings of AMD and its kin.
 const VENDOR_AMD: u32 = u32::from_le_bytes(*b"Auth");
 const VENDOR_HYGON: u32 = u32::from_le_bytes(*b"Hygo");
@@ -54,27 +52,27 @@ const DEFAULT_CACHES: [Registers; 4] = [
 ];
 
 /// The CPUID of a machine, built once; a vCPU differs only in its APIC ID.
-pub(super) struct Template {
+pub struct Template {
     entries: Vec<kvm_cpuid_entry2>,
 }
 
 /// What the template depends on, beside the supported leaves.
-pub(super) struct Traits {
+pub struct Traits {
     /// Number of vCPUs.
-    pub(super) cpus: u32,
+    pub cpus: u32,
     /// Whether the guest may run guests of its own.
-    pub(super) nested: bool,
+    pub nested: bool,
     /// Whether it has performance counters.
-    pub(super) pmu: bool,
+    pub pmu: bool,
     /// Whether the LAPIC timer has a TSC deadline mode.
-    pub(super) tsc_deadline: bool,
+    pub tsc_deadline: bool,
     /// TSC frequency, where KVM tells it.
-    pub(super) tsc_khz: Option<u32>,
+    pub tsc_khz: Option<u32>,
 }
 
 impl Template {
     /// From what KVM supports and, for caches it is silent about, from `host`: the CPUID instruction of this CPU.
-    pub(super) fn new(supported: &CpuId, host: impl Fn(u32, u32) -> Registers, traits: &Traits) -> Self {
+    pub fn new(supported: &CpuId, host: impl Fn(u32, u32) -> Registers, traits: &Traits) -> Self {
         let mut template = Self { entries: supported.as_slice().to_vec() };
         if !traits.nested {
             template.hide(&NESTED, &NESTED_LEAVES);
@@ -97,7 +95,8 @@ impl Template {
     }
 
     /// The CPUID of vCPU `id`.
-    pub(super) fn for_vcpu(&self, id: u32) -> Result<CpuId, KvmError> {
+    #[must_use]
+    pub fn for_vcpu(&self, id: u32) -> Vec<kvm_cpuid_entry2> {
         let mut entries = self.entries.clone();
         for entry in &mut entries {
             match entry.function {
@@ -107,10 +106,7 @@ impl Template {
                 _ => {}
             }
         }
-        CpuId::from_entries(&entries).map_err(|error| KvmError::Call {
-            what: format!("putting together {} CPUID leaves", entries.len()),
-            source: std::io::Error::other(format!("{error:?}")),
-        })
+        entries
     }
 
     fn find(&self, function: u32, index: u32) -> Option<&kvm_cpuid_entry2> {
@@ -236,14 +232,14 @@ impl Template {
 }
 
 /// Width of guest-physical addresses.
-pub(super) fn physical_bits(supported: &CpuId) -> u32 {
+pub fn physical_bits(supported: &CpuId) -> u32 {
     let leaf = supported.as_slice().iter().find(|entry| entry.function == 0x8000_0008);
     // Without the leaf a CPU has 36 bits.
     leaf.map_or(36, |leaf| leaf.eax & 0xff).clamp(36, 52)
 }
 
 /// The CPUID instruction of this CPU.
-pub(super) fn host(function: u32, index: u32) -> Registers {
+pub fn host(function: u32, index: u32) -> Registers {
     let limit = std::arch::x86_64::__cpuid(function & 0x8000_0000).eax;
     if function > limit {
         return [0; 4];
@@ -299,7 +295,7 @@ mod tests {
     #[test]
     fn every_vcpu_has_its_apic_id() {
         let template = template(b"Genu", &[], [0; 4], 3);
-        let cpuid = template.for_vcpu(2).unwrap();
+        let cpuid = template.for_vcpu(2);
         let get = |function, index| {
             let found = cpuid.as_slice().iter().find(|entry| entry.function == function && entry.index == index);
             *found.unwrap_or_else(|| panic!("no leaf {function:#x}.{index}"))
@@ -331,7 +327,7 @@ mod tests {
         let template = template(b"Auth", &[], [0; 4], 4);
         assert_eq!(template.registers(0x8000_0008, 0)[2], 3 | 2 << 12);
         assert_ne!(template.registers(0x8000_0001, 0)[2] & EXT1_ECX_TOPOLOGY, 0);
-        assert_eq!(template.for_vcpu(3).unwrap().as_slice().iter().find(|e| e.function == 0x8000_001e).unwrap().eax, 3);
+        assert_eq!(template.for_vcpu(3).iter().find(|e| e.function == 0x8000_001e).unwrap().eax, 3);
     }
 
     #[test]

@@ -3,13 +3,12 @@
 //! PVH: the Xen PVH start-of-day state (32-bit protected mode without paging). Linux 64-bit: Documentation/arch/x86/boot
 //! of the kernel, "64-bit boot protocol" (long mode with the first 4 GiB mapped one to one).
 
-use kvm_bindings::{kvm_regs, kvm_segment};
-use kvm_ioctls::VcpuFd;
-use vm_memory::{Bytes, GuestAddress};
-
-use super::error::{KvmError, call};
-use crate::machine::layout::{BOOT_GDT, BOOT_IDT, BOOT_PAGE_TABLES, BOOT_STACK};
+use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use ringvm_backends::device::GuestMemory;
+use thiserror::Error;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+
+use super::layout::{BOOT_GDT, BOOT_IDT, BOOT_PAGE_TABLES, BOOT_STACK};
 
 const CR0_PE: u64 = 1;
 const CR0_ET: u64 = 1 << 4;
@@ -51,14 +50,24 @@ pub enum Entry {
     },
 }
 
-/// Puts the boot vCPU where `entry` wants it, with the tables it needs in guest memory.
-pub(super) fn set_boot_registers(vcpu: &VcpuFd, memory: &GuestMemory, entry: Entry) -> Result<(), KvmError> {
+/// The tables of the boot vCPU do not fit into guest memory.
+#[derive(Debug, Error)]
+#[error("writing the boot tables at {address:#x}: {source}")]
+pub struct TableError {
+    address: u64,
+    source: GuestMemoryError,
+}
+
+/// The registers that the boot vCPU needs for `entry`, in place of those in `sregs`. Its tables go to guest memory.
+///
+/// # Errors
+/// When the tables do not lie in memory.
+pub fn boot_registers(sregs: &mut kvm_sregs, memory: &GuestMemory, entry: Entry) -> Result<kvm_regs, TableError> {
     let long = matches!(entry, Entry::Linux64 { .. });
     let code = Segment { selector: CODE, kind: 0xb, long, data: false };
     let data = Segment { selector: DATA, kind: 0x3, long: false, data: true };
     write_gdt(memory, &code, &data)?;
 
-    let mut sregs = vcpu.get_sregs().map_err(call("reading the registers of vCPU 0"))?;
     sregs.cs = code.kvm();
     for register in [&mut sregs.ds, &mut sregs.es, &mut sregs.fs, &mut sregs.gs, &mut sregs.ss] {
         *register = data.kvm();
@@ -89,8 +98,7 @@ pub(super) fn set_boot_registers(vcpu: &VcpuFd, memory: &GuestMemory, entry: Ent
             regs.rbp = BOOT_STACK;
         }
     }
-    vcpu.set_sregs(&sregs).map_err(call("setting the registers of vCPU 0"))?;
-    vcpu.set_regs(&regs).map_err(call("setting the registers of vCPU 0"))
+    Ok(regs)
 }
 
 /// A flat segment of 4 GiB.
@@ -125,7 +133,7 @@ impl Segment {
     }
 }
 
-fn write_gdt(memory: &GuestMemory, code: &Segment, data: &Segment) -> Result<(), KvmError> {
+fn write_gdt(memory: &GuestMemory, code: &Segment, data: &Segment) -> Result<(), TableError> {
     // A busy 32-bit TSS of 0x68 bytes at zero, as TR says.
     let task = 0x0000_8b00_0000_0067_u64;
     write_words(memory, BOOT_GDT, &[0, 0, code.descriptor(), data.descriptor(), task])?;
@@ -133,7 +141,7 @@ fn write_gdt(memory: &GuestMemory, code: &Segment, data: &Segment) -> Result<(),
 }
 
 /// Maps the first 4 GiB one to one, in 2 MiB pages: not every KVM takes 1 GiB pages.
-fn write_page_tables(memory: &GuestMemory) -> Result<(), KvmError> {
+fn write_page_tables(memory: &GuestMemory) -> Result<(), TableError> {
     let table = PAGE_PRESENT | PAGE_WRITABLE;
     let pdpt = BOOT_PAGE_TABLES + PAGE;
     let first_directory = pdpt + PAGE;
@@ -144,10 +152,7 @@ fn write_page_tables(memory: &GuestMemory) -> Result<(), KvmError> {
     write_words(memory, first_directory, &pages)
 }
 
-fn write_words(memory: &GuestMemory, address: u64, words: &[u64]) -> Result<(), KvmError> {
+fn write_words(memory: &GuestMemory, address: u64, words: &[u64]) -> Result<(), TableError> {
     let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-    memory.write_slice(&bytes, GuestAddress(address)).map_err(|error| KvmError::Call {
-        what: format!("writing the boot tables at {address:#x}"),
-        source: std::io::Error::other(error),
-    })
+    memory.write_slice(&bytes, GuestAddress(address)).map_err(|source| TableError { address, source })
 }
