@@ -8,9 +8,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use ringvm_backends::device::End;
 use ringvm_backends::device::{Device, DeviceError, Suspended};
-use ringvm_backends::interrupt::Interrupt;
-use ringvm_backends::reactor::End;
+use ringvm_backends::virtqueue::interrupt::Interrupt;
 use thiserror::Error;
 use tracing::info;
 use vhost::vhost_user::message::{

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use bolero::TypeGenerator;
 use ringvm_backends::device::{DeviceError, QueueParts, QueueState, RingConfig};
-use ringvm_backends::event::{borrow, is_raised};
-use ringvm_backends::interrupt::Interrupt;
+use ringvm_backends::host::event::{borrow, is_raised};
+use ringvm_backends::virtqueue::interrupt::Interrupt;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::*;
