@@ -8,8 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use ringvm_backends::device::End;
-use ringvm_backends::device::{Device, DeviceError, Suspended};
+use ringvm_backends::device::{Device, DeviceError, End, Suspended};
 use ringvm_backends::virtqueue::interrupt::Interrupt;
 use thiserror::Error;
 use tracing::info;

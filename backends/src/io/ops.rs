@@ -4,10 +4,11 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-#[cfg(doc)]
-use crate::io::ring::MAX_BYTES;
-use crate::io::ring::{MAX_PIECES, Ring, Token};
+use crate::io::ring::{Ring, Token};
 use crate::virtqueue::buffers::GuestIo;
+#[cfg(doc)]
+use crate::virtqueue::buffers::MAX_BYTES;
+use crate::virtqueue::buffers::MAX_PIECES;
 
 /// Pushes the operations of one request, at most one at a time.
 pub struct Io<'a> {

@@ -9,9 +9,8 @@ use crate::io::receiver::{Receiver, Source};
 use crate::io::service::Service;
 use crate::io::worker::{Handler, Worker};
 use crate::stats::{DeviceStats, QueueStats};
-use crate::virtqueue::End;
 use crate::virtqueue::split::Queue;
-use crate::virtqueue::{QueueParts, QueueState, Suspended};
+use crate::virtqueue::{End, QueueParts, QueueState, Suspended};
 
 /// The queues of a device.
 pub(crate) struct Queues {

@@ -11,11 +11,10 @@ use std::time::Instant;
 
 use crate::io::ops::Io;
 use crate::io::reactor::Task;
-use crate::io::ring::{MAX_PIECES, Ring, Token};
+use crate::io::ring::{Ring, Token};
 use crate::io::service::Service;
 use crate::virtqueue::RingError;
-use crate::virtqueue::buffers::Chain;
-use crate::virtqueue::buffers::GuestIo;
+use crate::virtqueue::buffers::{Chain, GuestIo, MAX_PIECES};
 
 /// Where frames come from. Lives on one thread.
 pub trait Source {

@@ -17,10 +17,9 @@ use super::*;
 use crate::io::queues::Queues;
 use crate::io::reactor::{ReactorOptions, ReactorPool};
 use crate::testing::driver::{Buffer, Descriptor, Driver};
-use crate::virtqueue::End;
 use crate::virtqueue::interrupt::Interrupt;
 use crate::virtqueue::split::{Queue, RING_FEATURES};
-use crate::virtqueue::{GuestMemory, QueueParts, QueueState};
+use crate::virtqueue::{End, GuestMemory, QueueParts, QueueState};
 
 const DATA: u64 = 0x10_0000;
 const SIZE: u16 = 64;

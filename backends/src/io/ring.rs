@@ -22,16 +22,10 @@ use io_uring::{IoUring, Submitter, opcode, squeue, types};
 pub use self::memory::Budget;
 use self::memory::HeldMemory;
 use crate::virtqueue::GuestMemory;
+use crate::virtqueue::buffers::{MAX_BYTES, MAX_PIECES};
 
 /// Submission entries of a ring. More than that wait in a queue of ours, which only costs speed.
 const ENTRIES: u32 = 1024;
-
-/// Most pieces of one vector that the kernel takes (IOV_MAX).
-pub const MAX_PIECES: usize = 1024;
-
-/// Most bytes of one operation. A read that finds all of them in the page cache copies them within the system call, which so
-/// many delay by some tenths of a millisecond; storage needs no more at a time, and a request of a megabyte is still one operation.
-pub const MAX_BYTES: u64 = 2 << 20;
 
 /// Most kernel threads of a kind (for files and block devices, for all else) that do for an I/O thread what would make it wait.
 /// They are how many operations are under way at once on file systems that know no other way, such as NFS.

@@ -2,12 +2,10 @@
 //! happens when the driver breaks it or it is asked to stop.
 
 use crate::stats::QueueStats;
-use crate::virtqueue::End;
-use crate::virtqueue::RingError;
-use crate::virtqueue::Suspended;
 use crate::virtqueue::buffers::Chain;
 use crate::virtqueue::interrupt::Interrupt;
 use crate::virtqueue::split::Queue;
+use crate::virtqueue::{End, RingError, Suspended};
 
 /// Most chains taken in one turn, unless a device knows better. A batch shares its system call, its publication and its
 /// interrupt; a bounded one lets the driver go on with what is done while the next is under way, and a driver that refills

@@ -15,8 +15,7 @@ use crate::host::event::SharedEvent;
 use crate::io::ops::Io;
 use crate::io::worker::{Handler, Outcome, Step};
 use crate::net::port::{Filter, Port};
-use crate::virtqueue::buffers::Chain;
-use crate::virtqueue::buffers::GuestIo;
+use crate::virtqueue::buffers::{Chain, GuestIo};
 
 /// Most addresses of one MAC table.
 pub(super) const MAX_TABLE: u32 = 1024;

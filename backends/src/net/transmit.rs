@@ -6,11 +6,9 @@ use std::sync::Arc;
 
 use super::frame::{HEADER_LEN, MAX_FRAME, MIN_FRAME, is_sound};
 use crate::io::ops::Io;
-use crate::io::ring::MAX_PIECES;
 use crate::io::worker::{Handler, Outcome, Step};
 use crate::net::port::{Ends, Offloads, Port};
-use crate::virtqueue::buffers::Chain;
-use crate::virtqueue::buffers::GuestIo;
+use crate::virtqueue::buffers::{Chain, GuestIo, MAX_PIECES};
 use crate::virtqueue::interrupt::Interrupt;
 
 /// What is counted, in the order of [`TransmitHandler::OPS`].

@@ -15,11 +15,10 @@ use crate::device::Device;
 use crate::io::reactor::{ReactorOptions, ReactorPool};
 use crate::net::{NetDevice, NetOptions};
 use crate::testing::driver::{Buffer, Driver};
-use crate::virtqueue::RingError;
 use crate::virtqueue::buffers::Chain;
 use crate::virtqueue::interrupt::Interrupt;
 use crate::virtqueue::split::{Queue, RING_FEATURES};
-use crate::virtqueue::{GuestMemory, QueueParts, QueueState};
+use crate::virtqueue::{GuestMemory, QueueParts, QueueState, RingError};
 
 const SIZE: u16 = 8;
 const RING: u64 = 0x1000;

@@ -19,8 +19,7 @@ use virtio_bindings::virtio_ring::{
 };
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
-use crate::io::ring::MAX_PIECES;
-use crate::virtqueue::buffers::{Chain, GuestIo, read_once};
+use crate::virtqueue::buffers::{Chain, GuestIo, MAX_PIECES, read_once};
 use crate::virtqueue::dirty::{QueueLog, Writes};
 use crate::virtqueue::inflight::{InflightTable, crash_point};
 use crate::virtqueue::interrupt::Interrupt;

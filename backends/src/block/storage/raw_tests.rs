@@ -6,7 +6,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::block::storage::share::MEMORY;
-use crate::io::ring::{MAX_BYTES, Ring, Token};
+use crate::io::ring::{Ring, Token};
+use crate::virtqueue::buffers::{MAX_BYTES, MAX_PIECES};
 
 const SIZE: usize = 64 << 10;
 
@@ -261,7 +262,7 @@ fn more_pieces_than_one_vector_takes() {
     let mut rig = rig(Mode::Cached);
     let mut buf = vec![0; 8192];
     let data = pieces(&mut buf, &[3; 2000]);
-    assert!(data.pieces().len() > crate::io::ring::MAX_PIECES);
+    assert!(data.pieces().len() > MAX_PIECES);
     rig.run(data, |raw, op, data, io| raw.read(op, 512, data, io)).unwrap();
     assert!(buf == rig.model[512..512 + 8192]);
 }
