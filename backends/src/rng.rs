@@ -3,13 +3,15 @@
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
 use crate::device::{Device, DeviceError, DeviceInfo, QueueParts};
-use crate::io::Io;
-use crate::queue::{Chain, RING_FEATURES};
-use crate::queues::Queues;
-use crate::reactor::ReactorPool;
+use crate::io::ops::Io;
+use crate::io::queues::Queues;
+use crate::io::reactor::ReactorPool;
+use crate::io::worker::{Handler, Outcome, Step};
 use crate::stats::DeviceStats;
-use crate::stopping::{End, Stopping};
-use crate::worker::{Handler, Outcome, Step};
+use crate::virtqueue::End;
+use crate::virtqueue::buffers::Chain;
+use crate::virtqueue::split::RING_FEATURES;
+use crate::virtqueue::stopping::Stopping;
 
 const QUEUE_SIZE: u16 = 64;
 const OPS: &[&str] = &["read"];

@@ -8,13 +8,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
+use ringvm_backends::block::storage::Geometry;
+use ringvm_backends::block::storage::raw::{DirectAlign, Raw};
 use ringvm_backends::block::{BlockDevice, BlockOptions, OpenError, StorageKind};
 use ringvm_backends::device::{Device, GuestMemory, QueueParts, QueueState, Suspended};
-use ringvm_backends::driver::{Buffer, Descriptor, Driver};
-use ringvm_backends::interrupt::Interrupt;
-use ringvm_backends::reactor::{ReactorOptions, ReactorPool};
-use ringvm_backends::storage::Geometry;
-use ringvm_backends::storage::raw::{DirectAlign, Raw};
+use ringvm_backends::io::reactor::{ReactorOptions, ReactorPool};
+use ringvm_backends::testing::driver::{Buffer, Descriptor, Driver};
+use ringvm_backends::virtqueue::interrupt::Interrupt;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 

@@ -7,14 +7,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use ringvm_backends::block::storage::{Geometry, Progress, Storage};
 use ringvm_backends::block::{BlockDevice, BlockOptions};
 use ringvm_backends::device::{Device, GuestMemory, QueueParts, Suspended};
-use ringvm_backends::driver::{Buffer, Driver};
-use ringvm_backends::guest_io::GuestIo;
-use ringvm_backends::inflight::InflightArea;
-use ringvm_backends::io::Io;
-use ringvm_backends::reactor::{ReactorOptions, ReactorPool};
-use ringvm_backends::storage::{Geometry, Progress, Storage};
+use ringvm_backends::io::ops::Io;
+use ringvm_backends::io::reactor::{ReactorOptions, ReactorPool};
+use ringvm_backends::testing::driver::{Buffer, Driver};
+use ringvm_backends::virtqueue::buffers::GuestIo;
+use ringvm_backends::virtqueue::inflight::InflightArea;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 

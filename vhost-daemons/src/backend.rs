@@ -8,9 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use ringvm_backends::device::{Device, DeviceError, Suspended};
-use ringvm_backends::interrupt::Interrupt;
-use ringvm_backends::stopping::End;
+use ringvm_backends::device::{Device, DeviceError, End, Suspended};
+use ringvm_backends::virtqueue::interrupt::Interrupt;
 use thiserror::Error;
 use tracing::info;
 use vhost::vhost_user::message::{

@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, select, unbounded};
 use ringvm_backends::device::{Device, DeviceInfo, GuestMemory, QueueParts, RingConfig, Suspended, read_space};
-use ringvm_backends::interrupt::Interrupt;
 use ringvm_backends::stats::DeviceStats;
-use ringvm_backends::stopping::{End, Ends, Stopping};
+use ringvm_backends::virtqueue::End;
+use ringvm_backends::virtqueue::interrupt::Interrupt;
+use ringvm_backends::virtqueue::stopping::{Ends, Stopping};
 use tracing::debug;
 use vmm_sys_util::eventfd::EventFd;
 

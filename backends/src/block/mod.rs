@@ -6,6 +6,7 @@ pub mod options;
 pub mod request;
 #[cfg(test)]
 mod request_tests;
+pub mod storage;
 
 use std::fs::File;
 use std::io;
@@ -19,19 +20,20 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use crate::device::{Device, DeviceError, DeviceInfo, Flusher, QueueParts};
-use crate::queue::RING_FEATURES;
-use crate::queues::Queues;
-use crate::reactor::ReactorPool;
-use crate::ring::MAX_PIECES;
+use crate::io::queues::Queues;
+use crate::io::reactor::ReactorPool;
 use crate::state::{Refusal, StateReader, StateWriter};
 use crate::stats::DeviceStats;
-use crate::stopping::{End, Stopping};
-use crate::storage::Storage;
+use crate::virtqueue::End;
+use crate::virtqueue::buffers::MAX_PIECES;
+use crate::virtqueue::split::RING_FEATURES;
+use crate::virtqueue::stopping::Stopping;
 use config::{CONFIG_LEN, WRITEBACK};
 use handler::BlockHandler;
 use options::SERIAL_LEN;
 pub use options::{BlockOptions, OpenError, StorageKind};
 use request::{Limits, SECTOR};
+use storage::Storage;
 
 /// The layout of a disk's state: the driver's choice of a cache mode.
 const STATE_VERSION: u32 = 1;

@@ -4,6 +4,7 @@ mod control;
 mod features;
 mod frame;
 pub mod options;
+pub mod port;
 mod receive;
 mod state;
 mod transmit;
@@ -15,14 +16,15 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP};
 
 use crate::device::{Device, DeviceError, DeviceInfo, QueueParts};
-use crate::event::SharedEvent;
-use crate::interrupt::Interrupt;
-use crate::port::Port;
-use crate::queue::{RING_FEATURES, avail_index};
-use crate::queues::Queues;
-use crate::reactor::ReactorPool;
+use crate::host::event::SharedEvent;
+use crate::io::queues::Queues;
+use crate::io::reactor::ReactorPool;
+use crate::net::port::Port;
 use crate::stats::DeviceStats;
-use crate::stopping::{End, Stopping};
+use crate::virtqueue::End;
+use crate::virtqueue::interrupt::Interrupt;
+use crate::virtqueue::split::{RING_FEATURES, avail_index};
+use crate::virtqueue::stopping::Stopping;
 use control::{Control, ControlHandler, RxMode};
 use frame::{HEADER_LEN, MAX_FRAME};
 pub use options::{MAX_QUEUE_SIZE, Mac, NetOptions, OpenError};
@@ -328,7 +330,8 @@ impl Device for NetDevice {
         self.control.pairs_said.store(false, Ordering::Release);
         self.control_runs = false;
         // A driver serves one pair until it says otherwise; frames spread over others would be lost.
-        let single = self.control.set_pairs(1).and_then(|()| self.port.set_offloads(crate::port::Offloads::default()));
+        let single =
+            self.control.set_pairs(1).and_then(|()| self.port.set_offloads(crate::net::port::Offloads::default()));
         if let Err(error) = single
             && !self.down.load(Ordering::Acquire)
         {

@@ -13,13 +13,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ringvm_backends::block::{BlockDevice, BlockOptions, StorageKind};
-use ringvm_backends::device::{Device, DeviceError, DeviceInfo, GuestMemory, Place, QueueParts, RingConfig, Suspended};
-use ringvm_backends::event::SharedEvent;
-use ringvm_backends::interrupt::Interrupt;
+use ringvm_backends::device::{
+    Device, DeviceError, DeviceInfo, End, GuestMemory, Place, QueueParts, RingConfig, Stopping, Suspended,
+};
+use ringvm_backends::host::event::SharedEvent;
+use ringvm_backends::io::reactor::{ReactorOptions, ReactorPool};
 use ringvm_backends::keyval;
-use ringvm_backends::reactor::{ReactorOptions, ReactorPool};
 use ringvm_backends::stats::DeviceStats;
-use ringvm_backends::stopping::{End, Stopping};
+use ringvm_backends::virtqueue::interrupt::Interrupt;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;

@@ -8,8 +8,8 @@ use std::path::PathBuf;
 
 use ringvm_backends::block;
 use ringvm_backends::device::DeviceError;
+use ringvm_backends::io::reactor::ReactorOptions;
 use ringvm_backends::net as nic;
-use ringvm_backends::reactor::ReactorOptions;
 use thiserror::Error;
 
 use crate::vhost_user::ConnectError;

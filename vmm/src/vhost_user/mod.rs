@@ -26,13 +26,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use ringvm_backends::device::{
-    Device, DeviceError, DeviceInfo, GuestMemory, QueueParts, QueueState, RingConfig, Suspended, read_space,
+    Device, DeviceError, DeviceInfo, End, Ends, GuestMemory, QueueParts, QueueState, RingConfig, Stopping, Suspended,
+    read_space,
 };
-use ringvm_backends::event::SharedEvent;
-use ringvm_backends::interrupt::Interrupt;
-use ringvm_backends::queue::{check_ring, used_index};
+use ringvm_backends::host::event::SharedEvent;
 use ringvm_backends::stats::DeviceStats;
-use ringvm_backends::stopping::{End, Ends, Stopping};
+use ringvm_backends::virtqueue::interrupt::Interrupt;
+use ringvm_backends::virtqueue::split::{check_ring, used_index};
 use thiserror::Error;
 use tracing::{debug, warn};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};

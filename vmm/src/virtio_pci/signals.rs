@@ -4,7 +4,7 @@
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use ringvm_backends::interrupt::Interrupt;
+use ringvm_backends::virtqueue::interrupt::Interrupt;
 use tracing::warn;
 
 use crate::owner::Listener;

@@ -2,15 +2,14 @@
 
 use std::collections::BTreeMap;
 
-use bolero::TypeGenerator;
-use crossbeam_channel::{Sender, bounded};
-use ringvm_backends::device::{DeviceError, QueueParts, QueueState, RingConfig, Suspended};
-use ringvm_backends::event::{borrow, is_raised};
-use ringvm_backends::interrupt::Interrupt;
-use ringvm_backends::stats::DeviceStats;
-use ringvm_backends::stopping::{End, Ends, Stopping};
 use std::time::Duration;
 
+use bolero::TypeGenerator;
+use crossbeam_channel::{Sender, bounded};
+use ringvm_backends::device::{DeviceError, End, Ends, QueueParts, QueueState, RingConfig, Stopping, Suspended};
+use ringvm_backends::host::event::{borrow, is_raised};
+use ringvm_backends::stats::DeviceStats;
+use ringvm_backends::virtqueue::interrupt::Interrupt;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::*;

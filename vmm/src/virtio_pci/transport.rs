@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ringvm_backends::device::{Device, GuestMemory, RingConfig};
-use ringvm_backends::event::SharedEvent;
-use ringvm_backends::interrupt::Interrupt;
+use ringvm_backends::host::event::SharedEvent;
+use ringvm_backends::virtqueue::interrupt::Interrupt;
 use tracing::debug;
 use vmm_sys_util::eventfd::EventFd;
 
