@@ -24,6 +24,10 @@ pub enum Kind {
     Hostile,
     /// One disk verified beside another that is brought up and reset all the time, whoever serves it.
     Beside,
+    /// A disk that comes and goes.
+    Hotplug,
+    /// A disk that is reset while a request is never answered, and configuration spaces meanwhile.
+    Drained,
     /// Reads from an entropy device.
     Entropy,
     /// Frames through a NIC.
@@ -312,6 +316,8 @@ impl Options {
             "reset" => (Kind::Reset, true),
             "hostile" => (Kind::Hostile, true),
             "beside" => (Kind::Beside, true),
+            "hotplug" => (Kind::Hotplug, false),
+            "drained" => (Kind::Drained, false),
             "rng" => (Kind::Entropy, false),
             "net-tx" => (Kind::Net(Traffic::Transmit), false),
             "net-rx" => (Kind::Net(Traffic::Receive), false),

@@ -16,12 +16,14 @@ mod blk;
 mod boot;
 mod clock;
 mod doze;
+mod drained;
 mod entropy;
 mod exchange;
 mod flood;
 mod framing;
 mod hist;
 mod hostile;
+mod hotplug;
 mod idle;
 mod info;
 mod interrupts;
@@ -41,6 +43,7 @@ mod pvh;
 mod queue;
 mod rng;
 mod serial;
+mod single;
 mod smp;
 mod sync;
 mod verify;
@@ -86,6 +89,8 @@ fn run(options: &Options, start: &StartInfo, clock_source: &str) {
         Kind::Reset => verify::reset(options),
         Kind::Hostile => hostile::run(options),
         Kind::Beside => beside::run(options),
+        Kind::Hotplug => hotplug::run(options),
+        Kind::Drained => drained::run(options),
         Kind::Entropy => entropy::run(options),
         Kind::Net(Traffic::Transmit) => flood::transmit(options),
         Kind::Net(Traffic::Receive) => flood::receive(options),

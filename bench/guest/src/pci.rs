@@ -23,7 +23,7 @@ const MSIX_ENABLE: u16 = 1 << 15;
 pub const VENDOR_SPECIFIC: u8 = 0x09;
 
 /// One function on bus 0: VMMs of this kind have one bus.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Function {
     /// Device number.
     pub device: u8,
