@@ -17,11 +17,9 @@ pub mod inflight;
 pub mod inherited;
 pub mod interrupt;
 pub mod io;
-pub mod keyval;
 pub mod net;
 pub mod pipe;
 pub mod port;
-pub mod program;
 pub mod queue;
 mod queues;
 pub mod reactor;
@@ -34,7 +32,6 @@ pub mod shared;
 pub mod state;
 pub mod stats;
 pub mod storage;
-pub mod summary;
 pub mod worker;
 
 /// Where tests put images: beside the test binary, on a disk. The usual directory for such files may be a tmpfs, where

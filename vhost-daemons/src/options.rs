@@ -5,10 +5,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clap::{Args, Parser};
+use clap::Args;
 use ringvm_backends::inherited;
-use ringvm_backends::keyval::parse_size;
 use ringvm_backends::reactor::{OnPanic, ReactorOptions};
+use ringvm_cli::keyval::parse_size;
 
 use crate::source::{Peers, Source, SourceError};
 
@@ -159,25 +159,8 @@ fn activated() -> Vec<RawFd> {
     (LISTEN_FDS_START..).take(count as usize).collect()
 }
 
-/// Reads the command line of this process. Help and version are printed and end it.
-///
-/// # Errors
-/// One line about what is wrong.
-pub fn parse<T: Parser>() -> Result<T, String> {
-    T::try_parse().map_err(|error| if error.use_stderr() { one_line(&error) } else { error.exit() })
-}
-
 /// The mode of a socket.
 fn octal(text: &str) -> Result<u32, String> {
     let mode = u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o777);
     mode.ok_or_else(|| "it is no octal number up to 777".to_owned())
-}
-
-/// A usage error without the usage.
-fn one_line(error: &clap::Error) -> String {
-    let text = error.to_string();
-    let lines = text.lines().map(str::trim);
-    let lines = lines.take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"));
-    let what = lines.filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ");
-    format!("{}; see --help", what.trim_start_matches("error: ").replace(" tip: ", "; "))
 }

@@ -10,10 +10,10 @@ use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::time::Duration;
 
 use ringvm_backends::device::{Device, DeviceError, Flusher};
-use ringvm_backends::program::{Endings, SignalThread, ignore_file_size_signal, start_tracing};
 use ringvm_backends::reactor::{OnPanic, ReactorOptions, ReactorPool};
 use ringvm_backends::stats::DeviceStats;
-use ringvm_backends::summary::summary;
+use ringvm_cli::program::{Endings, SignalThread, ignore_file_size_signal, start_tracing};
+use ringvm_cli::summary::summary;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1};
 use tracing::{error, info, warn};
 

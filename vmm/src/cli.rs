@@ -3,11 +3,10 @@
 
 use std::path::PathBuf;
 
-use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ringvm_backends::block::BlockOptions;
-use ringvm_backends::keyval;
 use ringvm_backends::net::{NetOptions, OpenError};
+use ringvm_cli::{keyval, usage};
 
 use crate::config::{
     BootProtocol, Config, ConfigError, CpuConfig, MemoryConfig, Serial, TripleFault, VhostUserOptions, check_disk,
@@ -41,6 +40,9 @@ Exit codes:
 
 SIGUSR1 prints the statistics of every device on standard error. SIGUSR2 moves every disk from this process into a daemon, or back.";
 
+/// The command whose help explains the options.
+const COMMAND: &str = "ringvm run";
+
 /// An event-driven virtual machine monitor for Linux/KVM.
 #[derive(Debug, Parser)]
 #[command(name = "ringvm", version, disable_help_subcommand = true)]
@@ -59,20 +61,8 @@ impl Cli {
     /// # Errors
     /// One line about what is wrong.
     pub fn from_process() -> Result<Self, String> {
-        Self::try_parse().map_err(|error| if error.use_stderr() { one_line(&error) } else { error.exit() })
+        usage::parse(COMMAND)
     }
-}
-
-/// A usage error without the usage.
-fn one_line(error: &clap::Error) -> String {
-    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        return "a command is missing; see `ringvm --help`".into();
-    }
-    let text = error.to_string();
-    let lines =
-        text.lines().map(str::trim).take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"));
-    let what = lines.filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ");
-    format!("{}; see `ringvm run --help`", what.trim_start_matches("error: ").replace(" tip: ", "; "))
 }
 
 /// The commands.
@@ -236,7 +226,8 @@ mod tests {
     use super::*;
 
     fn config(args: &[&str]) -> Result<Config, String> {
-        let cli = Cli::try_parse_from(["ringvm", "run"].iter().chain(args)).map_err(|error| one_line(&error))?;
+        let cli = Cli::try_parse_from(["ringvm", "run"].iter().chain(args))
+            .map_err(|error| usage::one_line(&error, COMMAND))?;
         let Command::Run(args) = cli.command else { unreachable!("run was given") };
         args.into_config().map_err(|error| error.to_string())
     }

@@ -15,7 +15,7 @@ use ringvm_backends::device::{Device, Place};
 use ringvm_backends::net::{self, NetDevice};
 use ringvm_backends::reactor::{OnPanic, ReactorOptions, ReactorPool};
 use ringvm_backends::rng::RngDevice;
-use ringvm_backends::summary::summary;
+use ringvm_cli::summary::summary;
 use rustix::stdio::{stdin, stdout};
 use rustix::termios::isatty;
 use rustix::thread::CpuSet;

@@ -4,9 +4,9 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use ringvm_backends::block::{BlockDevice, BlockOptions};
-use ringvm_backends::keyval;
+use ringvm_cli::{keyval, usage};
 use ringvm_vhost_daemons::exit::Exit;
-use ringvm_vhost_daemons::options::{self, ServeOptions};
+use ringvm_vhost_daemons::options::ServeOptions;
 use ringvm_vhost_daemons::{Program, serve};
 
 /// Serve disks to virtual machines over vhost-user.
@@ -42,7 +42,7 @@ fn main() -> ExitCode {
             Err(error) => Err(error.to_string()),
         },
     };
-    match options::parse::<Cli>() {
+    match usage::parse::<Cli>("ringvm-blk") {
         Ok(cli) => serve(&program, &cli.serve, &cli.disk).into(),
         Err(message) => {
             eprintln!("ringvm-blk: {message}");

@@ -3,10 +3,10 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use ringvm_backends::keyval;
 use ringvm_backends::net::{NetDevice, NetOptions};
+use ringvm_cli::{keyval, usage};
 use ringvm_vhost_daemons::exit::Exit;
-use ringvm_vhost_daemons::options::{self, ServeOptions};
+use ringvm_vhost_daemons::options::ServeOptions;
 use ringvm_vhost_daemons::{Program, serve};
 
 /// Serve NICs to virtual machines over vhost-user.
@@ -41,7 +41,7 @@ fn main() -> ExitCode {
             Err(error) => Err(error.to_string()),
         },
     };
-    match options::parse::<Cli>() {
+    match usage::parse::<Cli>("ringvm-net") {
         Ok(cli) => serve(&program, &cli.serve, &cli.net).into(),
         Err(message) => {
             eprintln!("ringvm-net: {message}");

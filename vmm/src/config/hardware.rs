@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use ringvm_backends::keyval::{self, parse_size};
+use ringvm_cli::keyval::{self, parse_size};
 use serde::Deserialize;
 use serde::de::{self, Deserializer, MapAccess, Visitor};
 

@@ -18,9 +18,9 @@ use ringvm_backends::device::{
 };
 use ringvm_backends::event::SharedEvent;
 use ringvm_backends::interrupt::Interrupt;
-use ringvm_backends::keyval;
 use ringvm_backends::reactor::{ReactorOptions, ReactorPool};
 use ringvm_backends::stats::DeviceStats;
+use ringvm_cli::keyval;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;

@@ -3,9 +3,9 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use ringvm_backends::keyval;
 use ringvm_backends::net::{Mac, NetOptions};
 use ringvm_backends::reactor::ReactorOptions;
+use ringvm_cli::keyval;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 
 use super::{PlaceError, common_arguments, program};
