@@ -7,7 +7,6 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use serde::Deserialize;
 use thiserror::Error;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use vm_memory::GuestMemoryMmap;
@@ -137,17 +136,6 @@ impl QueueParts {
             in_order: false,
         }
     }
-}
-
-/// Where the queues of a device are served.
-#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
-#[serde(rename_all = "kebab-case")]
-pub enum Place {
-    /// On I/O threads of the process that has the guest.
-    #[default]
-    Process,
-    /// In a process of their own.
-    Daemon,
 }
 
 /// Why a device refused a request of its transport.

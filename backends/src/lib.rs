@@ -18,6 +18,7 @@ pub mod inherited;
 pub mod interrupt;
 pub mod io;
 pub mod net;
+pub mod options;
 pub mod pipe;
 pub mod port;
 pub mod queue;

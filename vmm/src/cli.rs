@@ -4,12 +4,13 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use ringvm_backends::block::BlockOptions;
-use ringvm_backends::net::{NetOptions, OpenError};
-use ringvm_cli::{keyval, usage};
+use ringvm_backends::options::Described;
+use ringvm_cli::{help, keyval, usage};
+use serde::de::DeserializeOwned;
 
 use crate::config::{
-    BootProtocol, Config, ConfigError, CpuConfig, MemoryConfig, Serial, TripleFault, VhostUserOptions, check_disk,
+    BootProtocol, Config, ConfigError, CpuConfig, DiskSpec, MemoryConfig, NetSpec, Serial, TripleFault,
+    VhostUserOptions,
 };
 
 const RUN_EXAMPLES: &str = "\
@@ -39,6 +40,10 @@ Exit codes:
   5  the guest rebooted under --no-reboot
 
 SIGUSR1 prints the statistics of every device on standard error. SIGUSR2 moves every disk from this process into a daemon, or back.";
+
+const DISK: &str = "Add a disk (virtio-blk); may be repeated";
+const NET: &str = "Add a NIC (virtio-net) on one of tap, fds, link and loopback; may be repeated";
+const VHOST_USER: &str = "Add a device of any kind that a vhost-user daemon serves; may be repeated";
 
 /// The command whose help explains the options.
 const COMMAND: &str = "ringvm run";
@@ -117,18 +122,17 @@ pub struct RunArgs {
     /// Entropy device (virtio-rng) [default: off]
     #[arg(long, value_name = "SWITCH", num_args = 0..=1, default_missing_value = "on", help_heading = "Machine")]
     pub rng: Option<OnOff>,
-    /// Add a disk (virtio-blk); may be repeated. Keys: path, direct=on|off, readonly=on|off, queues=N, queue-size=N,
-    /// serial=TEXT, block-size=BYTES, storage=raw|null, size=SIZE (null storage only), place=process|daemon; or fd=N in place of path;
-    /// or socket=PATH of a daemon (with queues, queue-size)
-    #[arg(long, value_name = "OPTIONS", help_heading = "Devices")]
+    /// Disks
+    #[arg(long, value_name = "OPTIONS", help_heading = "Devices", help = help::short::<DiskSpec>(DISK),
+        long_help = help::long::<DiskSpec>(DISK))]
     pub disk: Vec<String>,
-    /// Add a NIC (virtio-net); may be repeated. Keys: one of tap=NAME|/dev/tapN, fds=[N,…], link=PATH, loopback=on; mac=ADDRESS,
-    /// queues=PAIRS, queue-size=N, mtu=BYTES, place=process|daemon; or socket=PATH of a daemon (with queue-size)
-    #[arg(long, value_name = "OPTIONS", help_heading = "Devices")]
+    /// NICs
+    #[arg(long, value_name = "OPTIONS", help_heading = "Devices", help = help::short::<NetSpec>(NET),
+        long_help = help::long::<NetSpec>(NET))]
     pub net: Vec<String>,
-    /// Add a device of any kind that a vhost-user daemon serves; may be repeated. Keys: type=NAME|ID, socket=PATH, queues=N,
-    /// queue-size=N
-    #[arg(long, value_name = "OPTIONS", help_heading = "Devices")]
+    /// Devices that daemons serve
+    #[arg(long, value_name = "OPTIONS", help_heading = "Devices", help = help::short::<VhostUserOptions>(VHOST_USER),
+        long_help = help::long::<VhostUserOptions>(VHOST_USER))]
     pub vhost_user: Vec<String>,
     /// Number of I/O threads [default: one per queue, at most one per host CPU]
     #[arg(long, value_name = "N", help_heading = "Devices")]
@@ -179,28 +183,9 @@ impl RunArgs {
             config.serial = text.parse::<Serial>().map_err(|error| option("serial", text, error))?;
         }
         set(&mut config.rng, self.rng.map(|rng| rng == OnOff::On));
-        for text in &self.disk {
-            let disk = keyval::from_str::<BlockOptions>(text, Some("path"));
-            let disk = disk.map_err(|error| option("disk", text, error.to_string()))?;
-            check_disk(&disk).map_err(|reason| option("disk", text, reason))?;
-            config.disk.push(disk);
-        }
-        for text in &self.net {
-            let net = keyval::from_str::<NetOptions>(text, Some("tap"));
-            let net = net.map_err(|error| option("net", text, error.to_string()))?;
-            net.validate().map_err(|error| match error {
-                // The option says already which NIC it is.
-                OpenError::Option { what, .. } => option("net", text, what),
-                error => option("net", text, error.to_string()),
-            })?;
-            config.net.push(net);
-        }
-        for text in &self.vhost_user {
-            let device = keyval::from_str::<VhostUserOptions>(text, None);
-            let device = device.map_err(|error| option("vhost-user", text, error.to_string()))?;
-            device.device_type().map_err(|reason| option("vhost-user", text, reason))?;
-            config.vhost_user.push(device);
-        }
+        config.disk.extend(devices("disk", &self.disk)?);
+        config.net.extend(devices("net", &self.net)?);
+        config.vhost_user.extend(devices("vhost-user", &self.vhost_user)?);
         config.io_threads = self.io_threads.or(config.io_threads);
         if !self.io_affinity.is_empty() {
             config.io_affinity = self.io_affinity;
@@ -213,6 +198,13 @@ impl RunArgs {
         config.validate()?;
         Ok(config)
     }
+}
+
+/// Reads the devices that an option names.
+fn devices<T: Described + DeserializeOwned>(name: &str, texts: &[String]) -> Result<Vec<T>, ConfigError> {
+    let read =
+        |text: &String| keyval::read(text).map_err(|reason| ConfigError::Option(format!("--{name} {text}: {reason}")));
+    texts.iter().map(read).collect()
 }
 
 fn set<T>(target: &mut T, value: Option<T>) {
@@ -241,7 +233,10 @@ mod tests {
         let path = path.to_str().unwrap();
         let merged = config(&["--config", path, "--cpus", "2", "--disk", "y,queues=2", "--rng", "off"]).unwrap();
         assert_eq!((merged.cpus.count, merged.memory.size, merged.rng), (2, 1 << 30, false));
-        assert_eq!(merged.disk.iter().map(|disk| disk.queues).collect::<Vec<_>>(), [1, 2]);
+        assert_eq!(
+            merged.disk.iter().filter_map(DiskSpec::options).map(|disk| disk.queues).collect::<Vec<_>>(),
+            [1, 2]
+        );
         assert_eq!(merged.kernel.as_deref(), Some(std::path::Path::new("a")));
     }
 
@@ -281,8 +276,9 @@ mod tests {
             "--stats",
         ])
         .unwrap();
-        assert!(config.rng && config.no_reboot && config.stats && config.memory.prefault && config.disk[0].direct);
-        assert_eq!((config.net.len(), config.net[0].mtu), (2, Some(9000)));
+        assert!(config.rng && config.no_reboot && config.stats && config.memory.prefault);
+        assert!(config.disk[0].options().unwrap().direct);
+        assert_eq!((config.net.len(), config.net[0].options().unwrap().mtu), (2, Some(9000)));
         assert_eq!((config.io_affinity, config.poll_us, config.cmdline.as_deref()), (vec![0, 1], Some(7), Some("-x")));
     }
 

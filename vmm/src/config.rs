@@ -1,17 +1,19 @@
 //! The configuration of a machine: one structure behind the command line and the TOML file.
 
+mod devices;
 mod hardware;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ringvm_backends::block::BlockOptions;
-use ringvm_backends::device::Place;
-use ringvm_backends::net::NetOptions;
+use ringvm_backends::options::Checked;
 use ringvm_backends::reactor::ReactorOptions;
 use serde::Deserialize;
 use thiserror::Error;
 
+pub use devices::{Backend, DeviceName, DeviceSpec, DeviceType, DiskSpec, NetSpec, Place, VhostUserOptions};
 pub use hardware::{ByteSize, CpuConfig, HugePages, MemoryConfig, Serial};
 
 /// Everything that can be said about a machine.
@@ -31,12 +33,11 @@ pub struct Config {
     /// Guest memory.
     pub memory: MemoryConfig,
     /// Disks, in the order of their PCI slots.
-    pub disk: Vec<BlockOptions>,
+    pub disk: Vec<DiskSpec>,
     /// NICs, in the order of their slots, behind the disks.
-    #[serde(default)]
-    pub net: Vec<NetOptions>,
+    pub net: Vec<NetSpec>,
     /// Devices of any kind that daemons serve, behind those.
-    pub vhost_user: Vec<VhostUserOptions>,
+    pub vhost_user: Vec<Checked<VhostUserOptions>>,
     /// Serial port.
     pub serial: Serial,
     /// Whether there is an entropy device.
@@ -79,58 +80,6 @@ impl Default for Config {
             stats: false,
             stop_timeout: 5,
         }
-    }
-}
-
-/// A device of any kind that a daemon serves.
-#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub struct VhostUserOptions {
-    /// What it is: `net`, `blk`, `console`, `rng`, `scsi`, `9p`, `gpu`, `input`, `vsock`, `fs`, `pmem`, or a virtio device ID.
-    #[serde(rename = "type")]
-    pub kind: String,
-    /// Where the daemon listens.
-    pub socket: PathBuf,
-    /// Queues that the driver gets; all that the daemon has, if left out.
-    pub queues: Option<u16>,
-    /// Descriptors per queue, a power of two of at most 32768.
-    #[serde(default = "default_queue_size")]
-    pub queue_size: u16,
-}
-
-fn default_queue_size() -> u16 {
-    256
-}
-
-impl VhostUserOptions {
-    /// The virtio device ID.
-    ///
-    /// # Errors
-    /// One line about what is wrong with the options.
-    pub fn device_type(&self) -> Result<u32, String> {
-        /// Virtio 1.3, section 5.
-        const KINDS: [(&str, u32); 11] = [
-            ("net", 1),
-            ("blk", 2),
-            ("console", 3),
-            ("rng", 4),
-            ("scsi", 8),
-            ("9p", 9),
-            ("gpu", 16),
-            ("input", 18),
-            ("vsock", 19),
-            ("fs", 26),
-            ("pmem", 27),
-        ];
-        if !self.queue_size.is_power_of_two() || self.queue_size > 1 << 15 {
-            return Err(format!("queue-size={} is not a power of two from 1 to 32768", self.queue_size));
-        }
-        let known = KINDS.iter().find(|(name, _)| *name == self.kind).map(|(_, id)| *id);
-        let number = || self.kind.parse().ok().filter(|id| (1..64).contains(id));
-        known.or_else(number).ok_or_else(|| {
-            let names: Vec<_> = KINDS.iter().map(|(name, _)| *name).collect();
-            format!("type={} is not one of {}, or a virtio device ID from 1 to 63", self.kind, names.join(", "))
-        })
     }
 }
 
@@ -237,22 +186,8 @@ impl Config {
         {
             return refuse(format!("--poll-us {poll} is more than {MAX_POLL_US}, a second; 0 never polls"));
         }
-        for (index, disk) in self.disk.iter().enumerate() {
-            check_disk(disk).map_err(ConfigError::Option)?;
-            let same = |other: &&BlockOptions| {
-                other.path.is_some() && other.path == disk.path && !(other.readonly && disk.readonly)
-            };
-            if let Some(other) = self.disk[..index].iter().find(same) {
-                let path = other.path.as_deref().unwrap_or(Path::new("")).display();
-                return refuse(format!("disk {path}: given twice; give it once, or readonly=on both times"));
-            }
-        }
-        for net in &self.net {
-            net.validate().map_err(|error| ConfigError::Option(error.to_string()))?;
-        }
-        for device in &self.vhost_user {
-            device.device_type().map_err(ConfigError::Option)?;
-        }
+        self.check_images()?;
+        self.check_names()?;
         if self.memory.ksm && self.has_daemons() {
             return refuse(
                 "--memory: ksm=on keeps other processes out, so that no daemon can serve this machine; drop it, or \
@@ -277,19 +212,55 @@ impl Config {
         }
     }
 
+    /// Refuses an image that two disks would write to, or one would write to and the other read.
+    fn check_images(&self) -> Result<(), ConfigError> {
+        let mut seen: Vec<&BlockOptions> = Vec::new();
+        for disk in self.disk.iter().filter_map(DiskSpec::options) {
+            let Some(path) = &disk.path else { continue };
+            let same = |other: &&BlockOptions| other.path.as_ref() == Some(path) && !(other.readonly && disk.readonly);
+            if seen.iter().any(same) {
+                let path = path.display();
+                let what = format!("disk {path}: given twice; give it once, or readonly=on both times");
+                return Err(ConfigError::Option(what));
+            }
+            seen.push(disk);
+        }
+        Ok(())
+    }
+
+    /// Refuses two devices of one name.
+    fn check_names(&self) -> Result<(), ConfigError> {
+        let mut seen: BTreeMap<String, String> = BTreeMap::new();
+        let disks = self.disk.iter().map(|disk| ("disk", "disk", disk.id.as_ref()));
+        let nets = self.net.iter().map(|net| ("net", "net", net.id.as_ref()));
+        let others = self.vhost_user.iter().map(|device| ("vhost-user", VHOST_USER, device.id.as_ref()));
+        let mut indices: BTreeMap<&str, usize> = BTreeMap::new();
+        for (option, kind, id) in disks.chain(nets).chain(others) {
+            let index = indices.entry(option).or_default();
+            let (name, device) = (DeviceName::or_default(id, kind, *index), format!("--{option} number {index}"));
+            *index += 1;
+            if let Some(other) = seen.insert(name.clone(), device.clone()) {
+                return Err(same_name(&name, &other, &device));
+            }
+        }
+        match seen.get(RNG) {
+            Some(other) if self.rng => Err(same_name(RNG, other, "the entropy device")),
+            _ => Ok(()),
+        }
+    }
+
     /// Whether anything is served by another process.
     fn has_daemons(&self) -> bool {
-        self.disk.iter().any(|disk| disk.place == Place::Daemon || disk.socket.is_some())
-            || self.net.iter().any(|net| net.place == Place::Daemon || net.socket.is_some())
+        self.disk.iter().any(|disk| disk.options_here().is_none())
+            || self.net.iter().any(|net| net.options_here().is_none())
             || !self.vhost_user.is_empty()
     }
 
     /// How many queues are served in this process.
     #[must_use]
     pub fn queues_here(&self) -> usize {
-        let here = |place, socket: &Option<PathBuf>| place == Place::Process && socket.is_none();
-        let disks = self.disk.iter().filter(|disk| here(disk.place, &disk.socket));
-        let nets = self.net.iter().filter(|net| here(net.place, &net.socket));
+        let disks = self.disk.iter().filter_map(DiskSpec::options_here);
+        let nets = self.net.iter().filter_map(NetSpec::options_here);
         disks.map(|disk| usize::from(disk.queues)).sum::<usize>()
             + nets.map(|net| 2 * usize::from(net.queues)).sum::<usize>()
             + usize::from(self.rng)
@@ -311,17 +282,16 @@ impl Config {
     }
 }
 
-/// Looks for what can't work about one disk, without the host.
-///
-/// # Errors
-/// One line about the first thing found.
-pub fn check_disk(disk: &BlockOptions) -> Result<(), String> {
-    if disk.path.as_deref() == Some(Path::new("")) {
-        return Err("the path of a disk is empty; name an image file or a block device".into());
-    }
-    disk.validate().map_err(|error| error.to_string())
+fn same_name(name: &str, one: &str, other: &str) -> ConfigError {
+    ConfigError::Option(format!(
+        "{name} is the name of two devices, {one} and {other}; choose another id= for one of them"
+    ))
 }
 
+/// Name of the entropy device.
+pub const RNG: &str = "rng0";
+/// What devices of `--vhost-user` are called, with their number behind.
+pub const VHOST_USER: &str = "vhost";
 const DEFAULT_CMDLINE: &str = "console=ttyS0";
 const MAX_IO_THREADS: usize = 256;
 const MAX_POLL_US: u64 = 1_000_000;
@@ -370,7 +340,8 @@ mod tests {
         assert_eq!((config.cpus.count, config.boot, config.disk.len()), (2, BootProtocol::Linux, 2));
         assert_eq!((config.memory.size, config.memory.hugepages), (1 << 30, Some(HugePages::TwoMib)));
         assert_eq!(config.serial, Serial::File { path: "/tmp/console".into(), max: 64 << 20 });
-        assert!(config.disk[0].direct && config.disk[0].queues == 4 && config.disk[1].readonly);
+        let disks: Vec<_> = config.disk.iter().filter_map(DiskSpec::options).collect();
+        assert!(disks[0].direct && disks[0].queues == 4 && disks[1].readonly);
         let options = config.reactor_options();
         assert_eq!((options.count, options.poll), (2, Duration::ZERO));
         assert_eq!(parse("kernel = \"k\"\nmemory = \"64M\"").unwrap().memory.size, 64 << 20);
@@ -406,6 +377,21 @@ mod tests {
     }
 
     #[test]
+    fn two_devices_never_have_one_name() {
+        let disks = "[[disk]]\npath = \"a\"\nid = \"ID\"\n[[disk]]\npath = \"b\"\n";
+        let machine = |id: &str| parse(&format!("kernel = \"k\"\nrng = true\n{}", disks.replace("ID", id)));
+        for id in ["root", "disk0", "disk2", "net0", "vhost0"] {
+            assert_eq!(machine(id).unwrap().disk[0].id.as_ref(), Some(&DeviceName::try_from(id.to_owned()).unwrap()));
+        }
+        for (id, other) in [("disk1", "--disk number 1"), ("rng0", "the entropy device")] {
+            let expected = format!(
+                "{id} is the name of two devices, --disk number 0 and {other}; choose another id= for one of them"
+            );
+            assert_eq!(machine(id).unwrap_err(), expected);
+        }
+    }
+
+    #[test]
     fn mistakes_are_named_with_their_line() {
         for (text, expected) in [
             ("kernel = \"k\"\ncpu = 2", "line 2: unknown field `cpu`"),
@@ -422,6 +408,11 @@ mod tests {
             ("kernel = \"k\"\nmemory = { size = 1048576, ksm = true, hugepages = \"2M\" }", "exclude each other"),
             ("kernel = \"k\"\nio-threads = 0", "--io-threads 0"),
             ("kernel = \"k\"\n[[disk]]\npath = \"x\"\n[[disk]]\npath = \"x\"", "given twice"),
+            ("kernel = \"k\"\n[[disk]]\npath = \"x\"\n\n[[disk]]\nqueues = 2", "line 5: path= is missing"),
+            ("kernel = \"k\"\n[[disk]]\npath = \"x\"\nqueues = 0", "line 2: queues=0 is not from 1 to 64"),
+            ("kernel = \"k\"\n[[disk]]\npath = \"x\"\nid = \"a b\"", "line 4: \"a b\" is not a name"),
+            ("kernel = \"k\"\n[[net]]\ntap = \"t\"\nlink = \"l\"", "line 2: more than one port is named"),
+            ("kernel = \"k\"\n[[vhost-user]]\ntype = \"fs\"", "line 2: missing field `socket`"),
         ] {
             let error = parse(text).unwrap_err();
             assert!(error.contains(expected) && !error.contains('\n'), "{text}: {error}");

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use ringvm_backends::block::OpenError;
-use ringvm_backends::device::{Device, Place};
+use ringvm_backends::device::Device;
 use ringvm_backends::net::{self, NetDevice};
 use ringvm_backends::reactor::{OnPanic, ReactorOptions, ReactorPool};
 use ringvm_backends::rng::RngDevice;
@@ -25,7 +25,7 @@ use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET};
 
 use crate::advice::advice;
 use crate::boot::{BootError, BootSource, Initramfs, Kernel};
-use crate::config::{Config, Serial, TripleFault};
+use crate::config::{Backend, Config, DeviceName, Place, RNG, Serial, TripleFault, VHOST_USER};
 use crate::events::{Ending, Event, Events};
 use crate::exit::Exit;
 use crate::kvm::{Kvm, KvmError};
@@ -414,35 +414,41 @@ fn open_devices(config: &Config, events: &Events) -> Result<(Devices, Vec<Mover>
     let mut devices: Devices = Vec::new();
     let mut movers = Vec::new();
     for (index, disk) in config.disk.iter().enumerate() {
-        let name = format!("disk{index}");
-        if let Some(socket) = &disk.socket {
-            let queues = Some(disk.queues);
-            let wanted = Wanted { device_type: VIRTIO_ID_BLOCK, queues, queue_size: disk.queue_size };
-            devices.push(daemon(&name, socket, wanted)?);
-        } else {
-            let (disk, mover) = PlacedDisk::open(&name, disk, &reactors, pool.as_ref(), config.stats)?;
-            devices.push(Box::new(disk));
-            movers.push(mover);
+        let name = DeviceName::or_default(disk.id.as_ref(), "disk", index);
+        match &disk.backend {
+            Backend::Socket { path, queues, queue_size } => {
+                let wanted = Wanted { device_type: VIRTIO_ID_BLOCK, queues: Some(*queues), queue_size: *queue_size };
+                devices.push(daemon(&name, path, wanted)?);
+            }
+            Backend::Own { place, options } => {
+                let (disk, mover) = PlacedDisk::open(&name, *place, options, &reactors, pool.as_ref(), config.stats)?;
+                devices.push(Box::new(disk));
+                movers.push(mover);
+            }
         }
     }
     for (index, net) in config.net.iter().enumerate() {
-        let name = format!("net{index}");
-        if let Some(socket) = &net.socket {
-            let wanted = Wanted { device_type: VIRTIO_ID_NET, queues: None, queue_size: net.queue_size };
-            devices.push(daemon(&name, socket, wanted)?);
-        } else if net.place == Place::Daemon {
-            devices.push(Box::new(nic_in_daemon(&name, net, &reactors, config.stats)?));
-        } else {
-            devices.push(Box::new(NetDevice::open(&name, net, here()?)?));
+        let name = DeviceName::or_default(net.id.as_ref(), "net", index);
+        match &net.backend {
+            Backend::Socket { path, queue_size, .. } => {
+                let wanted = Wanted { device_type: VIRTIO_ID_NET, queues: None, queue_size: *queue_size };
+                devices.push(daemon(&name, path, wanted)?);
+            }
+            Backend::Own { place: Place::Daemon, options } => {
+                devices.push(Box::new(nic_in_daemon(&name, options, &reactors, config.stats)?));
+            }
+            Backend::Own { place: Place::Process, options } => {
+                devices.push(Box::new(NetDevice::open_checked(&name, options, here()?)?));
+            }
         }
     }
     for (index, options) in config.vhost_user.iter().enumerate() {
-        let device_type = options.device_type().map_err(RunError::Internal)?;
-        let wanted = Wanted { device_type, queues: options.queues, queue_size: options.queue_size };
-        devices.push(daemon(&format!("vhost{index}"), &options.socket, wanted)?);
+        let name = DeviceName::or_default(options.id.as_ref(), VHOST_USER, index);
+        let wanted = Wanted { device_type: options.r#type.0, queues: options.queues, queue_size: options.queue_size };
+        devices.push(daemon(&name, &options.socket, wanted)?);
     }
     if config.rng {
-        devices.push(Box::new(RngDevice::new("rng0", here()?)));
+        devices.push(Box::new(RngDevice::new(RNG, here()?)));
     }
     Ok((devices, movers))
 }

@@ -18,6 +18,7 @@ use virtio_bindings::virtio_net::{VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP};
 use crate::device::{Device, DeviceError, DeviceInfo, QueueParts, QueueState, Suspended};
 use crate::event::SharedEvent;
 use crate::interrupt::Interrupt;
+use crate::options::Checked;
 use crate::port::Port;
 use crate::queue::{RING_FEATURES, avail_index};
 use crate::queues::Queues;
@@ -75,6 +76,15 @@ impl NetDevice {
     /// # Errors
     /// Anything that is wrong with the options or the port, in one line.
     pub fn open(name: &str, options: &NetOptions, pool: &ReactorPool) -> Result<Self, OpenError> {
+        let checked = Checked::new(options.clone()).map_err(|what| options.refuse(what))?;
+        Self::open_checked(name, &checked, pool)
+    }
+
+    /// As [`Self::open`], with options that were checked when they were read.
+    ///
+    /// # Errors
+    /// Anything that is wrong with the port, in one line.
+    pub fn open_checked(name: &str, options: &Checked<NetOptions>, pool: &ReactorPool) -> Result<Self, OpenError> {
         let port = options.open()?;
         let mac = options.mac_or_random().map_err(|source| OpenError::Host {
             net: name.to_owned(),
