@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ringvm_backends::options::Described;
+use ringvm_cli::io_options::IoOptions;
 use ringvm_cli::{help, keyval, usage};
 use serde::de::DeserializeOwned;
 
@@ -41,6 +42,8 @@ Exit codes:
 
 SIGUSR1 prints the statistics of every device on standard error. SIGUSR2 moves every disk from this process into a daemon, or back.";
 
+const CPUS: &str = "vCPUs [default: 1]";
+const MEMORY: &str = "Guest memory [default: 512M]";
 const DISK: &str = "Add a disk (virtio-blk); may be repeated";
 const NET: &str = "Add a NIC (virtio-net) on one of tap, fds, link and loopback; may be repeated";
 const VHOST_USER: &str = "Add a device of any kind that a vhost-user daemon serves; may be repeated";
@@ -107,13 +110,13 @@ pub struct RunArgs {
     /// How the kernel is entered [default: auto]
     #[arg(long, value_name = "PROTOCOL", help_heading = "Boot")]
     pub boot: Option<BootProtocol>,
-    /// vCPUs: N or count=N,nested=on,pmu=on [default: 1]. nested=on lets the guest run guests of its own, pmu=on gives it performance
-    /// counters, where the host has them; both are off unless asked for
-    #[arg(long, value_name = "OPTIONS", help_heading = "Machine")]
+    /// vCPUs
+    #[arg(long, value_name = "OPTIONS", help_heading = "Machine", help = help::short::<CpuConfig>(CPUS),
+        long_help = help::long::<CpuConfig>(CPUS))]
     pub cpus: Option<String>,
-    /// Guest memory: SIZE or size=SIZE,hugepages=2M|1G,prefault=on,ksm=on [default: 512M]. Prefaulted, and
-    /// not with ksm=on, it is also held by the kernel for I/O, which is faster
-    #[arg(long, value_name = "OPTIONS", help_heading = "Machine")]
+    /// Guest memory
+    #[arg(long, value_name = "OPTIONS", help_heading = "Machine", help = help::short::<MemoryConfig>(MEMORY),
+        long_help = help::long::<MemoryConfig>(MEMORY))]
     pub memory: Option<String>,
     /// Serial port: stdio, file=PATH or null [default: stdio]. A file is written anew, for its owner only, up to file=PATH,max=SIZE
     /// [default: 64M]; what the guest writes after that is dropped
@@ -134,15 +137,9 @@ pub struct RunArgs {
     #[arg(long, value_name = "OPTIONS", help_heading = "Devices", help = help::short::<VhostUserOptions>(VHOST_USER),
         long_help = help::long::<VhostUserOptions>(VHOST_USER))]
     pub vhost_user: Vec<String>,
-    /// Number of I/O threads [default: one per queue, at most one per host CPU]
-    #[arg(long, value_name = "N", help_heading = "Devices")]
-    pub io_threads: Option<usize>,
-    /// Host CPUs of the I/O threads, e.g. 0,1
-    #[arg(long, value_name = "CPUS", value_delimiter = ',', help_heading = "Devices")]
-    pub io_affinity: Vec<usize>,
-    /// Longest time in microseconds that an I/O thread polls before it sleeps; 0 never polls
-    #[arg(long, value_name = "MICROSECONDS", help_heading = "Devices")]
-    pub poll_us: Option<u64>,
+    /// The I/O threads
+    #[command(flatten, next_help_heading = "Devices")]
+    pub io: IoOptions,
     /// Exit with code 5 when the guest reboots
     #[arg(long, help_heading = "Ending")]
     pub no_reboot: bool,
@@ -174,10 +171,10 @@ impl RunArgs {
         config.cmdline = self.cmdline.or(config.cmdline);
         set(&mut config.boot, self.boot);
         if let Some(text) = &self.cpus {
-            config.cpus = text.parse::<CpuConfig>().map_err(|error| option("cpus", text, error.to_string()))?;
+            config.cpus = text.parse::<CpuConfig>().map_err(|error| option("cpus", text, error))?;
         }
         if let Some(text) = &self.memory {
-            config.memory = text.parse::<MemoryConfig>().map_err(|error| option("memory", text, error.to_string()))?;
+            config.memory = text.parse::<MemoryConfig>().map_err(|error| option("memory", text, error))?;
         }
         if let Some(text) = &self.serial {
             config.serial = text.parse::<Serial>().map_err(|error| option("serial", text, error))?;
@@ -186,11 +183,7 @@ impl RunArgs {
         config.disk.extend(devices("disk", &self.disk)?);
         config.net.extend(devices("net", &self.net)?);
         config.vhost_user.extend(devices("vhost-user", &self.vhost_user)?);
-        config.io_threads = self.io_threads.or(config.io_threads);
-        if !self.io_affinity.is_empty() {
-            config.io_affinity = self.io_affinity;
-        }
-        config.poll_us = self.poll_us.or(config.poll_us);
+        config.io = self.io.or(config.io);
         config.no_reboot |= self.no_reboot;
         set(&mut config.on_triple_fault, self.on_triple_fault);
         config.stats |= self.stats;
@@ -279,7 +272,8 @@ mod tests {
         assert!(config.rng && config.no_reboot && config.stats && config.memory.prefault);
         assert!(config.disk[0].options().unwrap().direct);
         assert_eq!((config.net.len(), config.net[0].options().unwrap().mtu), (2, Some(9000)));
-        assert_eq!((config.io_affinity, config.poll_us, config.cmdline.as_deref()), (vec![0, 1], Some(7), Some("-x")));
+        let io = IoOptions { io_threads: Some(2), io_affinity: vec![0, 1], poll_us: Some(7) };
+        assert_eq!((config.io, config.cmdline.as_deref()), (io, Some("-x")));
     }
 
     #[test]

@@ -5,86 +5,58 @@ mod hardware;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use ringvm_backends::block::BlockOptions;
-use ringvm_backends::options::Checked;
+use ringvm_backends::options;
+use ringvm_backends::options::{Check, Checked};
 use ringvm_backends::reactor::ReactorOptions;
-use serde::Deserialize;
+use ringvm_cli::io_options::IoOptions;
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use devices::{Backend, DeviceName, DeviceSpec, DeviceType, DiskSpec, NetSpec, Place, VhostUserOptions};
 pub use hardware::{ByteSize, CpuConfig, HugePages, MemoryConfig, Serial};
 
-/// Everything that can be said about a machine.
-#[derive(Clone, Debug, Deserialize, PartialEq)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
-pub struct Config {
-    /// Kernel: an ELF vmlinux or a bzImage.
-    pub kernel: Option<PathBuf>,
-    /// Initramfs.
-    pub initramfs: Option<PathBuf>,
-    /// Command line of the kernel; without one, the serial port becomes the console.
-    pub cmdline: Option<String>,
-    /// How the kernel is entered.
-    pub boot: BootProtocol,
-    /// vCPUs.
-    pub cpus: CpuConfig,
-    /// Guest memory.
-    pub memory: MemoryConfig,
-    /// Disks, in the order of their PCI slots.
-    pub disk: Vec<DiskSpec>,
-    /// NICs, in the order of their slots, behind the disks.
-    pub net: Vec<NetSpec>,
-    /// Devices of any kind that daemons serve, behind those.
-    pub vhost_user: Vec<Checked<VhostUserOptions>>,
-    /// Serial port.
-    pub serial: Serial,
-    /// Whether there is an entropy device.
-    pub rng: bool,
-    /// Number of I/O threads; without one, as many as there are queues, at most one per host CPU.
-    pub io_threads: Option<usize>,
-    /// Host CPUs of the I/O threads.
-    pub io_affinity: Vec<usize>,
-    /// Longest time in microseconds that an I/O thread polls before it sleeps; 0 never polls.
-    pub poll_us: Option<u64>,
-    /// Exit instead of rebooting.
-    pub no_reboot: bool,
-    /// What a triple fault of the guest does.
-    pub on_triple_fault: TripleFault,
-    /// Print statistics at exit.
-    pub stats: bool,
-    /// Longest time in seconds that the machine's end takes.
-    pub stop_timeout: u64,
-}
-
-impl Default for Config {
-    fn default() -> Self {
-        Self {
-            kernel: None,
-            initramfs: None,
-            cmdline: None,
-            boot: BootProtocol::Auto,
-            cpus: CpuConfig::default(),
-            memory: MemoryConfig::default(),
-            disk: Vec::new(),
-            net: Vec::new(),
-            vhost_user: Vec::new(),
-            serial: Serial::Stdio,
-            rng: false,
-            io_threads: None,
-            io_affinity: Vec::new(),
-            poll_us: None,
-            no_reboot: false,
-            on_triple_fault: TripleFault::Exit,
-            stats: false,
-            stop_timeout: 5,
-        }
+options! {
+    /// Everything that can be said about a machine.
+    #[derive(Clone, Debug, PartialEq)]
+    pub struct Config {
+        ..pub io: IoOptions,
+        /// Kernel: an ELF vmlinux or a bzImage.
+        pub kernel: Option<PathBuf>,
+        /// Initramfs.
+        pub initramfs: Option<PathBuf>,
+        /// Command line of the kernel. Without one, the serial port becomes the console.
+        pub cmdline: Option<String>,
+        /// How the kernel is entered.
+        pub boot: BootProtocol,
+        /// vCPUs.
+        pub cpus: CpuConfig,
+        /// Guest memory.
+        pub memory: MemoryConfig,
+        /// Disks, in the order of their PCI slots.
+        pub disk: Vec<DiskSpec>,
+        /// NICs, in the order of their slots, behind the disks.
+        pub net: Vec<NetSpec>,
+        /// Devices of any kind that daemons serve, behind those.
+        pub vhost_user: Vec<Checked<VhostUserOptions>>,
+        /// Serial port.
+        pub serial: Serial,
+        /// Whether there is an entropy device.
+        pub rng: bool,
+        /// Exit instead of rebooting.
+        pub no_reboot: bool,
+        /// What a triple fault of the guest does.
+        pub on_triple_fault: TripleFault,
+        /// Print statistics at exit.
+        pub stats: bool,
+        /// Longest time in seconds that the machine's end takes.
+        pub stop_timeout: u64 = 5,
     }
 }
 
 /// How a kernel is entered.
-#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum BootProtocol {
     /// By its PVH entry point if it has one, else by the Linux 64-bit protocol.
@@ -97,7 +69,7 @@ pub enum BootProtocol {
 }
 
 /// What a triple fault does. Hardware resets; a person in front of it rather wants to know.
-#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum TripleFault {
     /// It is a crash: ringvm ends with exit code 4.
@@ -171,21 +143,7 @@ impl Config {
                     .into(),
             );
         }
-        if self.io_threads == Some(0) {
-            return refuse(
-                "--io-threads 0 would leave nobody to serve the devices; use 1 or more, or leave it out".into(),
-            );
-        }
-        if let Some(threads) = self.io_threads
-            && threads > MAX_IO_THREADS
-        {
-            return refuse(format!("--io-threads {threads} is more than {MAX_IO_THREADS}, one per CPU is enough"));
-        }
-        if let Some(poll) = self.poll_us
-            && poll > MAX_POLL_US
-        {
-            return refuse(format!("--poll-us {poll} is more than {MAX_POLL_US}, a second; 0 never polls"));
-        }
+        self.io.check().map_err(ConfigError::Option)?;
         self.check_images()?;
         self.check_names()?;
         if self.memory.ksm && self.has_daemons() {
@@ -269,16 +227,9 @@ impl Config {
     /// The I/O threads, of this process and of each daemon that it starts.
     #[must_use]
     pub fn reactor_options(&self) -> ReactorOptions {
-        let default = ReactorOptions::default();
-        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        ReactorOptions {
-            count: self.io_threads.unwrap_or(self.queues_here().clamp(1, cpus)),
-            affinity: self.io_affinity.clone(),
-            poll: self.poll_us.map_or(default.poll, Duration::from_micros),
-            // Pages that are held can't be merged.
-            hold_memory: if self.memory.prefault && !self.memory.ksm { self.memory.size } else { 0 },
-            ..default
-        }
+        // Pages that are held can't be merged.
+        let hold_memory = if self.memory.prefault && !self.memory.ksm { self.memory.size } else { 0 };
+        self.io.reactors(self.queues_here(), hold_memory)
     }
 }
 
@@ -293,13 +244,13 @@ pub const RNG: &str = "rng0";
 /// What devices of `--vhost-user` are called, with their number behind.
 pub const VHOST_USER: &str = "vhost";
 const DEFAULT_CMDLINE: &str = "console=ttyS0";
-const MAX_IO_THREADS: usize = 256;
-const MAX_POLL_US: u64 = 1_000_000;
 /// Slots of bus 0, less the host bridge.
 const MAX_DEVICES: usize = crate::pci::SLOTS - 1;
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     fn parse(text: &str) -> Result<Config, String> {
@@ -346,6 +297,30 @@ mod tests {
         assert_eq!((options.count, options.poll), (2, Duration::ZERO));
         assert_eq!(parse("kernel = \"k\"\nmemory = \"64M\"").unwrap().memory.size, 64 << 20);
         assert_eq!(parse("kernel = \"k\"\nmemory = \"64M\"").unwrap().effective_cmdline(), "console=ttyS0");
+    }
+
+    #[test]
+    fn a_machine_reads_what_it_has_written() {
+        let config = parse(
+            r#"
+            kernel = "vmlinuz"
+            boot = "pvh"
+            cpus = { count = 2, pmu = true }
+            memory = { size = "1G", hugepages = "2M", prefault = true }
+            serial = "file=/tmp/console,max=5K"
+            io-affinity = [0, 1]
+            poll-us = 0
+            on-triple-fault = "reset"
+            stop-timeout = 9
+            disk = [{ path = "/x.img", id = "root", place = "daemon" }, { socket = "/run/b.sock", queues = 2 }]
+            net = [{ tap = "t0", mac = "52:54:00:12:34:56" }]
+            vhost-user = [{ type = "26", socket = "/run/fs.sock" }]
+            "#,
+        )
+        .unwrap();
+        let text = toml::to_string(&config).unwrap();
+        assert_eq!(parse(&text).as_ref(), Ok(&config), "{text}");
+        assert!(text.contains("type = \"fs\"") && !text.contains("stats"), "{text}");
     }
 
     #[test]

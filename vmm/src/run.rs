@@ -377,13 +377,13 @@ fn check_memory(config: &Config) -> Result<(), RunError> {
 }
 
 fn check_affinity(config: &Config) -> Result<(), RunError> {
-    if config.io_affinity.is_empty() {
+    if config.io.io_affinity.is_empty() {
         return Ok(());
     }
     let set = rustix::thread::sched_getaffinity(None)
         .map_err(|error| RunError::Host { what: "asking for the CPUs of this process", source: error.into() })?;
     let may_use = |cpu: usize| cpu < CpuSet::MAX_CPU && set.is_set(cpu);
-    match config.io_affinity.iter().find(|&&cpu| !may_use(cpu)) {
+    match config.io.io_affinity.iter().find(|&&cpu| !may_use(cpu)) {
         Some(&cpu) => {
             Err(RunError::Affinity { cpu, allowed: (0..CpuSet::MAX_CPU).filter(|&cpu| may_use(cpu)).collect() })
         }
