@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
-use ringvm_backends::inherited;
+use ringvm_backends::host::inherited;
+use ringvm_backends::io::reactor::ReactorOptions;
 use ringvm_backends::options::Check;
-use ringvm_backends::reactor::ReactorOptions;
 use ringvm_cli::io_options::IoOptions;
 use ringvm_cli::keyval::parse_size;
 

@@ -7,9 +7,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use ringvm_backends::block::BlockOptions;
+use ringvm_backends::io::reactor::ReactorOptions;
 use ringvm_backends::options;
 use ringvm_backends::options::{Check, Checked};
-use ringvm_backends::reactor::ReactorOptions;
 use ringvm_cli::io_options::IoOptions;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;

@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use clap::Args;
+use ringvm_backends::io::reactor::ReactorOptions;
 use ringvm_backends::options;
 use ringvm_backends::options::Check;
-use ringvm_backends::reactor::ReactorOptions;
 
 use crate::keyval;
 

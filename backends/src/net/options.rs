@@ -10,11 +10,11 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::net::port::Port;
+use crate::net::port::link::Link;
+use crate::net::port::loopback::Loopback;
+use crate::net::port::tap::{self, Tap, TapError};
 use crate::options::{Check, Checked};
-use crate::port::Port;
-use crate::port::link::Link;
-use crate::port::loopback::Loopback;
-use crate::port::tap::{self, Tap, TapError};
 
 /// Most queue pairs of a NIC.
 pub const MAX_PAIRS: u16 = 32;

@@ -13,13 +13,13 @@ use std::time::{Duration, Instant};
 
 use ringvm_backends::block::{BlockDevice, BlockOptions, StorageKind};
 use ringvm_backends::device::{
-    Device, DeviceError, DeviceInfo, GuestMemory, QueueParts, QueueState, RingConfig, Suspended,
+    Device, DeviceError, DeviceInfo, End, GuestMemory, QueueParts, RingConfig, Stopping, Suspended,
 };
-use ringvm_backends::event::SharedEvent;
-use ringvm_backends::interrupt::Interrupt;
+use ringvm_backends::host::event::SharedEvent;
+use ringvm_backends::io::reactor::{ReactorOptions, ReactorPool};
 use ringvm_backends::options::Checked;
-use ringvm_backends::reactor::{ReactorOptions, ReactorPool};
 use ringvm_backends::stats::DeviceStats;
+use ringvm_backends::virtqueue::interrupt::Interrupt;
 use ringvm_cli::keyval;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -40,7 +40,10 @@ pub struct PlacedDisk {
 
 /// Moves a disk whose other half is the machine's.
 #[derive(Clone)]
-pub struct Mover(Arc<Mutex<Placed>>);
+pub struct Mover {
+    name: String,
+    shared: Arc<Mutex<Placed>>,
+}
 
 /// What one move did.
 #[derive(Clone, Debug)]
@@ -156,7 +159,7 @@ impl PlacedDisk {
             past: DeviceStats::default(),
             lent: place == Place::Daemon,
         }));
-        Ok((Self { info, shared: Arc::clone(&shared) }, Mover(shared)))
+        Ok((Self { info, shared: Arc::clone(&shared) }, Mover { name: name.to_owned(), shared }))
     }
 
     fn lock(&self) -> MutexGuard<'_, Placed> {
@@ -302,13 +305,19 @@ impl Placed {
 }
 
 impl Mover {
+    /// The name of the disk.
+    #[must_use]
+    pub fn name(&self) -> String {
+        self.name.clone()
+    }
+
     /// Moves the disk to the place where it is not.
     ///
     /// # Errors
     /// When it can't be served there. It goes on where it is.
     pub fn toggle(&self) -> Result<Moved, PlaceError> {
         let (place, mut source) = {
-            let placed = lock(&self.0);
+            let placed = lock(&self.shared);
             let place = match placed.place {
                 Place::Process => Place::Daemon,
                 Place::Daemon => Place::Process,
@@ -318,7 +327,7 @@ impl Mover {
         };
         // Without the lock: a daemon may take its time, and meanwhile the guest uses the disk where it is.
         let next = source.serve(place)?;
-        let mut placed = lock(&self.0);
+        let mut placed = lock(&self.shared);
         placed.source = source;
         placed.move_to(place, next)
     }
@@ -366,16 +375,10 @@ impl Device for PlacedDisk {
         Ok(())
     }
 
-    fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
-        let mut placed = self.lock();
-        placed.running.remove(&index);
-        placed.server.device().stop_queue(index)
-    }
-
-    fn suspend(&mut self, queues: &[u16]) -> Vec<Option<Suspended>> {
+    fn stop(&mut self, queues: &[u16], end: End) -> Stopping {
         let mut placed = self.lock();
         placed.running.retain(|index, _| !queues.contains(index));
-        placed.server.device().suspend(queues)
+        placed.server.device().stop(queues, end)
     }
 
     fn reset(&mut self) {
@@ -415,6 +418,8 @@ impl Device for PlacedDisk {
 mod tests {
     use vm_memory::{GuestAddress, GuestMemoryMmap};
 
+    use ringvm_backends::device::QueueState;
+
     use super::*;
 
     #[test]
@@ -446,6 +451,6 @@ mod tests {
         );
         disk.start_queue(0, parts).unwrap();
         assert!(matches!(mover.toggle(), Err(PlaceError::Private { .. })));
-        assert_eq!(disk.stop_queue(0), Some(QueueState::default()), "it is served all the same");
+        assert_eq!(disk.drain(0), Some(QueueState::default()), "it is served all the same");
     }
 }

@@ -8,13 +8,14 @@ use std::path::PathBuf;
 
 use ringvm_backends::block;
 use ringvm_backends::device::DeviceError;
+use ringvm_backends::io::reactor::ReactorOptions;
 use ringvm_backends::net as nic;
-use ringvm_backends::reactor::ReactorOptions;
 use ringvm_cli::io_options::IoOptions;
 use thiserror::Error;
 
 use crate::vhost_user::ConnectError;
 
+pub use crate::config::Place;
 pub use disk::{Moved, Mover, PlacedDisk};
 pub use net::nic_in_daemon;
 

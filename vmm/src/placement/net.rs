@@ -4,9 +4,9 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use ringvm_backends::io::reactor::ReactorOptions;
 use ringvm_backends::net::{Mac, NetOptions};
 use ringvm_backends::options::Checked;
-use ringvm_backends::reactor::ReactorOptions;
 use ringvm_cli::keyval;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 
