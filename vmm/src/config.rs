@@ -188,23 +188,21 @@ impl Config {
 
     /// Refuses two devices of one name.
     fn check_names(&self) -> Result<(), ConfigError> {
+        let disks = self.disk.iter().enumerate().map(|(index, disk)| ("--disk", index, disk.name(index)));
+        let nets = self.net.iter().enumerate().map(|(index, net)| ("--net", index, net.name(index)));
+        let others = self.vhost_user.iter().enumerate();
+        let others = others.map(|(index, device)| ("--vhost-user", index, device.name(index)));
+        let rng = self.rng.then(|| ("--rng", 0, RNG.to_owned()));
         let mut seen: BTreeMap<String, String> = BTreeMap::new();
-        let disks = self.disk.iter().map(|disk| ("disk", "disk", disk.id.as_ref()));
-        let nets = self.net.iter().map(|net| ("net", "net", net.id.as_ref()));
-        let others = self.vhost_user.iter().map(|device| ("vhost-user", VHOST_USER, device.id.as_ref()));
-        let mut indices: BTreeMap<&str, usize> = BTreeMap::new();
-        for (option, kind, id) in disks.chain(nets).chain(others) {
-            let index = indices.entry(option).or_default();
-            let (name, device) = (DeviceName::or_default(id, kind, *index), format!("--{option} number {index}"));
-            *index += 1;
+        for (option, index, name) in disks.chain(nets).chain(others).chain(rng) {
+            let device = format!("{option} (number {index})");
             if let Some(other) = seen.insert(name.clone(), device.clone()) {
-                return Err(same_name(&name, &other, &device));
+                let what = "is the name of two devices";
+                let message = format!("{name} {what}, of {other} and {device}; choose another id= for one of them");
+                return Err(ConfigError::Option(message));
             }
         }
-        match seen.get(RNG) {
-            Some(other) if self.rng => Err(same_name(RNG, other, "the entropy device")),
-            _ => Ok(()),
-        }
+        Ok(())
     }
 
     /// Whether anything is served by another process.
@@ -233,16 +231,8 @@ impl Config {
     }
 }
 
-fn same_name(name: &str, one: &str, other: &str) -> ConfigError {
-    ConfigError::Option(format!(
-        "{name} is the name of two devices, {one} and {other}; choose another id= for one of them"
-    ))
-}
-
 /// Name of the entropy device.
 pub const RNG: &str = "rng0";
-/// What devices of `--vhost-user` are called, with their number behind.
-pub const VHOST_USER: &str = "vhost";
 const DEFAULT_CMDLINE: &str = "console=ttyS0";
 /// Slots of bus 0, less the host bridge.
 const MAX_DEVICES: usize = crate::pci::SLOTS - 1;
@@ -358,10 +348,9 @@ mod tests {
         for id in ["root", "disk0", "disk2", "net0", "vhost0"] {
             assert_eq!(machine(id).unwrap().disk[0].id.as_ref(), Some(&DeviceName::try_from(id.to_owned()).unwrap()));
         }
-        for (id, other) in [("disk1", "--disk number 1"), ("rng0", "the entropy device")] {
-            let expected = format!(
-                "{id} is the name of two devices, --disk number 0 and {other}; choose another id= for one of them"
-            );
+        for (id, other) in [("disk1", "--disk (number 1)"), ("rng0", "--rng (number 0)")] {
+            let devices = format!("is the name of two devices, of --disk (number 0) and {other}");
+            let expected = format!("{id} {devices}; choose another id= for one of them");
             assert_eq!(machine(id).unwrap_err(), expected);
         }
     }

@@ -24,7 +24,7 @@ use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET};
 
 use crate::advice::advice;
 use crate::boot::{BootError, BootSource, Initramfs, Kernel};
-use crate::config::{Backend, Config, DeviceName, Place, RNG, Serial, TripleFault, VHOST_USER};
+use crate::config::{Backend, Config, Place, RNG, Serial, TripleFault};
 use crate::control::{self, Control, Request};
 use crate::events::{Ending, Events};
 use crate::exit::Exit;
@@ -346,7 +346,7 @@ fn open_devices(config: &Config, events: &Events) -> Result<(Devices, Vec<Mover>
     let mut devices: Devices = Vec::new();
     let mut movers = Vec::new();
     for (index, disk) in config.disk.iter().enumerate() {
-        let name = DeviceName::or_default(disk.id.as_ref(), "disk", index);
+        let name = disk.name(index);
         match &disk.backend {
             Backend::Socket { path, queues, queue_size } => {
                 let wanted = Wanted { device_type: VIRTIO_ID_BLOCK, queues: Some(*queues), queue_size: *queue_size };
@@ -360,7 +360,7 @@ fn open_devices(config: &Config, events: &Events) -> Result<(Devices, Vec<Mover>
         }
     }
     for (index, net) in config.net.iter().enumerate() {
-        let name = DeviceName::or_default(net.id.as_ref(), "net", index);
+        let name = net.name(index);
         match &net.backend {
             Backend::Socket { path, queue_size, .. } => {
                 let wanted = Wanted { device_type: VIRTIO_ID_NET, queues: None, queue_size: *queue_size };
@@ -375,7 +375,7 @@ fn open_devices(config: &Config, events: &Events) -> Result<(Devices, Vec<Mover>
         }
     }
     for (index, options) in config.vhost_user.iter().enumerate() {
-        let name = DeviceName::or_default(options.id.as_ref(), VHOST_USER, index);
+        let name = options.name(index);
         let wanted = Wanted { device_type: options.r#type.0, queues: options.queues, queue_size: options.queue_size };
         devices.push(daemon(&name, &options.socket, wanted)?);
     }

@@ -47,9 +47,8 @@ impl From<DeviceName> for String {
 }
 
 impl DeviceName {
-    /// The name of a device: the one it was given, or that of its kind and position.
-    #[must_use]
-    pub fn or_default(id: Option<&Self>, kind: &str, index: usize) -> String {
+    /// The name that a device was given, or that of its kind and position.
+    fn or_default(id: Option<&Self>, kind: &str, index: usize) -> String {
         id.map_or_else(|| format!("{kind}{index}"), |name| name.0.clone())
     }
 }
@@ -108,6 +107,22 @@ impl<O> DeviceSpec<O> {
 pub type DiskSpec = DeviceSpec<BlockOptions>;
 /// A NIC.
 pub type NetSpec = DeviceSpec<NetOptions>;
+
+impl DiskSpec {
+    /// Name of the disk of this index.
+    #[must_use]
+    pub fn name(&self, index: usize) -> String {
+        DeviceName::or_default(self.id.as_ref(), "disk", index)
+    }
+}
+
+impl NetSpec {
+    /// Name of the NIC of this index.
+    #[must_use]
+    pub fn name(&self, index: usize) -> String {
+        DeviceName::or_default(self.id.as_ref(), "net", index)
+    }
+}
 
 ringvm_backends::options! {
     /// A disk as the command line and the configuration file describe it.
@@ -249,6 +264,14 @@ ringvm_backends::options! {
         /// Name of the device in logs, statistics and messages. Without it, vhost0, vhost1 and so on.
         #[key(value("NAME"))]
         pub id: Option<DeviceName>,
+    }
+}
+
+impl VhostUserOptions {
+    /// Name of the device of this index.
+    #[must_use]
+    pub fn name(&self, index: usize) -> String {
+        DeviceName::or_default(self.id.as_ref(), "vhost", index)
     }
 }
 

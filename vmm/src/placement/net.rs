@@ -27,7 +27,7 @@ pub fn nic_in_daemon(
     stats: bool,
 ) -> Result<VhostUserDevice, PlaceError> {
     let host = |what, source| PlaceError::Host { device: name.to_owned(), what, source };
-    // A daemon that comes again is still the same station.
+    // The NIC keeps its address when its daemon is started again.
     let mac = Mac(options.mac_or_random().map_err(|source| host("making an address", source))?);
     let mut inherited: Vec<Arc<OwnedFd>> = Vec::new();
     let mut told = NetOptions { mac: Some(mac), ..(**options).clone() };
