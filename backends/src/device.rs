@@ -4,7 +4,6 @@
 //! is. What happens to a request is below `start_queue`, on I/O threads, and never crosses this trait.
 //! Terms are those of the virtio 1.3 specification, sections 2.1 to 2.7.
 
-use serde::Deserialize;
 use thiserror::Error;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 
@@ -52,17 +51,6 @@ pub fn read_space(space: &[u8], offset: u32, data: &mut [u8]) {
     let from = space.get(offset as usize..).unwrap_or_default();
     let count = from.len().min(data.len());
     data[..count].copy_from_slice(&from[..count]);
-}
-
-/// Where the queues of a device are served.
-#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
-#[serde(rename_all = "kebab-case")]
-pub enum Place {
-    /// On I/O threads of the process that has the guest.
-    #[default]
-    Process,
-    /// In a process of their own.
-    Daemon,
 }
 
 /// Why a device refused a request of its transport.

@@ -9,13 +9,11 @@ pub mod block;
 pub mod device;
 pub mod host;
 pub mod io;
-pub mod keyval;
 pub mod net;
-pub mod program;
+pub mod options;
 pub mod rng;
 pub mod state;
 pub mod stats;
-pub mod summary;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod virtqueue;

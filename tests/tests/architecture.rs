@@ -1,5 +1,5 @@
-//! The arrows of the architecture, read from `cargo metadata` and the sources: `vmm -> backends <- vhost-daemons`, and what
-//! each may not see.
+//! The arrows of the architecture, read from `cargo metadata` and the sources: `vmm -> backends <- vhost-daemons`, the
+//! programs also on `backends/cli`, and what each may not see.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -10,6 +10,7 @@ use ringvm_tests::paths;
 
 const BACKENDS: &str = "ringvm-backends";
 const BENCH: &str = "ringvm-bench";
+const CLI: &str = "ringvm-cli";
 const DAEMONS: &str = "ringvm-vhost-daemons";
 const TESTS: &str = "ringvm-tests";
 const VMM: &str = "ringvm";
@@ -85,11 +86,12 @@ fn the_arrows_are_those_of_the_architecture() {
     let metadata = metadata();
     let arrows = arrows(&metadata);
     let set = |names: &[&'static str]| -> BTreeSet<&str> { names.iter().copied().collect() };
-    assert_eq!(arrows.keys().copied().collect::<BTreeSet<_>>(), set(&[BACKENDS, BENCH, DAEMONS, TESTS, VMM]));
+    assert_eq!(arrows.keys().copied().collect::<BTreeSet<_>>(), set(&[BACKENDS, BENCH, CLI, DAEMONS, TESTS, VMM]));
     assert_eq!(arrows[BACKENDS], set(&[]), "backends know nobody");
-    assert_eq!(arrows[VMM], set(&[BACKENDS]));
-    assert!(arrows[DAEMONS].is_subset(&set(&[BACKENDS])), "{:?}", arrows[DAEMONS]);
-    assert!(arrows[BENCH].is_subset(&set(&[BACKENDS, DAEMONS, VMM])), "{:?}", arrows[BENCH]);
+    assert_eq!(arrows[CLI], set(&[BACKENDS]));
+    assert_eq!(arrows[VMM], set(&[BACKENDS, CLI]));
+    assert!(arrows[DAEMONS].is_subset(&set(&[BACKENDS, CLI])), "{:?}", arrows[DAEMONS]);
+    assert!(arrows[BENCH].is_subset(&set(&[BACKENDS, CLI, DAEMONS, VMM])), "{:?}", arrows[BENCH]);
     assert!(!arrows[TESTS].contains(TESTS));
 }
 
@@ -97,7 +99,12 @@ fn the_arrows_are_those_of_the_architecture() {
 fn each_package_sees_only_what_is_its_own() {
     let metadata = metadata();
     for (package, hidden) in [
-        (BACKENDS, &["kvm-ioctls", "kvm-bindings", "vhost", "vhost-user-backend"][..]),
+        (
+            BACKENDS,
+            &["clap", "kvm-ioctls", "kvm-bindings", "signal-hook", "tracing-subscriber", "vhost", "vhost-user-backend"]
+                [..],
+        ),
+        (CLI, &["kvm-ioctls", "kvm-bindings", "vhost"]),
         (DAEMONS, &["kvm-ioctls", "kvm-bindings"]),
         (VMM, &["vhost-user-backend"]),
     ] {

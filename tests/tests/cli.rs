@@ -143,6 +143,8 @@ fn options_that_are_unknown_or_contradict_each_other() {
         (&["--disk", &format!("path={image},path={image}")], &["path"]),
         (&["--disk", &format!("path={image},block-size=1000")], &["block-size"]),
         (&["--disk", &image, "--disk", &image], &["twice"]),
+        (&["--disk", &format!("path={image},id=0")], &["id: \"0\"", "the first is a letter"]),
+        (&["--rng", "on", "--disk", &format!("path={image},id=rng0")], &["rng0 is the name of two devices", "id="]),
     ] {
         refused(&files.run(arguments), CONFIGURATION, words);
     }

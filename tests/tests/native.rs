@@ -133,6 +133,21 @@ fn many_vcpus_come_up() {
 }
 
 #[test]
+fn a_device_has_the_name_that_it_was_given() {
+    everywhere(|place| {
+        let (named, other) = (image(1), image(1));
+        let disks = [disk(&named, place, "queues=1,id=root"), disk(&other, place, "queues=1")];
+        let options = ["--disk", &disks[0], "--disk", &disks[1], "--stats"];
+        let ended = guest("job=read ops=16", &options).run().expect("it ends");
+        assert_success(&ended);
+        for line in ["root: ", "disk1: "] {
+            assert!(ended.stderr.contains(line), "{line} in {}", ended.stderr);
+        }
+        assert!(!ended.stderr.contains("disk0"), "{}", ended.stderr);
+    });
+}
+
+#[test]
 fn pitfall_60_exit_codes_tell_how_a_guest_ended() {
     everywhere(|place| {
         let image = image(64);

@@ -11,10 +11,10 @@ use clap::Parser;
 use ringvm_backends::block::storage::{Geometry, Progress, Storage};
 use ringvm_backends::block::{BlockDevice, BlockOptions};
 use ringvm_backends::io::ops::Io;
-use ringvm_backends::keyval;
 use ringvm_backends::virtqueue::buffers::GuestIo;
+use ringvm_cli::{keyval, usage};
 use ringvm_vhost_daemons::exit::Exit;
-use ringvm_vhost_daemons::options::{self, ServeOptions};
+use ringvm_vhost_daemons::options::ServeOptions;
 use ringvm_vhost_daemons::{Program, serve};
 
 const SECTOR: usize = 512;
@@ -87,7 +87,7 @@ fn main() -> ExitCode {
             Ok(Box::new(BlockDevice::over(name, Pattern(geometry), options, pool)))
         },
     };
-    match options::parse::<Cli>() {
+    match usage::parse::<Cli>("pattern") {
         Ok(cli) => serve(&program, &cli.serve, &cli.disk).into(),
         Err(message) => {
             eprintln!("pattern: {message}");

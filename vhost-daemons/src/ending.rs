@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use ringvm_backends::device::DeviceError;
-use ringvm_backends::summary::summary;
+use ringvm_cli::summary::summary;
 
 use crate::control::{Control, Told};
 use crate::exit::Exit;

@@ -5,10 +5,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clap::{Args, Parser};
+use clap::Args;
 use ringvm_backends::host::inherited;
-use ringvm_backends::io::reactor::{OnPanic, ReactorOptions};
-use ringvm_backends::keyval::parse_size;
+use ringvm_backends::io::reactor::ReactorOptions;
+use ringvm_backends::options::Check;
+use ringvm_cli::io_options::IoOptions;
+use ringvm_cli::keyval::parse_size;
 
 use crate::source::{Peers, Source, SourceError};
 
@@ -47,15 +49,9 @@ pub struct ServeOptions {
     /// Name of the nth device in logs and statistics
     #[arg(long, value_name = "NAME")]
     pub name: Vec<String>,
-    /// Number of I/O threads [default: one per queue, at most one per host CPU]
-    #[arg(long, value_name = "N")]
-    pub io_threads: Option<usize>,
-    /// Host CPUs of the I/O threads, e.g. 0,1
-    #[arg(long, value_name = "CPUS", value_delimiter = ',')]
-    pub io_affinity: Vec<usize>,
-    /// Longest time in microseconds that an I/O thread polls before it sleeps; 0 never polls
-    #[arg(long, value_name = "MICROSECONDS")]
-    pub poll_us: Option<u64>,
+    /// The I/O threads.
+    #[command(flatten)]
+    pub io: IoOptions,
     /// Have the kernel hold the clients' memory for I/O (registered buffers), up to SIZE bytes of all clients together
     /// [default: a quarter of the host's memory]. What is held is allocated and locked, whether or not the client had it
     /// allocated; not for clients that give memory back while they run (balloon, free page reporting, virtio-mem, postcopy):
@@ -130,18 +126,8 @@ impl ServeOptions {
 
     /// The I/O threads for so many queues.
     pub(crate) fn reactor_options(&self, queues: usize) -> Result<ReactorOptions, String> {
-        if self.io_threads == Some(0) {
-            return Err("--io-threads 0: at least one thread is needed".into());
-        }
-        let default = ReactorOptions::default();
-        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        Ok(ReactorOptions {
-            count: self.io_threads.unwrap_or(queues.clamp(1, cpus)),
-            affinity: self.io_affinity.clone(),
-            poll: self.poll_us.map_or(default.poll, Duration::from_micros),
-            hold_memory: self.hold_memory.map_or(0, |size| size.unwrap_or_else(quarter_of_memory)),
-            on_panic: OnPanic::default(),
-        })
+        self.io.check()?;
+        Ok(self.io.reactors(queues, self.hold_memory.map_or(0, |size| size.unwrap_or_else(quarter_of_memory))))
     }
 }
 
@@ -159,25 +145,8 @@ fn activated() -> Vec<RawFd> {
     (LISTEN_FDS_START..).take(count as usize).collect()
 }
 
-/// Reads the command line of this process. Help and version are printed and end it.
-///
-/// # Errors
-/// One line about what is wrong.
-pub fn parse<T: Parser>() -> Result<T, String> {
-    T::try_parse().map_err(|error| if error.use_stderr() { one_line(&error) } else { error.exit() })
-}
-
 /// The mode of a socket.
 fn octal(text: &str) -> Result<u32, String> {
     let mode = u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o777);
     mode.ok_or_else(|| "it is no octal number up to 777".to_owned())
-}
-
-/// A usage error without the usage.
-fn one_line(error: &clap::Error) -> String {
-    let text = error.to_string();
-    let lines = text.lines().map(str::trim);
-    let lines = lines.take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"));
-    let what = lines.filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ");
-    format!("{}; see --help", what.trim_start_matches("error: ").replace(" tip: ", "; "))
 }

@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use ringvm_backends::device::Device;
 use ringvm_backends::io::reactor::{OnPanic, ReactorOptions, ReactorPool};
-use ringvm_backends::program::{Endings, SignalThread, ignore_file_size_signal, start_tracing};
 use ringvm_backends::stats::DeviceStats;
-use ringvm_backends::summary::summary;
+use ringvm_cli::program::{Endings, SignalThread, ignore_file_size_signal, start_tracing};
+use ringvm_cli::summary::summary;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1};
 
 use crate::control::{Control, Told};

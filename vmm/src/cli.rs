@@ -3,14 +3,15 @@
 
 use std::path::PathBuf;
 
-use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use ringvm_backends::block::BlockOptions;
-use ringvm_backends::keyval;
-use ringvm_backends::net::{NetOptions, OpenError};
+use ringvm_backends::options::Described;
+use ringvm_cli::io_options::IoOptions;
+use ringvm_cli::{help, keyval, usage};
+use serde::de::DeserializeOwned;
 
 use crate::config::{
-    BootProtocol, Config, ConfigError, CpuConfig, MemoryConfig, Serial, TripleFault, VhostUserOptions, check_disk,
+    BootProtocol, Config, ConfigError, CpuConfig, DiskSpec, MemoryConfig, NetSpec, Serial, TripleFault,
+    VhostUserOptions,
 };
 
 const RUN_EXAMPLES: &str = "\
@@ -41,6 +42,15 @@ Exit codes:
 
 SIGUSR1 prints the statistics of every device on standard error. SIGUSR2 moves every disk from this process into a daemon, or back.";
 
+const CPUS: &str = "vCPUs [default: 1]";
+const MEMORY: &str = "Guest memory [default: 512M]";
+const DISK: &str = "Add a disk (virtio-blk); may be repeated";
+const NET: &str = "Add a NIC (virtio-net) on one of tap, fds, link and loopback; may be repeated";
+const VHOST_USER: &str = "Add a device of any kind that a vhost-user daemon serves; may be repeated";
+
+/// The command whose help explains the options.
+const COMMAND: &str = "ringvm run";
+
 /// An event-driven virtual machine monitor for Linux/KVM.
 #[derive(Debug, Parser)]
 #[command(name = "ringvm", version, disable_help_subcommand = true)]
@@ -59,20 +69,8 @@ impl Cli {
     /// # Errors
     /// One line about what is wrong.
     pub fn from_process() -> Result<Self, String> {
-        Self::try_parse().map_err(|error| if error.use_stderr() { one_line(&error) } else { error.exit() })
+        usage::parse(COMMAND)
     }
-}
-
-/// A usage error without the usage.
-fn one_line(error: &clap::Error) -> String {
-    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        return "a command is missing; see `ringvm --help`".into();
-    }
-    let text = error.to_string();
-    let lines =
-        text.lines().map(str::trim).take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"));
-    let what = lines.filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ");
-    format!("{}; see `ringvm run --help`", what.trim_start_matches("error: ").replace(" tip: ", "; "))
 }
 
 /// The commands.
@@ -112,13 +110,13 @@ pub struct RunArgs {
     /// How the kernel is entered [default: auto]
     #[arg(long, value_name = "PROTOCOL", help_heading = "Boot")]
     pub boot: Option<BootProtocol>,
-    /// vCPUs: N or count=N,nested=on,pmu=on [default: 1]. nested=on lets the guest run guests of its own, pmu=on gives it performance
-    /// counters, where the host has them; both are off unless asked for
-    #[arg(long, value_name = "OPTIONS", help_heading = "Machine")]
+    /// vCPUs
+    #[arg(long, value_name = "OPTIONS", help_heading = "Machine", help = help::short::<CpuConfig>(CPUS),
+        long_help = help::long::<CpuConfig>(CPUS))]
     pub cpus: Option<String>,
-    /// Guest memory: SIZE or size=SIZE,hugepages=2M|1G,prefault=on,ksm=on [default: 512M]. Prefaulted, and
-    /// not with ksm=on, it is also held by the kernel for I/O, which is faster
-    #[arg(long, value_name = "OPTIONS", help_heading = "Machine")]
+    /// Guest memory
+    #[arg(long, value_name = "OPTIONS", help_heading = "Machine", help = help::short::<MemoryConfig>(MEMORY),
+        long_help = help::long::<MemoryConfig>(MEMORY))]
     pub memory: Option<String>,
     /// Serial port: stdio, file=PATH or null [default: stdio]. A file is written anew, for its owner only, up to file=PATH,max=SIZE
     /// [default: 64M]; what the guest writes after that is dropped
@@ -127,28 +125,21 @@ pub struct RunArgs {
     /// Entropy device (virtio-rng) [default: off]
     #[arg(long, value_name = "SWITCH", num_args = 0..=1, default_missing_value = "on", help_heading = "Machine")]
     pub rng: Option<OnOff>,
-    /// Add a disk (virtio-blk); may be repeated. Keys: path, direct=on|off, readonly=on|off, queues=N, queue-size=N,
-    /// serial=TEXT, block-size=BYTES, storage=raw|null, size=SIZE (null storage only), place=process|daemon; or fd=N in place of path;
-    /// or socket=PATH of a daemon (with queues, queue-size)
-    #[arg(long, value_name = "OPTIONS", help_heading = "Devices")]
+    /// Disks
+    #[arg(long, value_name = "OPTIONS", help_heading = "Devices", help = help::short::<DiskSpec>(DISK),
+        long_help = help::long::<DiskSpec>(DISK))]
     pub disk: Vec<String>,
-    /// Add a NIC (virtio-net); may be repeated. Keys: one of tap=NAME|/dev/tapN, fds=[N,…], link=PATH, loopback=on; mac=ADDRESS,
-    /// queues=PAIRS, queue-size=N, mtu=BYTES, place=process|daemon; or socket=PATH of a daemon (with queue-size)
-    #[arg(long, value_name = "OPTIONS", help_heading = "Devices")]
+    /// NICs
+    #[arg(long, value_name = "OPTIONS", help_heading = "Devices", help = help::short::<NetSpec>(NET),
+        long_help = help::long::<NetSpec>(NET))]
     pub net: Vec<String>,
-    /// Add a device of any kind that a vhost-user daemon serves; may be repeated. Keys: type=NAME|ID, socket=PATH, queues=N,
-    /// queue-size=N
-    #[arg(long, value_name = "OPTIONS", help_heading = "Devices")]
+    /// Devices that daemons serve
+    #[arg(long, value_name = "OPTIONS", help_heading = "Devices", help = help::short::<VhostUserOptions>(VHOST_USER),
+        long_help = help::long::<VhostUserOptions>(VHOST_USER))]
     pub vhost_user: Vec<String>,
-    /// Number of I/O threads [default: one per queue, at most one per host CPU]
-    #[arg(long, value_name = "N", help_heading = "Devices")]
-    pub io_threads: Option<usize>,
-    /// Host CPUs of the I/O threads, e.g. 0,1
-    #[arg(long, value_name = "CPUS", value_delimiter = ',', help_heading = "Devices")]
-    pub io_affinity: Vec<usize>,
-    /// Longest time in microseconds that an I/O thread polls before it sleeps; 0 never polls
-    #[arg(long, value_name = "MICROSECONDS", help_heading = "Devices")]
-    pub poll_us: Option<u64>,
+    /// The I/O threads
+    #[command(flatten, next_help_heading = "Devices")]
+    pub io: IoOptions,
     /// Exit with code 5 when the guest reboots
     #[arg(long, help_heading = "Ending")]
     pub no_reboot: bool,
@@ -180,42 +171,19 @@ impl RunArgs {
         config.cmdline = self.cmdline.or(config.cmdline);
         set(&mut config.boot, self.boot);
         if let Some(text) = &self.cpus {
-            config.cpus = text.parse::<CpuConfig>().map_err(|error| option("cpus", text, error.to_string()))?;
+            config.cpus = text.parse::<CpuConfig>().map_err(|error| option("cpus", text, error))?;
         }
         if let Some(text) = &self.memory {
-            config.memory = text.parse::<MemoryConfig>().map_err(|error| option("memory", text, error.to_string()))?;
+            config.memory = text.parse::<MemoryConfig>().map_err(|error| option("memory", text, error))?;
         }
         if let Some(text) = &self.serial {
             config.serial = text.parse::<Serial>().map_err(|error| option("serial", text, error))?;
         }
         set(&mut config.rng, self.rng.map(|rng| rng == OnOff::On));
-        for text in &self.disk {
-            let disk = keyval::from_str::<BlockOptions>(text, Some("path"));
-            let disk = disk.map_err(|error| option("disk", text, error.to_string()))?;
-            check_disk(&disk).map_err(|reason| option("disk", text, reason))?;
-            config.disk.push(disk);
-        }
-        for text in &self.net {
-            let net = keyval::from_str::<NetOptions>(text, Some("tap"));
-            let net = net.map_err(|error| option("net", text, error.to_string()))?;
-            net.validate().map_err(|error| match error {
-                // The option says already which NIC it is.
-                OpenError::Option { what, .. } => option("net", text, what),
-                error => option("net", text, error.to_string()),
-            })?;
-            config.net.push(net);
-        }
-        for text in &self.vhost_user {
-            let device = keyval::from_str::<VhostUserOptions>(text, None);
-            let device = device.map_err(|error| option("vhost-user", text, error.to_string()))?;
-            device.device_type().map_err(|reason| option("vhost-user", text, reason))?;
-            config.vhost_user.push(device);
-        }
-        config.io_threads = self.io_threads.or(config.io_threads);
-        if !self.io_affinity.is_empty() {
-            config.io_affinity = self.io_affinity;
-        }
-        config.poll_us = self.poll_us.or(config.poll_us);
+        config.disk.extend(devices("disk", &self.disk)?);
+        config.net.extend(devices("net", &self.net)?);
+        config.vhost_user.extend(devices("vhost-user", &self.vhost_user)?);
+        config.io = self.io.or(config.io);
         config.no_reboot |= self.no_reboot;
         set(&mut config.on_triple_fault, self.on_triple_fault);
         config.stats |= self.stats;
@@ -223,6 +191,13 @@ impl RunArgs {
         config.validate()?;
         Ok(config)
     }
+}
+
+/// Reads the devices that an option names.
+fn devices<T: Described + DeserializeOwned>(name: &str, texts: &[String]) -> Result<Vec<T>, ConfigError> {
+    let read =
+        |text: &String| keyval::read(text).map_err(|reason| ConfigError::Option(format!("--{name} {text}: {reason}")));
+    texts.iter().map(read).collect()
 }
 
 fn set<T>(target: &mut T, value: Option<T>) {
@@ -236,7 +211,8 @@ mod tests {
     use super::*;
 
     fn config(args: &[&str]) -> Result<Config, String> {
-        let cli = Cli::try_parse_from(["ringvm", "run"].iter().chain(args)).map_err(|error| one_line(&error))?;
+        let cli = Cli::try_parse_from(["ringvm", "run"].iter().chain(args))
+            .map_err(|error| usage::one_line(&error, COMMAND))?;
         let Command::Run(args) = cli.command else { unreachable!("run was given") };
         args.into_config().map_err(|error| error.to_string())
     }
@@ -250,7 +226,10 @@ mod tests {
         let path = path.to_str().unwrap();
         let merged = config(&["--config", path, "--cpus", "2", "--disk", "y,queues=2", "--rng", "off"]).unwrap();
         assert_eq!((merged.cpus.count, merged.memory.size, merged.rng), (2, 1 << 30, false));
-        assert_eq!(merged.disk.iter().map(|disk| disk.queues).collect::<Vec<_>>(), [1, 2]);
+        assert_eq!(
+            merged.disk.iter().filter_map(DiskSpec::options).map(|disk| disk.queues).collect::<Vec<_>>(),
+            [1, 2]
+        );
         assert_eq!(merged.kernel.as_deref(), Some(std::path::Path::new("a")));
     }
 
@@ -290,9 +269,11 @@ mod tests {
             "--stats",
         ])
         .unwrap();
-        assert!(config.rng && config.no_reboot && config.stats && config.memory.prefault && config.disk[0].direct);
-        assert_eq!((config.net.len(), config.net[0].mtu), (2, Some(9000)));
-        assert_eq!((config.io_affinity, config.poll_us, config.cmdline.as_deref()), (vec![0, 1], Some(7), Some("-x")));
+        assert!(config.rng && config.no_reboot && config.stats && config.memory.prefault);
+        assert!(config.disk[0].options().unwrap().direct);
+        assert_eq!((config.net.len(), config.net[0].options().unwrap().mtu), (2, Some(9000)));
+        let io = IoOptions { io_threads: Some(2), io_affinity: vec![0, 1], poll_us: Some(7) };
+        assert_eq!((config.io, config.cmdline.as_deref()), (io, Some("-x")));
     }
 
     #[test]

@@ -1,141 +1,62 @@
 //! The configuration of a machine: one structure behind the command line and the TOML file.
 
+mod devices;
 mod hardware;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use ringvm_backends::block::BlockOptions;
-use ringvm_backends::device::Place;
 use ringvm_backends::io::reactor::ReactorOptions;
-use ringvm_backends::net::NetOptions;
-use serde::Deserialize;
+use ringvm_backends::options;
+use ringvm_backends::options::{Check, Checked};
+use ringvm_cli::io_options::IoOptions;
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+pub use devices::{Backend, DeviceName, DeviceSpec, DeviceType, DiskSpec, NetSpec, Place, VhostUserOptions};
 pub use hardware::{ByteSize, CpuConfig, HugePages, MemoryConfig, Serial};
 
-/// Everything that can be said about a machine.
-#[derive(Clone, Debug, Deserialize, PartialEq)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
-pub struct Config {
-    /// Kernel: an ELF vmlinux or a bzImage.
-    pub kernel: Option<PathBuf>,
-    /// Initramfs.
-    pub initramfs: Option<PathBuf>,
-    /// Command line of the kernel; without one, the serial port becomes the console.
-    pub cmdline: Option<String>,
-    /// How the kernel is entered.
-    pub boot: BootProtocol,
-    /// vCPUs.
-    pub cpus: CpuConfig,
-    /// Guest memory.
-    pub memory: MemoryConfig,
-    /// Disks, in the order of their PCI slots.
-    pub disk: Vec<BlockOptions>,
-    /// NICs, in the order of their slots, behind the disks.
-    #[serde(default)]
-    pub net: Vec<NetOptions>,
-    /// Devices of any kind that daemons serve, behind those.
-    pub vhost_user: Vec<VhostUserOptions>,
-    /// Serial port.
-    pub serial: Serial,
-    /// Whether there is an entropy device.
-    pub rng: bool,
-    /// Number of I/O threads; without one, as many as there are queues, at most one per host CPU.
-    pub io_threads: Option<usize>,
-    /// Host CPUs of the I/O threads.
-    pub io_affinity: Vec<usize>,
-    /// Longest time in microseconds that an I/O thread polls before it sleeps; 0 never polls.
-    pub poll_us: Option<u64>,
-    /// Exit instead of rebooting.
-    pub no_reboot: bool,
-    /// What a triple fault of the guest does.
-    pub on_triple_fault: TripleFault,
-    /// Print statistics at exit.
-    pub stats: bool,
-    /// Longest time in seconds that the machine's end takes.
-    pub stop_timeout: u64,
-}
-
-impl Default for Config {
-    fn default() -> Self {
-        Self {
-            kernel: None,
-            initramfs: None,
-            cmdline: None,
-            boot: BootProtocol::Auto,
-            cpus: CpuConfig::default(),
-            memory: MemoryConfig::default(),
-            disk: Vec::new(),
-            net: Vec::new(),
-            vhost_user: Vec::new(),
-            serial: Serial::Stdio,
-            rng: false,
-            io_threads: None,
-            io_affinity: Vec::new(),
-            poll_us: None,
-            no_reboot: false,
-            on_triple_fault: TripleFault::Exit,
-            stats: false,
-            stop_timeout: 5,
-        }
-    }
-}
-
-/// A device of any kind that a daemon serves.
-#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub struct VhostUserOptions {
-    /// What it is: `net`, `blk`, `console`, `rng`, `scsi`, `9p`, `gpu`, `input`, `vsock`, `fs`, `pmem`, or a virtio device ID.
-    #[serde(rename = "type")]
-    pub kind: String,
-    /// Where the daemon listens.
-    pub socket: PathBuf,
-    /// Queues that the driver gets; all that the daemon has, if left out.
-    pub queues: Option<u16>,
-    /// Descriptors per queue, a power of two of at most 32768.
-    #[serde(default = "default_queue_size")]
-    pub queue_size: u16,
-}
-
-fn default_queue_size() -> u16 {
-    256
-}
-
-impl VhostUserOptions {
-    /// The virtio device ID.
-    ///
-    /// # Errors
-    /// One line about what is wrong with the options.
-    pub fn device_type(&self) -> Result<u32, String> {
-        /// Virtio 1.3, section 5.
-        const KINDS: [(&str, u32); 11] = [
-            ("net", 1),
-            ("blk", 2),
-            ("console", 3),
-            ("rng", 4),
-            ("scsi", 8),
-            ("9p", 9),
-            ("gpu", 16),
-            ("input", 18),
-            ("vsock", 19),
-            ("fs", 26),
-            ("pmem", 27),
-        ];
-        if !self.queue_size.is_power_of_two() || self.queue_size > 1 << 15 {
-            return Err(format!("queue-size={} is not a power of two from 1 to 32768", self.queue_size));
-        }
-        let known = KINDS.iter().find(|(name, _)| *name == self.kind).map(|(_, id)| *id);
-        let number = || self.kind.parse().ok().filter(|id| (1..64).contains(id));
-        known.or_else(number).ok_or_else(|| {
-            let names: Vec<_> = KINDS.iter().map(|(name, _)| *name).collect();
-            format!("type={} is not one of {}, or a virtio device ID from 1 to 63", self.kind, names.join(", "))
-        })
+options! {
+    /// Everything that can be said about a machine.
+    #[derive(Clone, Debug, PartialEq)]
+    pub struct Config {
+        ..pub io: IoOptions,
+        /// Kernel: an ELF vmlinux or a bzImage.
+        pub kernel: Option<PathBuf>,
+        /// Initramfs.
+        pub initramfs: Option<PathBuf>,
+        /// Command line of the kernel. Without one, the serial port becomes the console.
+        pub cmdline: Option<String>,
+        /// How the kernel is entered.
+        pub boot: BootProtocol,
+        /// vCPUs.
+        pub cpus: CpuConfig,
+        /// Guest memory.
+        pub memory: MemoryConfig,
+        /// Disks, in the order of their PCI slots.
+        pub disk: Vec<DiskSpec>,
+        /// NICs, in the order of their slots, behind the disks.
+        pub net: Vec<NetSpec>,
+        /// Devices of any kind that daemons serve, behind those.
+        pub vhost_user: Vec<Checked<VhostUserOptions>>,
+        /// Serial port.
+        pub serial: Serial,
+        /// Whether there is an entropy device.
+        pub rng: bool,
+        /// Exit instead of rebooting.
+        pub no_reboot: bool,
+        /// What a triple fault of the guest does.
+        pub on_triple_fault: TripleFault,
+        /// Print statistics at exit.
+        pub stats: bool,
+        /// Longest time in seconds that the machine's end takes.
+        pub stop_timeout: u64 = 5,
     }
 }
 
 /// How a kernel is entered.
-#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum BootProtocol {
     /// By its PVH entry point if it has one, else by the Linux 64-bit protocol.
@@ -148,7 +69,7 @@ pub enum BootProtocol {
 }
 
 /// What a triple fault does. Hardware resets; a person in front of it rather wants to know.
-#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum TripleFault {
     /// It is a crash: ringvm ends with exit code 4.
@@ -222,37 +143,9 @@ impl Config {
                     .into(),
             );
         }
-        if self.io_threads == Some(0) {
-            return refuse(
-                "--io-threads 0 would leave nobody to serve the devices; use 1 or more, or leave it out".into(),
-            );
-        }
-        if let Some(threads) = self.io_threads
-            && threads > MAX_IO_THREADS
-        {
-            return refuse(format!("--io-threads {threads} is more than {MAX_IO_THREADS}, one per CPU is enough"));
-        }
-        if let Some(poll) = self.poll_us
-            && poll > MAX_POLL_US
-        {
-            return refuse(format!("--poll-us {poll} is more than {MAX_POLL_US}, a second; 0 never polls"));
-        }
-        for (index, disk) in self.disk.iter().enumerate() {
-            check_disk(disk).map_err(ConfigError::Option)?;
-            let same = |other: &&BlockOptions| {
-                other.path.is_some() && other.path == disk.path && !(other.readonly && disk.readonly)
-            };
-            if let Some(other) = self.disk[..index].iter().find(same) {
-                let path = other.path.as_deref().unwrap_or(Path::new("")).display();
-                return refuse(format!("disk {path}: given twice; give it once, or readonly=on both times"));
-            }
-        }
-        for net in &self.net {
-            net.validate().map_err(|error| ConfigError::Option(error.to_string()))?;
-        }
-        for device in &self.vhost_user {
-            device.device_type().map_err(ConfigError::Option)?;
-        }
+        self.io.check().map_err(ConfigError::Option)?;
+        self.check_images()?;
+        self.check_names()?;
         if self.memory.ksm && self.has_daemons() {
             return refuse(
                 "--memory: ksm=on keeps other processes out, so that no daemon can serve this machine; drop it, or \
@@ -277,19 +170,53 @@ impl Config {
         }
     }
 
+    /// Refuses an image that two disks would write to, or one would write to and the other read.
+    fn check_images(&self) -> Result<(), ConfigError> {
+        let mut seen: Vec<&BlockOptions> = Vec::new();
+        for disk in self.disk.iter().filter_map(DiskSpec::options) {
+            let Some(path) = &disk.path else { continue };
+            let same = |other: &&BlockOptions| other.path.as_ref() == Some(path) && !(other.readonly && disk.readonly);
+            if seen.iter().any(same) {
+                let path = path.display();
+                let what = format!("disk {path}: given twice; give it once, or readonly=on both times");
+                return Err(ConfigError::Option(what));
+            }
+            seen.push(disk);
+        }
+        Ok(())
+    }
+
+    /// Refuses two devices of one name.
+    fn check_names(&self) -> Result<(), ConfigError> {
+        let disks = self.disk.iter().enumerate().map(|(index, disk)| ("--disk", index, disk.name(index)));
+        let nets = self.net.iter().enumerate().map(|(index, net)| ("--net", index, net.name(index)));
+        let others = self.vhost_user.iter().enumerate();
+        let others = others.map(|(index, device)| ("--vhost-user", index, device.name(index)));
+        let rng = self.rng.then(|| ("--rng", 0, RNG.to_owned()));
+        let mut seen: BTreeMap<String, String> = BTreeMap::new();
+        for (option, index, name) in disks.chain(nets).chain(others).chain(rng) {
+            let device = format!("{option} (number {index})");
+            if let Some(other) = seen.insert(name.clone(), device.clone()) {
+                let what = "is the name of two devices";
+                let message = format!("{name} {what}, of {other} and {device}; choose another id= for one of them");
+                return Err(ConfigError::Option(message));
+            }
+        }
+        Ok(())
+    }
+
     /// Whether anything is served by another process.
     fn has_daemons(&self) -> bool {
-        self.disk.iter().any(|disk| disk.place == Place::Daemon || disk.socket.is_some())
-            || self.net.iter().any(|net| net.place == Place::Daemon || net.socket.is_some())
+        self.disk.iter().any(|disk| disk.options_here().is_none())
+            || self.net.iter().any(|net| net.options_here().is_none())
             || !self.vhost_user.is_empty()
     }
 
     /// How many queues are served in this process.
     #[must_use]
     pub fn queues_here(&self) -> usize {
-        let here = |place, socket: &Option<PathBuf>| place == Place::Process && socket.is_none();
-        let disks = self.disk.iter().filter(|disk| here(disk.place, &disk.socket));
-        let nets = self.net.iter().filter(|net| here(net.place, &net.socket));
+        let disks = self.disk.iter().filter_map(DiskSpec::options_here);
+        let nets = self.net.iter().filter_map(NetSpec::options_here);
         disks.map(|disk| usize::from(disk.queues)).sum::<usize>()
             + nets.map(|net| 2 * usize::from(net.queues)).sum::<usize>()
             + usize::from(self.rng)
@@ -298,38 +225,22 @@ impl Config {
     /// The I/O threads, of this process and of each daemon that it starts.
     #[must_use]
     pub fn reactor_options(&self) -> ReactorOptions {
-        let default = ReactorOptions::default();
-        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        ReactorOptions {
-            count: self.io_threads.unwrap_or(self.queues_here().clamp(1, cpus)),
-            affinity: self.io_affinity.clone(),
-            poll: self.poll_us.map_or(default.poll, Duration::from_micros),
-            // Pages that are held can't be merged.
-            hold_memory: if self.memory.prefault && !self.memory.ksm { self.memory.size } else { 0 },
-            ..default
-        }
+        // Pages that are held can't be merged.
+        let hold_memory = if self.memory.prefault && !self.memory.ksm { self.memory.size } else { 0 };
+        self.io.reactors(self.queues_here(), hold_memory)
     }
 }
 
-/// Looks for what can't work about one disk, without the host.
-///
-/// # Errors
-/// One line about the first thing found.
-pub fn check_disk(disk: &BlockOptions) -> Result<(), String> {
-    if disk.path.as_deref() == Some(Path::new("")) {
-        return Err("the path of a disk is empty; name an image file or a block device".into());
-    }
-    disk.validate().map_err(|error| error.to_string())
-}
-
+/// Name of the entropy device.
+pub const RNG: &str = "rng0";
 const DEFAULT_CMDLINE: &str = "console=ttyS0";
-const MAX_IO_THREADS: usize = 256;
-const MAX_POLL_US: u64 = 1_000_000;
 /// Slots of bus 0, less the host bridge.
 const MAX_DEVICES: usize = crate::pci::SLOTS - 1;
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     fn parse(text: &str) -> Result<Config, String> {
@@ -370,11 +281,36 @@ mod tests {
         assert_eq!((config.cpus.count, config.boot, config.disk.len()), (2, BootProtocol::Linux, 2));
         assert_eq!((config.memory.size, config.memory.hugepages), (1 << 30, Some(HugePages::TwoMib)));
         assert_eq!(config.serial, Serial::File { path: "/tmp/console".into(), max: 64 << 20 });
-        assert!(config.disk[0].direct && config.disk[0].queues == 4 && config.disk[1].readonly);
+        let disks: Vec<_> = config.disk.iter().filter_map(DiskSpec::options).collect();
+        assert!(disks[0].direct && disks[0].queues == 4 && disks[1].readonly);
         let options = config.reactor_options();
         assert_eq!((options.count, options.poll), (2, Duration::ZERO));
         assert_eq!(parse("kernel = \"k\"\nmemory = \"64M\"").unwrap().memory.size, 64 << 20);
         assert_eq!(parse("kernel = \"k\"\nmemory = \"64M\"").unwrap().effective_cmdline(), "console=ttyS0");
+    }
+
+    #[test]
+    fn a_machine_reads_what_it_has_written() {
+        let config = parse(
+            r#"
+            kernel = "vmlinuz"
+            boot = "pvh"
+            cpus = { count = 2, pmu = true }
+            memory = { size = "1G", hugepages = "2M", prefault = true }
+            serial = "file=/tmp/console,max=5K"
+            io-affinity = [0, 1]
+            poll-us = 0
+            on-triple-fault = "reset"
+            stop-timeout = 9
+            disk = [{ path = "/x.img", id = "root", place = "daemon" }, { socket = "/run/b.sock", queues = 2 }]
+            net = [{ tap = "t0", mac = "52:54:00:12:34:56" }]
+            vhost-user = [{ type = "26", socket = "/run/fs.sock" }]
+            "#,
+        )
+        .unwrap();
+        let text = toml::to_string(&config).unwrap();
+        assert_eq!(parse(&text).as_ref(), Ok(&config), "{text}");
+        assert!(text.contains("type = \"fs\"") && !text.contains("stats"), "{text}");
     }
 
     #[test]
@@ -406,6 +342,20 @@ mod tests {
     }
 
     #[test]
+    fn two_devices_never_have_one_name() {
+        let disks = "[[disk]]\npath = \"a\"\nid = \"ID\"\n[[disk]]\npath = \"b\"\n";
+        let machine = |id: &str| parse(&format!("kernel = \"k\"\nrng = true\n{}", disks.replace("ID", id)));
+        for id in ["root", "disk0", "disk2", "net0", "vhost0"] {
+            assert_eq!(machine(id).unwrap().disk[0].id.as_ref(), Some(&DeviceName::try_from(id.to_owned()).unwrap()));
+        }
+        for (id, other) in [("disk1", "--disk (number 1)"), ("rng0", "--rng (number 0)")] {
+            let devices = format!("is the name of two devices, of --disk (number 0) and {other}");
+            let expected = format!("{id} {devices}; choose another id= for one of them");
+            assert_eq!(machine(id).unwrap_err(), expected);
+        }
+    }
+
+    #[test]
     fn mistakes_are_named_with_their_line() {
         for (text, expected) in [
             ("kernel = \"k\"\ncpu = 2", "line 2: unknown field `cpu`"),
@@ -422,6 +372,11 @@ mod tests {
             ("kernel = \"k\"\nmemory = { size = 1048576, ksm = true, hugepages = \"2M\" }", "exclude each other"),
             ("kernel = \"k\"\nio-threads = 0", "--io-threads 0"),
             ("kernel = \"k\"\n[[disk]]\npath = \"x\"\n[[disk]]\npath = \"x\"", "given twice"),
+            ("kernel = \"k\"\n[[disk]]\npath = \"x\"\n\n[[disk]]\nqueues = 2", "line 5: path= is missing"),
+            ("kernel = \"k\"\n[[disk]]\npath = \"x\"\nqueues = 0", "line 2: queues=0 is not from 1 to 64"),
+            ("kernel = \"k\"\n[[disk]]\npath = \"x\"\nid = \"a b\"", "line 4: \"a b\" is not a name"),
+            ("kernel = \"k\"\n[[net]]\ntap = \"t\"\nlink = \"l\"", "line 2: more than one port is named"),
+            ("kernel = \"k\"\n[[vhost-user]]\ntype = \"fs\"", "line 2: missing field `socket`"),
         ] {
             let error = parse(text).unwrap_err();
             assert!(error.contains(expected) && !error.contains('\n'), "{text}: {error}");

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use ringvm::cli::{Cli, Command};
 use ringvm::exit::Exit;
 use ringvm::{check, run};
-use ringvm_backends::program::{ignore_file_size_signal, start_tracing};
+use ringvm_cli::program::{ignore_file_size_signal, start_tracing};
 
 fn main() -> ExitCode {
     ignore_file_size_signal();

@@ -5,7 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded, select, unbounded};
-use ringvm_backends::summary::summary;
+use ringvm_cli::summary::summary;
 
 use crate::control::{Control, ControlError, Request};
 use crate::placement::{Moved, Place, PlaceError};

@@ -10,11 +10,11 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, select};
 use ringvm_backends::block::OpenError;
-use ringvm_backends::device::{Device, Place};
+use ringvm_backends::device::Device;
 use ringvm_backends::io::reactor::{OnPanic, ReactorOptions, ReactorPool};
 use ringvm_backends::net::{self, NetDevice};
 use ringvm_backends::rng::RngDevice;
-use ringvm_backends::summary::summary;
+use ringvm_cli::summary::summary;
 use rustix::stdio::{stdin, stdout};
 use rustix::termios::isatty;
 use rustix::thread::CpuSet;
@@ -24,7 +24,7 @@ use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET};
 
 use crate::advice::advice;
 use crate::boot::{BootError, BootSource, Initramfs, Kernel};
-use crate::config::{Config, Serial, TripleFault};
+use crate::config::{Backend, Config, Place, RNG, Serial, TripleFault};
 use crate::control::{self, Control, Request};
 use crate::events::{Ending, Events};
 use crate::exit::Exit;
@@ -309,13 +309,13 @@ fn check_memory(config: &Config) -> Result<(), RunError> {
 }
 
 fn check_affinity(config: &Config) -> Result<(), RunError> {
-    if config.io_affinity.is_empty() {
+    if config.io.io_affinity.is_empty() {
         return Ok(());
     }
     let set = rustix::thread::sched_getaffinity(None)
         .map_err(|error| RunError::Host { what: "asking for the CPUs of this process", source: error.into() })?;
     let may_use = |cpu: usize| cpu < CpuSet::MAX_CPU && set.is_set(cpu);
-    match config.io_affinity.iter().find(|&&cpu| !may_use(cpu)) {
+    match config.io.io_affinity.iter().find(|&&cpu| !may_use(cpu)) {
         Some(&cpu) => {
             Err(RunError::Affinity { cpu, allowed: (0..CpuSet::MAX_CPU).filter(|&cpu| may_use(cpu)).collect() })
         }
@@ -346,35 +346,41 @@ fn open_devices(config: &Config, events: &Events) -> Result<(Devices, Vec<Mover>
     let mut devices: Devices = Vec::new();
     let mut movers = Vec::new();
     for (index, disk) in config.disk.iter().enumerate() {
-        let name = format!("disk{index}");
-        if let Some(socket) = &disk.socket {
-            let queues = Some(disk.queues);
-            let wanted = Wanted { device_type: VIRTIO_ID_BLOCK, queues, queue_size: disk.queue_size };
-            devices.push(daemon(&name, socket, wanted)?);
-        } else {
-            let (disk, mover) = PlacedDisk::open(&name, disk, &reactors, pool.as_ref(), config.stats)?;
-            devices.push(Box::new(disk));
-            movers.push(mover);
+        let name = disk.name(index);
+        match &disk.backend {
+            Backend::Socket { path, queues, queue_size } => {
+                let wanted = Wanted { device_type: VIRTIO_ID_BLOCK, queues: Some(*queues), queue_size: *queue_size };
+                devices.push(daemon(&name, path, wanted)?);
+            }
+            Backend::Own { place, options } => {
+                let (disk, mover) = PlacedDisk::open(&name, *place, options, &reactors, pool.as_ref(), config.stats)?;
+                devices.push(Box::new(disk));
+                movers.push(mover);
+            }
         }
     }
     for (index, net) in config.net.iter().enumerate() {
-        let name = format!("net{index}");
-        if let Some(socket) = &net.socket {
-            let wanted = Wanted { device_type: VIRTIO_ID_NET, queues: None, queue_size: net.queue_size };
-            devices.push(daemon(&name, socket, wanted)?);
-        } else if net.place == Place::Daemon {
-            devices.push(Box::new(nic_in_daemon(&name, net, &reactors, config.stats)?));
-        } else {
-            devices.push(Box::new(NetDevice::open(&name, net, here()?)?));
+        let name = net.name(index);
+        match &net.backend {
+            Backend::Socket { path, queue_size, .. } => {
+                let wanted = Wanted { device_type: VIRTIO_ID_NET, queues: None, queue_size: *queue_size };
+                devices.push(daemon(&name, path, wanted)?);
+            }
+            Backend::Own { place: Place::Daemon, options } => {
+                devices.push(Box::new(nic_in_daemon(&name, options, &reactors, config.stats)?));
+            }
+            Backend::Own { place: Place::Process, options } => {
+                devices.push(Box::new(NetDevice::open_checked(&name, options, here()?)?));
+            }
         }
     }
     for (index, options) in config.vhost_user.iter().enumerate() {
-        let device_type = options.device_type().map_err(RunError::Internal)?;
-        let wanted = Wanted { device_type, queues: options.queues, queue_size: options.queue_size };
-        devices.push(daemon(&format!("vhost{index}"), &options.socket, wanted)?);
+        let name = options.name(index);
+        let wanted = Wanted { device_type: options.r#type.0, queues: options.queues, queue_size: options.queue_size };
+        devices.push(daemon(&name, &options.socket, wanted)?);
     }
     if config.rng {
-        devices.push(Box::new(RngDevice::new("rng0", here()?)));
+        devices.push(Box::new(RngDevice::new(RNG, here()?)));
     }
     Ok((devices, movers))
 }

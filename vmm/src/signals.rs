@@ -2,7 +2,7 @@
 
 use std::io;
 
-use ringvm_backends::program::{Endings, SignalThread};
+use ringvm_cli::program::{Endings, SignalThread};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 
 use crate::events::{Ending, Events};

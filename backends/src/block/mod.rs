@@ -22,6 +22,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use crate::device::{Device, DeviceError, DeviceInfo, Flusher, QueueParts};
 use crate::io::queues::Queues;
 use crate::io::reactor::ReactorPool;
+use crate::options::Checked;
 use crate::state::{Refusal, StateReader, StateWriter};
 use crate::stats::DeviceStats;
 use crate::virtqueue::End;
@@ -89,10 +90,19 @@ impl BlockDevice {
     /// # Errors
     /// Anything that is wrong with the options or the image, in one line.
     pub fn open(name: &str, options: &BlockOptions, pool: &ReactorPool) -> Result<Self, OpenError> {
+        let checked = Checked::new(options.clone()).map_err(|what| options.refuse(what))?;
+        Self::open_checked(name, &checked, pool)
+    }
+
+    /// As [`Self::open`], with options that were checked when they were read.
+    ///
+    /// # Errors
+    /// Anything that is wrong with the image, in one line.
+    pub fn open_checked(name: &str, options: &Checked<BlockOptions>, pool: &ReactorPool) -> Result<Self, OpenError> {
         Self::with_image(name, options, options.open_image()?, pool)
     }
 
-    /// A disk over an image that [`BlockOptions::open_image`] has opened, for these options or others with the same image.
+    /// A disk over an image that [`Checked::<BlockOptions>::open_image`] has opened, for these options or others with the same image.
     ///
     /// # Errors
     /// Anything that is wrong with the image.

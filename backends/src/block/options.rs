@@ -9,15 +9,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::fs::{AtFlags, OFlags, StatxFlags, fcntl_getfl, fcntl_setfl};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::block::storage::Geometry;
 use crate::block::storage::null::Null;
 use crate::block::storage::raw::{DirectAlign, Raw};
-use crate::device::Place;
 use crate::host::inherited;
 use crate::host::retry::outwait;
+use crate::options::{Check, Checked};
 
 /// Most queues of a disk.
 pub const MAX_QUEUES: u16 = 64;
@@ -27,7 +27,7 @@ pub const MAX_QUEUE_SIZE: u16 = 1024;
 pub const SERIAL_LEN: usize = 20;
 
 /// What holds a disk's bytes. Always said, never guessed from contents: a guest could write itself another format.
-#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum StorageKind {
     /// A file or block device, byte for byte.
@@ -37,66 +37,32 @@ pub enum StorageKind {
     Null,
 }
 
-/// A disk as the command line or a configuration file describes it.
-#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub struct BlockOptions {
-    /// Image file or block device; raw storage needs it, or `fd`.
-    pub path: Option<PathBuf>,
-    /// A descriptor of the image, opened (and locked, if need be) by whoever started this process.
-    pub fd: Option<RawFd>,
-    /// Where the disk is served. Not looked at here, but by whoever has the guest.
-    #[serde(default)]
-    pub place: Place,
-    /// A daemon that serves the disk already; everything but the queues is its own then. Likewise.
-    pub socket: Option<PathBuf>,
-    /// What holds the bytes.
-    #[serde(default)]
-    pub storage: StorageKind,
-    /// Size in bytes, for null storage only: a raw image has the size it has.
-    pub size: Option<u64>,
-    /// Bypass the page cache (O_DIRECT).
-    #[serde(default)]
-    pub direct: bool,
-    /// Refuse writes.
-    #[serde(default)]
-    pub readonly: bool,
-    /// Number of queues, 1 to 64.
-    #[serde(default = "default_queues")]
-    pub queues: u16,
-    /// Descriptors per queue, a power of two from 4 to 1024.
-    #[serde(default = "default_queue_size")]
-    pub queue_size: u16,
-    /// Serial number, at most 20 bytes of printable ASCII.
-    pub serial: Option<String>,
-    /// Logical block size in bytes that the guest sees, 512 to 4096. Without it, what the storage can address.
-    pub block_size: Option<u32>,
-}
-
-fn default_queues() -> u16 {
-    1
-}
-
-fn default_queue_size() -> u16 {
-    256
-}
-
-impl Default for BlockOptions {
-    fn default() -> Self {
-        Self {
-            path: None,
-            fd: None,
-            place: Place::Process,
-            socket: None,
-            storage: StorageKind::Raw,
-            size: None,
-            direct: false,
-            readonly: false,
-            queues: default_queues(),
-            queue_size: default_queue_size(),
-            serial: None,
-            block_size: None,
-        }
+crate::options! {
+    /// A disk as the command line, a configuration file or a daemon's arguments describe it.
+    #[derive(Clone, Debug, PartialEq, Eq)]
+    pub struct BlockOptions {
+        /// Image file or block device. Raw storage needs it, or `fd`.
+        #[key(positional, value("PATH"))]
+        pub path: Option<PathBuf>,
+        /// Descriptor of the image, opened (and locked, if need be) by whoever started this process.
+        pub fd: Option<RawFd>,
+        /// What holds the bytes: an image, or nothing at all, for measuring.
+        pub storage: StorageKind,
+        /// Size of null storage. An image has the size of its file.
+        pub size: Option<u64>,
+        /// Bypass the page cache (O_DIRECT).
+        pub direct: bool,
+        /// Refuse writes.
+        pub readonly: bool,
+        /// Number of queues, 1 to 64.
+        pub queues: u16 = 1,
+        /// Descriptors per queue, a power of two from 4 to 1024.
+        pub queue_size: u16 = 256,
+        /// Serial number, at most 20 bytes of printable ASCII.
+        pub serial: Option<String>,
+        /// Logical block size that the guest sees, 512 to 4096. Without it, what the storage can address.
+        #[key(value("BYTES"))]
+        pub block_size: Option<u32>,
     }
 }
 
@@ -125,99 +91,52 @@ pub enum OpenError {
     },
 }
 
-impl BlockOptions {
-    fn name(&self) -> String {
-        match (&self.path, self.fd, &self.socket) {
-            (Some(path), ..) | (.., Some(path)) => path.display().to_string(),
-            (None, Some(fd), None) => format!("fd {fd}"),
-            (None, None, None) => "(null storage)".into(),
-        }
-    }
-
-    fn refuse(&self, what: impl Into<String>) -> OpenError {
-        OpenError::Option { disk: self.name(), what: what.into() }
-    }
-
-    /// Checks what can be checked without touching the host.
-    ///
-    /// # Errors
-    /// [`OpenError::Option`] for the first thing found.
-    pub fn validate(&self) -> Result<(), OpenError> {
+impl Check for BlockOptions {
+    fn check(&self) -> Result<(), String> {
         let one = self.path.is_some() || self.fd.is_some();
         match self.storage {
-            _ if self.socket.is_some() => {
-                let daemons = Self {
-                    socket: self.socket.clone(),
-                    queues: self.queues,
-                    queue_size: self.queue_size,
-                    ..Self::default()
-                };
-                if *self != daemons {
-                    return Err(
-                        self.refuse("with socket= only queues= and queue-size= are said here, the rest to the daemon")
-                    );
-                }
+            _ if self.path.as_deref() == Some(Path::new("")) => {
+                return Err("path= is empty, name an image file or a block device".into());
             }
             _ if self.path.is_some() && self.fd.is_some() => {
-                return Err(self.refuse("path= and fd= exclude each other, leave out one of the two"));
+                return Err("path= and fd= exclude each other, leave out one of the two".into());
             }
             _ if self.fd.is_some_and(|fd| fd <= 2) => {
-                return Err(
-                    self.refuse("fd= 0, 1 and 2 are for input, output and errors; inherit it under a higher number")
-                );
+                return Err("fd= 0, 1 and 2 are for input, output and errors; inherit it under a higher number".into());
             }
-            StorageKind::Raw if !one => return Err(self.refuse("path= is missing, name an image file")),
+            StorageKind::Raw if !one => return Err(NO_PATH.into()),
             StorageKind::Raw if self.size.is_some() => {
-                return Err(self.refuse("size= is for storage=null, an image has the size of its file"));
+                return Err("size= is for storage=null, an image has the size of its file".into());
             }
-            StorageKind::Null if one => {
-                return Err(self.refuse("storage=null takes no path=, leave out one of the two"));
-            }
+            StorageKind::Null if one => return Err("storage=null takes no path=, leave out one of the two".into()),
             StorageKind::Null if self.size.is_none() => {
-                return Err(self.refuse("storage=null needs a size=, e.g. size=10G"));
+                return Err("storage=null needs a size=, e.g. size=10G".into());
             }
-            StorageKind::Null if self.direct => {
-                return Err(self.refuse("direct=on does not go with storage=null"));
-            }
+            StorageKind::Null if self.direct => return Err("direct=on does not go with storage=null".into()),
             _ => {}
         }
-        if !(1..=MAX_QUEUES).contains(&self.queues) {
-            return Err(self.refuse(format!("queues={} is not from 1 to {MAX_QUEUES}", self.queues)));
-        }
-        if !self.queue_size.is_power_of_two() || !(4..=MAX_QUEUE_SIZE).contains(&self.queue_size) {
-            let what = format!("queue-size={} is not a power of two from 4 to {MAX_QUEUE_SIZE}", self.queue_size);
-            return Err(self.refuse(what));
-        }
+        self.check_queues()?;
         if let Some(size) = self.block_size
             && (!size.is_power_of_two() || !(512..=4096).contains(&size))
         {
-            return Err(self.refuse(format!("block-size={size} is not 512, 1024, 2048 or 4096")));
+            return Err(format!("block-size={size} is not 512, 1024, 2048 or 4096"));
         }
         if let Some(serial) = &self.serial
             && (serial.len() > SERIAL_LEN || !serial.bytes().all(|b| b.is_ascii_graphic() || b == b' '))
         {
-            return Err(
-                self.refuse(format!("serial={serial:?} is not at most {SERIAL_LEN} printable ASCII characters"))
-            );
+            return Err(format!("serial={serial:?} is not at most {SERIAL_LEN} printable ASCII characters"));
         }
         Ok(())
     }
+}
 
-    /// Null storage.
-    pub(super) fn null(&self) -> Result<Null, OpenError> {
-        let logical_block = self.block_size.unwrap_or(512);
-        let capacity = self.whole_blocks(self.size.unwrap_or(0), logical_block)?;
-        let physical_block = logical_block.max(4096);
-        Ok(Null(Geometry { capacity, logical_block, physical_block, readonly: self.readonly, discard: true }))
-    }
-
+impl Checked<BlockOptions> {
     /// Opens and locks the image, or takes the descriptor that was inherited; `None` for null storage. Whoever is given it
     /// as `fd` shares the lock, so that the disk can change its place without being free for anybody in between.
     ///
     /// # Errors
-    /// Anything that is wrong with the options or the image.
+    /// Anything that is wrong with the image.
     pub fn open_image(&self) -> Result<Option<File>, OpenError> {
-        self.validate()?;
         if self.storage == StorageKind::Null {
             return Ok(None);
         }
@@ -234,7 +153,7 @@ impl BlockOptions {
                 self.open_path(path)?
             }
             (None, Some(fd)) => self.inherit(fd)?,
-            (None, None) => return Err(self.refuse("path= is missing, name an image file")),
+            (None, None) => return Err(self.refuse(NO_PATH)),
         };
         let locked = outwait(&[libc::EAGAIN, libc::EACCES], || lock(&file, self.readonly));
         locked.map_err(|e| match e.raw_os_error() {
@@ -247,6 +166,42 @@ impl BlockOptions {
             _ => host("locking the image", e, ""),
         })?;
         Ok(Some(file))
+    }
+}
+
+impl BlockOptions {
+    /// Checks number and size of the queues.
+    ///
+    /// # Errors
+    /// As [`Check::check`].
+    pub fn check_queues(&self) -> Result<(), String> {
+        if !(1..=MAX_QUEUES).contains(&self.queues) {
+            return Err(format!("queues={} is not from 1 to {MAX_QUEUES}", self.queues));
+        }
+        if !self.queue_size.is_power_of_two() || !(4..=MAX_QUEUE_SIZE).contains(&self.queue_size) {
+            return Err(format!("queue-size={} is not a power of two from 4 to {MAX_QUEUE_SIZE}", self.queue_size));
+        }
+        Ok(())
+    }
+
+    fn name(&self) -> String {
+        match (&self.path, self.fd) {
+            (Some(path), _) => path.display().to_string(),
+            (None, Some(fd)) => format!("fd {fd}"),
+            (None, None) => "(null storage)".into(),
+        }
+    }
+
+    pub(super) fn refuse(&self, what: impl Into<String>) -> OpenError {
+        OpenError::Option { disk: self.name(), what: what.into() }
+    }
+
+    /// Null storage.
+    pub(super) fn null(&self) -> Result<Null, OpenError> {
+        let logical_block = self.block_size.unwrap_or(512);
+        let capacity = self.whole_blocks(self.size.unwrap_or(0), logical_block)?;
+        let physical_block = logical_block.max(4096);
+        Ok(Null(Geometry { capacity, logical_block, physical_block, readonly: self.readonly, discard: true }))
     }
 
     /// Opens the image without waiting for anybody, whatever has taken its place since it was looked at.
@@ -343,6 +298,7 @@ impl BlockOptions {
     }
 }
 
+const NO_PATH: &str = "path= is missing, name an image file";
 const READ_LOCKED: &str = "; another process holds a read lock on it: stop that one, and if it should not have been able to, let \
                            only this user read the image (chmod 600)";
 const NO_DIRECT: &str = "; its file system has no O_DIRECT, use direct=off or move it";
@@ -401,8 +357,12 @@ mod tests {
         BlockOptions { path: Some(path), ..BlockOptions::default() }
     }
 
+    fn checked(options: &BlockOptions) -> Checked<BlockOptions> {
+        Checked::new(options.clone()).unwrap()
+    }
+
     fn error(options: &BlockOptions) -> String {
-        let error = options.open_image().expect_err("it is refused").to_string();
+        let error = checked(options).open_image().expect_err("it is refused").to_string();
         assert!(!error.contains('\n'), "{error}");
         error
     }
@@ -416,7 +376,7 @@ mod tests {
         rustix::io::fcntl_setfd(&file, rustix::io::FdFlags::empty()).unwrap();
         let number = inherited::leave(OwnedFd::from(file));
         let options = BlockOptions { fd: Some(number), ..BlockOptions::default() };
-        let open = options.open_image().unwrap().unwrap();
+        let open = checked(&options).open_image().unwrap().unwrap();
         let leads_here = || {
             let links = std::fs::read_dir("/proc/self/fd")
                 .unwrap()
@@ -450,6 +410,7 @@ mod tests {
                 }
             });
             scope.spawn(move || {
+                let options = checked(&options);
                 let (mut opened, mut refused) = (0, 0);
                 for _ in 0..5000 {
                     match options.open_image() {
@@ -474,7 +435,7 @@ mod tests {
             ended.expect("no start hangs");
         });
         let options = image(&std::fs::create_dir(dir.path().join("still")).map(|()| dir.path().join("still")).unwrap());
-        let open = options.open_image().unwrap().unwrap();
+        let open = checked(&options).open_image().unwrap().unwrap();
         assert!(!fcntl_getfl(&open).unwrap().contains(OFlags::NONBLOCK));
     }
 
@@ -483,11 +444,11 @@ mod tests {
         let dir = tempfile::tempdir_in(crate::scratch_dir()).unwrap();
         let writer = image(dir.path());
         let reader = BlockOptions { readonly: true, ..writer.clone() };
-        let open = reader.open_image().unwrap();
+        let open = checked(&reader).open_image().unwrap();
         let said = error(&writer);
         assert!(said.contains("read lock") && said.contains("chmod 600"), "{said}");
         drop(open);
-        let open = writer.open_image().unwrap();
+        let open = checked(&writer).open_image().unwrap();
         for options in [&writer, &reader] {
             let said = error(options);
             assert!(said.contains("another process uses it") && !said.contains("read lock"), "{said}");

@@ -20,6 +20,7 @@ use crate::host::event::SharedEvent;
 use crate::io::queues::Queues;
 use crate::io::reactor::ReactorPool;
 use crate::net::port::Port;
+use crate::options::Checked;
 use crate::stats::DeviceStats;
 use crate::virtqueue::End;
 use crate::virtqueue::interrupt::Interrupt;
@@ -77,6 +78,15 @@ impl NetDevice {
     /// # Errors
     /// Anything that is wrong with the options or the port, in one line.
     pub fn open(name: &str, options: &NetOptions, pool: &ReactorPool) -> Result<Self, OpenError> {
+        let checked = Checked::new(options.clone()).map_err(|what| options.refuse(what))?;
+        Self::open_checked(name, &checked, pool)
+    }
+
+    /// As [`Self::open`], with options that were checked when they were read.
+    ///
+    /// # Errors
+    /// Anything that is wrong with the port, in one line.
+    pub fn open_checked(name: &str, options: &Checked<NetOptions>, pool: &ReactorPool) -> Result<Self, OpenError> {
         let port = options.open()?;
         let mac = options.mac_or_random().map_err(|source| OpenError::Host {
             net: name.to_owned(),

@@ -3,18 +3,18 @@
 use std::fmt;
 use std::io;
 use std::os::fd::RawFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::device::Place;
 use crate::net::port::Port;
 use crate::net::port::link::Link;
 use crate::net::port::loopback::Loopback;
 use crate::net::port::tap::{self, Tap, TapError};
+use crate::options::{Check, Checked};
 
 /// Most queue pairs of a NIC.
 pub const MAX_PAIRS: u16 = 32;
@@ -24,8 +24,8 @@ pub const MAX_QUEUE_SIZE: u16 = 4096;
 const MTUS: std::ops::RangeInclusive<u16> = 68..=65520;
 
 /// An Ethernet address of one station.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
-#[serde(try_from = "String")]
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct Mac(pub [u8; 6]);
 
 impl FromStr for Mac {
@@ -58,6 +58,12 @@ impl TryFrom<String> for Mac {
     }
 }
 
+impl From<Mac> for String {
+    fn from(mac: Mac) -> Self {
+        mac.to_string()
+    }
+}
+
 impl fmt::Display for Mac {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [a, b, c, d, e, g] = self.0;
@@ -65,60 +71,32 @@ impl fmt::Display for Mac {
     }
 }
 
-/// A NIC as the command line or a configuration file describes it. One of `tap`, `fds`, `link` and `loopback` says where its
-/// frames go.
-#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub struct NetOptions {
-    /// A tap by its name, created if there is none; or a macvtap by its device file.
-    pub tap: Option<String>,
-    /// Open descriptors of a tap's queues, inherited from whoever started this process.
-    #[serde(default)]
-    pub fds: Vec<RawFd>,
-    /// A path that two VMs share: their NICs are joined.
-    pub link: Option<PathBuf>,
-    /// Whatever is transmitted is received.
-    #[serde(default)]
-    pub loopback: bool,
-    /// Where the NIC is served. Not looked at here, but by whoever has the guest.
-    #[serde(default)]
-    pub place: Place,
-    /// A daemon that serves the NIC already; everything but the size of its queues is its own then. Likewise.
-    pub socket: Option<PathBuf>,
-    /// Address of the NIC; one is made if it is left out.
-    pub mac: Option<Mac>,
-    /// Number of queue pairs, 1 to 32.
-    #[serde(default = "default_pairs")]
-    pub queues: u16,
-    /// Descriptors per queue, a power of two from 64 to 4096.
-    #[serde(default = "default_queue_size")]
-    pub queue_size: u16,
-    /// MTU that the guest is told, and that a tap is given.
-    pub mtu: Option<u16>,
-}
-
-fn default_pairs() -> u16 {
-    1
-}
-
-fn default_queue_size() -> u16 {
-    256
-}
-
-impl Default for NetOptions {
-    fn default() -> Self {
-        Self {
-            tap: None,
-            fds: Vec::new(),
-            link: None,
-            loopback: false,
-            place: Place::Process,
-            socket: None,
-            mac: None,
-            queues: default_pairs(),
-            queue_size: default_queue_size(),
-            mtu: None,
-        }
+crate::options! {
+    /// A NIC as the command line, a configuration file or a daemon's arguments describe it. One of `tap`, `fds`, `link` and
+    /// `loopback` says where its frames go.
+    #[derive(Clone, Debug, PartialEq, Eq)]
+    pub struct NetOptions {
+        /// Tap by its name, created if there is none; or a macvtap by its device file.
+        #[key(positional, value("NAME|/dev/tapN"))]
+        pub tap: Option<String>,
+        /// Open descriptors of a tap's queues, inherited from whoever started this process.
+        pub fds: Vec<RawFd>,
+        /// Path that two VMs share: their NICs are joined.
+        #[key(value("PATH"))]
+        pub link: Option<PathBuf>,
+        /// Receive whatever is transmitted.
+        pub loopback: bool,
+        /// Address of the NIC. Without it, a random one.
+        #[key(value("ADDRESS"))]
+        pub mac: Option<Mac>,
+        /// Number of queue pairs, 1 to 32.
+        #[key(value("PAIRS"))]
+        pub queues: u16 = 1,
+        /// Descriptors per queue, a power of two from 64 to 4096.
+        pub queue_size: u16 = 256,
+        /// MTU that the guest is told, and that a tap is given.
+        #[key(value("BYTES"))]
+        pub mtu: Option<u16>,
     }
 }
 
@@ -148,78 +126,43 @@ pub enum OpenError {
     },
 }
 
-impl NetOptions {
-    fn name(&self) -> String {
-        let path = |path: &Option<PathBuf>| path.as_deref().unwrap_or(Path::new("")).display().to_string();
-        match (&self.tap, path(&self.link), path(&self.socket)) {
-            (Some(tap), ..) if !tap.is_empty() => tap.escape_debug().to_string(),
-            (_, link, _) if !link.is_empty() => link,
-            (_, _, socket) if !socket.is_empty() => socket,
-            _ if !self.fds.is_empty() => format!("fds={:?}", self.fds),
-            _ if self.loopback => "loopback".into(),
-            _ => "without a port".into(),
-        }
-    }
-
-    fn refuse(&self, what: impl Into<String>) -> OpenError {
-        OpenError::Option { net: self.name(), what: what.into() }
-    }
-
-    /// Checks what can be checked without touching the host.
-    ///
-    /// # Errors
-    /// [`OpenError::Option`] for the first thing found.
-    pub fn validate(&self) -> Result<(), OpenError> {
-        if self.socket.is_some() {
-            let daemons = Self { socket: self.socket.clone(), queue_size: self.queue_size, ..Self::default() };
-            if *self != daemons {
-                return Err(self.refuse("with socket= only queue-size= is said here, the rest to the daemon"));
-            }
-        }
-        let ports =
-            [self.tap.is_some(), !self.fds.is_empty(), self.link.is_some(), self.loopback, self.socket.is_some()];
+impl Check for NetOptions {
+    fn check(&self) -> Result<(), String> {
+        const PORTS: &str = "give one of tap=, fds=, link= and loopback=on";
+        let ports = [self.tap.is_some(), !self.fds.is_empty(), self.link.is_some(), self.loopback];
         match ports.iter().filter(|named| **named).count() {
             1 => {}
-            0 => return Err(self.refuse("no port is named: give one of tap=, fds=, link=, loopback=on and socket=")),
-            _ => {
-                return Err(
-                    self.refuse("more than one port is named: give one of tap=, fds=, link=, loopback=on and socket=")
-                );
-            }
+            0 => return Err(format!("no port is named: {PORTS}")),
+            _ => return Err(format!("more than one port is named: {PORTS}")),
         }
         if let Some(name) = &self.tap {
-            tap::check_name(name).map_err(|why| self.refuse(format!("tap {}: {why}", name.escape_debug())))?;
+            tap::check_name(name).map_err(|why| format!("tap {}: {why}", name.escape_debug()))?;
         }
-        for (key, path, whose) in [("link", &self.link, "both VMs"), ("socket", &self.socket, "its daemon too")] {
-            if path.as_deref().is_some_and(|path| path.as_os_str().is_empty()) {
-                return Err(self.refuse(format!("{key}= is empty, give a path that {whose} can reach")));
-            }
+        if self.link.as_deref().is_some_and(|path| path.as_os_str().is_empty()) {
+            return Err("link= is empty, give a path that both VMs can reach".into());
         }
         if !(1..=MAX_PAIRS).contains(&self.queues) {
-            return Err(self.refuse(format!("queues={} is not from 1 to {MAX_PAIRS}", self.queues)));
+            return Err(format!("queues={} is not from 1 to {MAX_PAIRS}", self.queues));
         }
         if !self.fds.is_empty() && self.fds.len() != usize::from(self.queues) {
-            let what = format!("{} descriptors for queues={}, one for each is needed", self.fds.len(), self.queues);
-            return Err(self.refuse(what));
+            return Err(format!("{} descriptors for queues={}, one for each is needed", self.fds.len(), self.queues));
         }
-        if !self.queue_size.is_power_of_two() || !(64..=MAX_QUEUE_SIZE).contains(&self.queue_size) {
-            let what = format!("queue-size={} is not a power of two from 64 to {MAX_QUEUE_SIZE}", self.queue_size);
-            return Err(self.refuse(what));
-        }
+        self.check_queue_size()?;
         if let Some(mtu) = self.mtu
             && !MTUS.contains(&mtu)
         {
-            return Err(self.refuse(format!("mtu={mtu} is not from {} to {}", MTUS.start(), MTUS.end())));
+            return Err(format!("mtu={mtu} is not from {} to {}", MTUS.start(), MTUS.end()));
         }
         Ok(())
     }
+}
 
+impl Checked<NetOptions> {
     /// Opens the port.
     ///
     /// # Errors
-    /// Anything that is wrong with the options or the port.
+    /// Anything that is wrong with the port.
     pub fn open(&self) -> Result<Arc<dyn Port>, OpenError> {
-        self.validate()?;
         let pairs = usize::from(self.queues);
         let host = |what, source| OpenError::Host { net: self.name(), what, source };
         Ok(match (&self.tap, &self.link) {
@@ -228,6 +171,33 @@ impl NetOptions {
             _ if !self.fds.is_empty() => Arc::new(Tap::from_descriptors(&self.fds)?),
             _ => Arc::new(Loopback::new(pairs).map_err(|e| host("making sockets", e))?),
         })
+    }
+}
+
+impl NetOptions {
+    /// Checks the size of the queues.
+    ///
+    /// # Errors
+    /// As [`Check::check`].
+    pub fn check_queue_size(&self) -> Result<(), String> {
+        if !self.queue_size.is_power_of_two() || !(64..=MAX_QUEUE_SIZE).contains(&self.queue_size) {
+            return Err(format!("queue-size={} is not a power of two from 64 to {MAX_QUEUE_SIZE}", self.queue_size));
+        }
+        Ok(())
+    }
+
+    fn name(&self) -> String {
+        match (&self.tap, &self.link) {
+            (Some(tap), _) if !tap.is_empty() => tap.escape_debug().to_string(),
+            (_, Some(link)) if !link.as_os_str().is_empty() => link.display().to_string(),
+            _ if !self.fds.is_empty() => format!("fds={:?}", self.fds),
+            _ if self.loopback => "loopback".into(),
+            _ => "without a port".into(),
+        }
+    }
+
+    pub(super) fn refuse(&self, what: impl Into<String>) -> OpenError {
+        OpenError::Option { net: self.name(), what: what.into() }
     }
 
     /// The address, or one of the locally administered that is not likely to be met twice.

@@ -4,22 +4,24 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use ringvm_backends::block::{BlockDevice, BlockOptions};
-use ringvm_backends::keyval;
+use ringvm_backends::options::Checked;
+use ringvm_cli::{help, keyval, usage};
 use ringvm_vhost_daemons::exit::Exit;
-use ringvm_vhost_daemons::options::{self, ServeOptions};
+use ringvm_vhost_daemons::options::ServeOptions;
 use ringvm_vhost_daemons::{Program, serve};
 
 /// Serve disks to virtual machines over vhost-user.
 #[derive(Debug, Parser)]
 #[command(name = "ringvm-blk", version, after_help = EXAMPLES)]
 struct Cli {
-    /// Add a disk (virtio-blk); may be repeated. Keys: path, direct=on|off, readonly=on|off, queues=N, queue-size=N,
-    /// serial=TEXT, block-size=BYTES, storage=raw|null, size=SIZE (null storage only)
-    #[arg(long, value_name = "OPTIONS")]
+    /// Devices
+    #[arg(long, value_name = "OPTIONS", help = help::short::<BlockOptions>(ABOUT), long_help = help::long::<BlockOptions>(ABOUT))]
     disk: Vec<String>,
     #[command(flatten)]
     serve: ServeOptions,
 }
+
+const ABOUT: &str = "Add a disk (virtio-blk); may be repeated";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -32,17 +34,14 @@ fn main() -> ExitCode {
     let program = Program {
         name: "ringvm-blk",
         kind: "disk",
-        read: |text| {
-            let options = keyval::from_str::<BlockOptions>(text, Some("path")).map_err(|error| error.to_string())?;
-            options.validate().map(|()| options).map_err(|error| error.to_string())
-        },
-        queues: |options: &BlockOptions| options.queues.into(),
-        open: |name, options, pool| match BlockDevice::open(name, options, pool) {
+        read: keyval::read,
+        queues: |options: &Checked<BlockOptions>| options.queues.into(),
+        open: |name, options, pool| match BlockDevice::open_checked(name, options, pool) {
             Ok(device) => Ok(Box::new(device)),
             Err(error) => Err(error.to_string()),
         },
     };
-    match options::parse::<Cli>() {
+    match usage::parse::<Cli>("ringvm-blk") {
         Ok(cli) => serve(&program, &cli.serve, &cli.disk).into(),
         Err(message) => {
             eprintln!("ringvm-blk: {message}");

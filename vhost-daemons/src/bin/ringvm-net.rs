@@ -3,23 +3,25 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use ringvm_backends::keyval;
 use ringvm_backends::net::{NetDevice, NetOptions};
+use ringvm_backends::options::Checked;
+use ringvm_cli::{help, keyval, usage};
 use ringvm_vhost_daemons::exit::Exit;
-use ringvm_vhost_daemons::options::{self, ServeOptions};
+use ringvm_vhost_daemons::options::ServeOptions;
 use ringvm_vhost_daemons::{Program, serve};
 
 /// Serve NICs to virtual machines over vhost-user.
 #[derive(Debug, Parser)]
 #[command(name = "ringvm-net", version, after_help = EXAMPLES)]
 struct Cli {
-    /// Add a NIC (virtio-net); may be repeated. Keys: one of tap=NAME|/dev/tapN, fds=[N,…], link=PATH, loopback=on; mac=ADDRESS,
-    /// queues=PAIRS, queue-size=N, mtu=BYTES
-    #[arg(long, value_name = "OPTIONS")]
+    /// Devices
+    #[arg(long, value_name = "OPTIONS", help = help::short::<NetOptions>(ABOUT), long_help = help::long::<NetOptions>(ABOUT))]
     net: Vec<String>,
     #[command(flatten)]
     serve: ServeOptions,
 }
+
+const ABOUT: &str = "Add a NIC (virtio-net) on one of tap, fds, link and loopback; may be repeated";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -31,17 +33,14 @@ fn main() -> ExitCode {
     let program = Program {
         name: "ringvm-net",
         kind: "net",
-        read: |text| {
-            let options = keyval::from_str::<NetOptions>(text, Some("tap")).map_err(|error| error.to_string())?;
-            options.validate().map(|()| options).map_err(|error| error.to_string())
-        },
-        queues: |options: &NetOptions| 2 * usize::from(options.queues),
-        open: |name, options, pool| match NetDevice::open(name, options, pool) {
+        read: keyval::read,
+        queues: |options: &Checked<NetOptions>| 2 * usize::from(options.queues),
+        open: |name, options, pool| match NetDevice::open_checked(name, options, pool) {
             Ok(device) => Ok(Box::new(device)),
             Err(error) => Err(error.to_string()),
         },
     };
-    match options::parse::<Cli>() {
+    match usage::parse::<Cli>("ringvm-net") {
         Ok(cli) => serve(&program, &cli.serve, &cli.net).into(),
         Err(message) => {
             eprintln!("ringvm-net: {message}");

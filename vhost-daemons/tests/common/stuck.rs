@@ -10,6 +10,7 @@ use ringvm_backends::block::storage::{Geometry, Progress, Storage};
 use ringvm_backends::block::{BlockDevice, BlockOptions};
 use ringvm_backends::io::ops::Io;
 use ringvm_backends::virtqueue::buffers::GuestIo;
+use ringvm_cli::io_options::IoOptions;
 use ringvm_vhost_daemons::options::ServeOptions;
 use ringvm_vhost_daemons::{Program, serve};
 
@@ -113,7 +114,7 @@ pub(crate) fn serve_if_told() {
     let disks: Vec<String> = disks.split(' ').map(str::to_owned).collect();
     let options = ServeOptions {
         socket: (0..disks.len()).map(|n| Path::new(&dir).join(format!("{n}.sock"))).collect(),
-        io_threads: Some(disks.len()),
+        io: IoOptions { io_threads: Some(disks.len()), ..IoOptions::default() },
         ..ServeOptions::default()
     };
     let program = Program {

@@ -3,16 +3,19 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use ringvm_backends::keyval::{self, parse_size};
-use serde::Deserialize;
+use ringvm_backends::options;
+use ringvm_backends::options::Described;
+use ringvm_cli::keyval::{self, parse_size};
 use serde::de::{self, Deserializer, MapAccess, Visitor};
+use serde::{Deserialize, Serialize, Serializer};
 
 /// What a guest may write to a serial file if nobody says how much: more than a person reads, less than a disk holds.
 const SERIAL_MAX: u64 = 64 << 20;
 
 /// vCPUs. As an option: `2` or `count=2,nested=on,pmu=on`. What is off by default keeps parts of KVM out of the guest's reach that few
 /// guests need.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(into = "CpuKeys")]
 pub struct CpuConfig {
     /// How many.
     pub count: u32,
@@ -28,15 +31,22 @@ impl Default for CpuConfig {
     }
 }
 
-/// The keys of [`CpuConfig`], as option and as table.
-#[derive(Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
-struct CpuKeys {
-    count: u32,
-    #[serde(default)]
-    nested: bool,
-    #[serde(default)]
-    pmu: bool,
+options! {
+    /// The keys of [`CpuConfig`], as option and as table.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct CpuKeys {
+        /// Number of vCPUs.
+        #[key(required, positional)]
+        pub count: u32 = 1,
+        /// Let the guest run guests of its own, where the host can.
+        pub nested: bool,
+        /// Give the guest performance counters, where the host has them.
+        pub pmu: bool,
+    }
+}
+
+impl Described for CpuConfig {
+    type Options = CpuKeys;
 }
 
 impl From<CpuKeys> for CpuConfig {
@@ -45,11 +55,17 @@ impl From<CpuKeys> for CpuConfig {
     }
 }
 
-impl std::str::FromStr for CpuConfig {
-    type Err = keyval::Error;
+impl From<CpuConfig> for CpuKeys {
+    fn from(cpus: CpuConfig) -> Self {
+        Self { count: cpus.count, nested: cpus.nested, pmu: cpus.pmu }
+    }
+}
 
-    fn from_str(text: &str) -> Result<Self, keyval::Error> {
-        keyval::from_str::<CpuKeys>(text, Some("count")).map(Self::from)
+impl std::str::FromStr for CpuConfig {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        keyval::read::<CpuKeys>(text).map(Self::from)
     }
 }
 
@@ -83,7 +99,8 @@ impl<'de> Deserialize<'de> for CpuConfig {
 }
 
 /// Guest memory. As an option: `1G` or `size=1G,hugepages=2M,prefault=on,ksm=on`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(into = "MemoryKeys")]
 pub struct MemoryConfig {
     /// Size in bytes.
     pub size: u64,
@@ -102,7 +119,7 @@ impl Default for MemoryConfig {
 }
 
 /// Sizes of huge pages.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub enum HugePages {
     /// 2 MiB.
     #[serde(rename = "2M")]
@@ -131,16 +148,24 @@ impl MemoryConfig {
     }
 }
 
-/// The keys of [`MemoryConfig`], as option and as table.
-#[derive(Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
-struct MemoryKeys {
-    size: ByteSize,
-    hugepages: Option<HugePages>,
-    #[serde(default)]
-    prefault: bool,
-    #[serde(default)]
-    ksm: bool,
+options! {
+    /// The keys of [`MemoryConfig`], as option and as table.
+    #[derive(Clone, Debug, PartialEq, Eq)]
+    pub struct MemoryKeys {
+        /// Size of the guest's memory.
+        #[key(required, positional, value("SIZE"))]
+        pub size: ByteSize = ByteSize(512 << 20),
+        /// Size of the host's pages behind it, if not the usual.
+        pub hugepages: Option<HugePages>,
+        /// Take all of it from the host before the guest starts. The kernel then also holds it for I/O, which is faster (not with ksm=on).
+        pub prefault: bool,
+        /// Let the kernel merge equal pages. The memory is private then, so that no daemon can serve the machine.
+        pub ksm: bool,
+    }
+}
+
+impl Described for MemoryConfig {
+    type Options = MemoryKeys;
 }
 
 impl From<MemoryKeys> for MemoryConfig {
@@ -149,11 +174,17 @@ impl From<MemoryKeys> for MemoryConfig {
     }
 }
 
-impl std::str::FromStr for MemoryConfig {
-    type Err = keyval::Error;
+impl From<MemoryConfig> for MemoryKeys {
+    fn from(memory: MemoryConfig) -> Self {
+        Self { size: ByteSize(memory.size), hugepages: memory.hugepages, prefault: memory.prefault, ksm: memory.ksm }
+    }
+}
 
-    fn from_str(text: &str) -> Result<Self, keyval::Error> {
-        keyval::from_str::<MemoryKeys>(text, Some("size")).map(Self::from)
+impl std::str::FromStr for MemoryConfig {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        keyval::read::<MemoryKeys>(text).map(Self::from)
     }
 }
 
@@ -180,7 +211,7 @@ impl<'de> Deserialize<'de> for MemoryConfig {
 }
 
 /// A number of bytes: `4096`, `512M`, `1G`; the units are powers of 1024.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct ByteSize(pub u64);
 
 impl<'de> Deserialize<'de> for ByteSize {
@@ -246,6 +277,22 @@ impl std::str::FromStr for Serial {
             }
             _ => Err(format!("`{text}` is not one of stdio, file=PATH, null")),
         }
+    }
+}
+
+impl fmt::Display for Serial {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Stdio => f.write_str("stdio"),
+            Self::File { path, max } => write!(f, "file={},max={max}", path.display()),
+            Self::Null => f.write_str("null"),
+        }
+    }
+}
+
+impl Serialize for Serial {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
     }
 }
 

@@ -5,7 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::fmt::Write as _;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -14,18 +13,20 @@ use std::time::{Duration, Instant};
 
 use ringvm_backends::block::{BlockDevice, BlockOptions, StorageKind};
 use ringvm_backends::device::{
-    Device, DeviceError, DeviceInfo, End, GuestMemory, Place, QueueParts, RingConfig, Stopping, Suspended,
+    Device, DeviceError, DeviceInfo, End, GuestMemory, QueueParts, RingConfig, Stopping, Suspended,
 };
 use ringvm_backends::host::event::SharedEvent;
 use ringvm_backends::io::reactor::{ReactorOptions, ReactorPool};
-use ringvm_backends::keyval;
+use ringvm_backends::options::Checked;
 use ringvm_backends::stats::DeviceStats;
 use ringvm_backends::virtqueue::interrupt::Interrupt;
+use ringvm_cli::keyval;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{PlaceError, common_arguments, program};
+use crate::config::Place;
 use crate::vhost_user::peer::{self, Peer, Program};
 use crate::vhost_user::{VhostUserDevice, Wanted};
 
@@ -124,13 +125,14 @@ fn interrupt(call: &Interrupt, lent: bool, place: Place) -> io::Result<Interrupt
 }
 
 impl PlacedDisk {
-    /// Opens a disk in the place that its options name. `pool` serves it here.
+    /// Opens a disk in a place. `pool` serves it here.
     ///
     /// # Errors
     /// Anything that is wrong with the options, the image or the daemon.
     pub fn open(
         name: &str,
-        options: &BlockOptions,
+        place: Place,
+        options: &Checked<BlockOptions>,
         reactors: &ReactorOptions,
         pool: Option<&ReactorPool>,
         stats: bool,
@@ -144,18 +146,18 @@ impl PlacedDisk {
             image,
             pool: pool.cloned(),
         };
-        let server = source.serve(options.place)?;
+        let server = source.serve(place)?;
         let info = server.device_ref().info().clone();
         let shared = Arc::new(Mutex::new(Placed {
             source,
             server,
-            place: options.place,
+            place,
             features: None,
             written: BTreeMap::new(),
             config_changed: Interrupt::None,
             running: BTreeMap::new(),
             past: DeviceStats::default(),
-            lent: options.place == Place::Daemon,
+            lent: place == Place::Daemon,
         }));
         Ok((Self { info, shared: Arc::clone(&shared) }, Mover { name: name.to_owned(), shared }))
     }
@@ -173,7 +175,7 @@ fn lock(placed: &Mutex<Placed>) -> MutexGuard<'_, Placed> {
 #[derive(Clone)]
 struct Source {
     name: String,
-    options: BlockOptions,
+    options: Checked<BlockOptions>,
     reactors: ReactorOptions,
     stats: bool,
     /// Keeps the lock, wherever the disk is.
@@ -200,11 +202,9 @@ impl Source {
                 Ok(Server::Process(Box::new(BlockDevice::with_image(name, options, image, pool)?)))
             }
             Place::Daemon => {
-                let program = Program::new(
-                    program(PROGRAM),
-                    arguments(name, options, reactors, *stats),
-                    image.iter().cloned().collect(),
-                );
+                let arguments = arguments(name, options, reactors, *stats)
+                    .map_err(|error| host("writing the options", io::Error::other(error)))?;
+                let program = Program::new(program(PROGRAM), arguments, image.iter().cloned().collect());
                 let (queues, queue_size) = (Some(options.queues), options.queue_size);
                 let wanted = Wanted { device_type: VIRTIO_ID_BLOCK, queues, queue_size };
                 Ok(Server::Daemon(VhostUserDevice::connect(name, Peer::Program(program), &wanted)?))
@@ -213,29 +213,18 @@ impl Source {
     }
 }
 
-/// What a daemon is told of the disk.
-fn arguments(name: &str, options: &BlockOptions, reactors: &ReactorOptions, stats: bool) -> Vec<OsString> {
-    let on = |flag| if flag { "on" } else { "off" };
-    let mut disk = match options.storage {
-        StorageKind::Raw => format!("fd={},direct={}", peer::INHERITED, on(options.direct)),
-        StorageKind::Null => format!("storage=null,size={}", options.size.unwrap_or(0)),
-    };
-    let mut add = |key: &str, value: &dyn std::fmt::Display| {
-        // Writing to a string does not fail.
-        _ = write!(disk, ",{key}={value}");
-    };
-    add("readonly", &on(options.readonly));
-    add("queues", &options.queues);
-    add("queue-size", &options.queue_size);
-    if let Some(size) = options.block_size {
-        add("block-size", &size);
-    }
-    if let Some(serial) = &options.serial {
-        add("serial", &keyval::quote(serial));
-    }
-    let mut words = vec!["--disk".into(), disk.into()];
+/// What a daemon is told of the disk: the same, with the open image instead of its path.
+fn arguments(
+    name: &str,
+    options: &BlockOptions,
+    reactors: &ReactorOptions,
+    stats: bool,
+) -> Result<Vec<OsString>, keyval::Error> {
+    let fd = (options.storage == StorageKind::Raw).then_some(peer::INHERITED);
+    let disk = BlockOptions { path: None, fd, ..options.clone() };
+    let mut words = vec!["--disk".into(), keyval::to_string(&disk)?.into()];
     words.extend(common_arguments(name, reactors, usize::from(options.queues), stats));
-    words
+    Ok(words)
 }
 
 impl Placed {
@@ -434,20 +423,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_serial_number_adds_no_options_to_a_daemons() {
+    fn a_daemon_is_told_the_options_with_the_open_image() {
+        let told = |options: &BlockOptions| {
+            let words = arguments("disk0", options, &ReactorOptions::default(), false).unwrap();
+            keyval::read::<Checked<BlockOptions>>(words[1].to_str().unwrap()).unwrap().into_inner()
+        };
+        // Text of the user's adds no options of its own.
         let serial = Some("\",queue-size=2,x=\"".to_owned());
-        let options =
-            BlockOptions { serial, storage: StorageKind::Null, size: Some(1 << 20), ..BlockOptions::default() };
-        let words = arguments("disk0", &options, &ReactorOptions::default(), false);
-        let disk = words[1].to_str().unwrap();
-        let read: BlockOptions = keyval::from_str(disk, Some("path")).unwrap();
-        assert_eq!(read, BlockOptions { direct: read.direct, ..options }, "{disk}");
+        let null = BlockOptions { serial, storage: StorageKind::Null, size: Some(1 << 20), ..BlockOptions::default() };
+        assert_eq!(told(&null), null);
+        let raw = BlockOptions { path: Some("/x.img".into()), direct: true, queues: 3, ..BlockOptions::default() };
+        assert_eq!(told(&raw), BlockOptions { path: None, fd: Some(peer::INHERITED), ..raw });
     }
 
     #[test]
     fn a_disk_of_a_guest_with_private_memory_stays_where_it_is() {
         let options = BlockOptions { storage: StorageKind::Null, size: Some(1 << 20), ..BlockOptions::default() };
-        let (mut disk, mover) = PlacedDisk::open("disk0", &options, &ReactorOptions::default(), None, false).unwrap();
+        let options = Checked::new(options).unwrap();
+        let reactors = ReactorOptions::default();
+        let (mut disk, mover) = PlacedDisk::open("disk0", Place::Process, &options, &reactors, None, false).unwrap();
         disk.ack_features(disk.info().features).unwrap();
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
         let parts = QueueParts::new(

@@ -10,13 +10,14 @@ use ringvm_backends::block;
 use ringvm_backends::device::DeviceError;
 use ringvm_backends::io::reactor::ReactorOptions;
 use ringvm_backends::net as nic;
+use ringvm_cli::io_options::IoOptions;
 use thiserror::Error;
 
 use crate::vhost_user::ConnectError;
 
+pub use crate::config::Place;
 pub use disk::{Moved, Mover, PlacedDisk};
 pub use net::nic_in_daemon;
-pub use ringvm_backends::device::Place;
 
 /// Where the programs are, if not beside this one.
 const DAEMONS: &str = "RINGVM_DAEMONS";
@@ -70,14 +71,8 @@ fn program(name: &str) -> PathBuf {
 
 /// What every daemon is told, whatever it serves on so many queues.
 fn common_arguments(name: &str, reactors: &ReactorOptions, queues: usize, stats: bool) -> Vec<OsString> {
-    let threads = reactors.count.min(queues).max(1);
     let mut words = vec!["--name".into(), name.to_owned()];
-    words.extend(["--io-threads".into(), threads.to_string()]);
-    words.extend(["--poll-us".into(), reactors.poll.as_micros().to_string()]);
-    if !reactors.affinity.is_empty() {
-        let cpus: Vec<_> = reactors.affinity.iter().map(ToString::to_string).collect();
-        words.extend(["--io-affinity".into(), cpus.join(",")]);
-    }
+    words.extend(IoOptions::of(reactors, queues).arguments());
     if reactors.hold_memory > 0 {
         words.push(format!("--hold-memory={}", reactors.hold_memory));
     }

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::stats::{DeviceStats, QueueStats};
+use ringvm_backends::stats::{DeviceStats, QueueStats};
 
 /// All devices, for standard error.
 #[must_use]
