@@ -12,13 +12,13 @@ use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-pub use self::linux::{LinuxJob, LinuxPoint, LinuxProgram, Stream};
+pub use self::linux::{LinuxJob, LinuxPoint, LinuxProgram};
 pub use self::trouble::{Lost, Removed, Steal};
-use crate::cli::{Direction, Pattern, Storage};
 use crate::host::Machine;
-use crate::run::Sample;
+use crate::sample::{Counted, Sample, Stream};
 use crate::stats::Spread;
 use crate::steal::Ticks;
+use crate::workload::{Direction, Pattern, Storage};
 
 /// What tells these documents from others.
 const FORMAT: &str = "ringvm-bench";
@@ -275,22 +275,6 @@ pub struct Run {
     pub guest: Option<String>,
 }
 
-/// What was counted in a run of its own, because counting slows it.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
-pub struct Counted {
-    /// How: `tracepoints` or `strace`.
-    pub by: String,
-    /// Operations of that run.
-    pub ops: u64,
-    /// System calls of all threads and daemons.
-    pub syscalls: Option<u64>,
-    /// Exits of the guest.
-    pub exits: Option<u64>,
-    /// The system calls by name, the most frequent first, where that is known.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub names: Vec<(String, u64)>,
-}
-
 impl Document {
     /// Without results yet.
     pub fn new(job: Job, programs: Vec<Program>) -> Self {
@@ -529,13 +513,6 @@ impl Run {
     }
 }
 
-impl Counted {
-    /// Some count in terms of operations.
-    pub fn per_op(&self, count: Option<u64>) -> Option<f64> {
-        count.filter(|_| self.ops != 0).map(|count| count as f64 / self.ops as f64)
-    }
-}
-
 /// A part in per cent, with two digits.
 fn percent(part: f64) -> f64 {
     (part * 1e4).round() / 1e2
@@ -555,7 +532,7 @@ pub(crate) mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::run::{Latency, VmSample};
+    use crate::sample::{Latency, VmSample};
 
     /// A document of one disk with two contestants, for tests of what is made from it.
     pub(crate) fn sample_document() -> Document {

@@ -9,6 +9,7 @@
 
 pub mod backend;
 pub mod block;
+mod child;
 pub mod cli;
 mod companion;
 pub mod compare;
@@ -34,6 +35,7 @@ pub mod report;
 #[path = "../guest/src/rng.rs"]
 pub mod rng;
 pub mod run;
+pub mod sample;
 pub mod scratch;
 pub mod signals;
 pub mod stats;
@@ -41,3 +43,4 @@ pub mod steal;
 pub mod strace;
 mod table;
 pub mod vmm;
+pub mod workload;
