@@ -18,7 +18,7 @@ mod date;
 pub mod document;
 pub mod exits;
 pub mod guest;
-#[path = "../guest/src/hist.rs"]
+#[path = "../guest/src/shared/hist.rs"]
 pub mod hist;
 pub mod host;
 pub mod html;
@@ -27,12 +27,12 @@ mod kernel_fs;
 pub mod limit;
 pub mod linux;
 pub mod net;
-#[path = "../guest/src/packet.rs"]
+#[path = "../guest/src/shared/packet.rs"]
 pub mod packet;
 pub mod plan;
 pub mod process;
 pub mod report;
-#[path = "../guest/src/rng.rs"]
+#[path = "../guest/src/shared/rng.rs"]
 pub mod rng;
 pub mod run;
 pub mod sample;
