@@ -9,6 +9,7 @@ pub mod dirty;
 pub mod inflight;
 pub mod interrupt;
 pub mod split;
+mod translate;
 
 use std::sync::Arc;
 
