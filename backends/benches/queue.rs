@@ -4,13 +4,15 @@ use std::fmt;
 
 use divan::Bencher;
 use divan::counter::ItemsCount;
-use ringvm_backends::device::QueueState;
+use ringvm_backends::device::{GuestMemory, QueueState};
 use ringvm_backends::testing::replay::{QUEUE_SIZE, Replay, pages};
 use ringvm_backends::virtqueue::buffers::Chain;
 use ringvm_backends::virtqueue::inflight::InflightArea;
 use ringvm_backends::virtqueue::interrupt::Interrupt;
 use ringvm_backends::virtqueue::split::{Queue, RING_FEATURES};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::{Queue as VirtioQueue, QueueT};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 fn main() {
     divan::main();
@@ -97,4 +99,53 @@ fn inflight_table(bencher: Bencher<'_, '_>, case: &Case) {
     let area = InflightArea::new(1, QUEUE_SIZE).expect("memory for the table");
     rig.queue.take_over(area.table(0).expect("a table for one queue")).expect("the table of this queue");
     rig.run(bencher);
+}
+
+/// The same chains through the `virtio-queue` crate, and the same work: every buffer becomes a host address, every chain is given
+/// back, a batch is published and the driver's wish looked at. It publishes each chain by itself.
+struct VirtioQueueRig {
+    replay: Replay,
+    memory: GuestMemory,
+    queue: VirtioQueue,
+    chains: Vec<(u16, Vec<(*mut u8, u32)>)>,
+}
+
+impl VirtioQueueRig {
+    fn new(case: &Case, features: u64) -> Self {
+        let replay = Replay::of(features, case.indirect, |_, slot| pages(slot, case.descriptors, true).collect());
+        let mut queue = VirtioQueue::new(QUEUE_SIZE).expect("a size that it takes");
+        let ring = replay.ring();
+        queue.set_size(ring.size);
+        queue.try_set_desc_table_address(GuestAddress(ring.desc)).expect("an aligned table");
+        queue.try_set_avail_ring_address(GuestAddress(ring.avail)).expect("an aligned ring");
+        queue.try_set_used_ring_address(GuestAddress(ring.used)).expect("an aligned ring");
+        queue.set_event_idx(features & 1 << VIRTIO_RING_F_EVENT_IDX != 0);
+        queue.set_ready(true);
+        let memory = replay.memory();
+        Self { replay, memory, queue, chains: vec![(0, Vec::with_capacity(32)); case.batch.into()] }
+    }
+
+    fn batch(&mut self) {
+        self.replay.offer(self.chains.len() as u16);
+        let memory = &*self.memory;
+        for (head, pieces) in &mut self.chains {
+            let chain = self.queue.pop_descriptor_chain(memory).expect("a chain was offered");
+            *head = chain.head_index();
+            pieces.clear();
+            for buffer in chain {
+                let host = memory.get_host_address(buffer.addr()).expect("buffers lie in memory");
+                pieces.push((host, buffer.len()));
+            }
+        }
+        for (head, _) in &self.chains {
+            self.queue.add_used(memory, *head, 1).expect("a head that was popped");
+        }
+        assert!(self.queue.needs_notification(memory).is_ok(), "the rings lie in memory");
+    }
+}
+
+#[divan::bench(args = &CASES)]
+fn virtio_queue(bencher: Bencher<'_, '_>, case: &Case) {
+    let mut rig = VirtioQueueRig::new(case, RING_FEATURES);
+    bencher.counter(ItemsCount::new(rig.chains.len())).bench_local(|| rig.batch());
 }

@@ -20,14 +20,15 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::cli::{BlockOptions, Pattern};
+use crate::cli::BlockOptions;
 use crate::document::BlockPoint;
 use crate::hist::Hist;
 use crate::process;
 use crate::rng::Rng;
-use crate::run::{Latency, Sample};
+use crate::sample::{Latency, Sample};
 use crate::scratch::Scratch;
 use crate::signals;
+use crate::workload::Pattern;
 
 /// Its name in tables and reports.
 pub const NAME: &str = "backend alone";

@@ -8,13 +8,16 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 
-use crate::cli::{BlockOptions, Storage};
-use crate::document::{BlockJob, BlockPoint, Counted, Document, Job, Point};
+use crate::cli::BlockOptions;
+use crate::document::{BlockJob, BlockPoint, Document, Job, Point};
 use crate::host;
-use crate::plan::{self, Contender, Count, Measure, Plan, Size};
-use crate::run::{self, Latency, Look, Observed, Sample};
+use crate::plan::{self, Contender, Count, Deliver, Measure, Plan, Size};
+use crate::run::{self, Look, Observed};
+use crate::sample::{Counted, Latency, Sample};
 use crate::scratch::Scratch;
+use crate::table::bytes;
 use crate::vmm::{Contestant, Disk, Vm};
+use crate::workload::Storage;
 use crate::{backend, limit, strace};
 
 /// RAM of a VM in MiB besides its buffers, and at least.
@@ -49,7 +52,7 @@ impl fmt::Display for Host {
 ///
 /// # Errors
 /// A host, a disk or a contestant that can't be used, in one line.
-pub fn run(options: &BlockOptions) -> Result<()> {
+pub fn run(options: &BlockOptions, deliver: Deliver) -> Result<()> {
     let contenders = contenders(options)?;
     let points = points(options);
     let plan = Plan::new(Size::of(options.runs, &contenders, points.len()), options.others.syscalls)?;
@@ -60,7 +63,7 @@ pub fn run(options: &BlockOptions) -> Result<()> {
         plan.progress.suspend(|| eprintln!("ringvm-bench: disk: {path} ({mib} MiB on {file_system})"));
     }
     let document = plan::document(Job::Block(job(options, &scratch)), &contenders);
-    plan.finish(document, &options.output, |document| {
+    plan.finish(document, (&options.output, deliver), |document| {
         points.iter().try_for_each(|&point| at(options, point, &contenders, &scratch, &plan, document))
     })
 }
@@ -158,7 +161,7 @@ fn at(
         disks: &disk,
         nics: &[],
     };
-    let label = format!("{} of {}, depth {}", point.rw.words(), table::bytes(point.bs), point.depth);
+    let label = format!("{} of {}, depth {}", point.rw.words(), bytes(point.bs), point.depth);
     let mut measure = At { options, point, scratch, plan, vm };
     plan.interleave(document, (Point::Block(point), &label), contenders, &vm, &mut measure)
 }
@@ -239,7 +242,8 @@ mod tests {
     use clap::Parser;
 
     use super::*;
-    use crate::cli::{Cli, Command, Pattern};
+    use crate::cli::{Cli, Command};
+    use crate::workload::Pattern;
 
     #[test]
     fn all_patterns_have_all_sizes_and_all_depths() {

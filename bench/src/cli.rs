@@ -4,9 +4,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use serde::{Deserialize, Serialize};
 
 use crate::vmm::{Against, Kind};
+use crate::workload::{Direction, Pattern, Storage};
 
 /// Measures ringvm with the embedded guest, beside what a plain io_uring ring reaches on the host with the same file.
 #[derive(Debug, Parser)]
@@ -353,16 +353,6 @@ pub struct ReportOptions {
     pub html: Option<PathBuf>,
 }
 
-/// Where frames go, as seen by the guest.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize, ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum Direction {
-    /// From the guest into the tap.
-    Out,
-    /// From the tap to the guest.
-    In,
-}
-
 /// In which directions the guest has interrupts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Sleeps {
@@ -385,75 +375,10 @@ impl Sleeps {
     }
 }
 
-impl Direction {
-    /// In tables and reports.
-    pub fn words(self) -> &'static str {
-        match self {
-            Self::Out => "out",
-            Self::In => "in",
-        }
-    }
-}
-
-/// What holds a disk's bytes.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize, ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum Storage {
-    /// A file or a block device.
-    File,
-    /// Nothing.
-    Null,
-}
-
 impl BlockOptions {
     /// Bytes of the largest request.
     pub fn largest_bs(&self) -> u64 {
         self.bs.iter().copied().max().unwrap_or(0)
-    }
-}
-
-/// Kinds of load, named as the guest's jobs are.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize, ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum Pattern {
-    /// Sequential reads.
-    Read,
-    /// Sequential writes.
-    Write,
-    /// Random reads.
-    RandRead,
-    /// Random writes.
-    RandWrite,
-    /// Random, 70 % reads.
-    Mixed,
-}
-
-impl Pattern {
-    /// The guest's name for it.
-    pub fn job(self) -> &'static str {
-        match self {
-            Self::Read => "read",
-            Self::Write => "write",
-            Self::RandRead => "rand-read",
-            Self::RandWrite => "rand-write",
-            Self::Mixed => "mixed",
-        }
-    }
-
-    /// For people.
-    pub fn words(self) -> &'static str {
-        match self {
-            Self::Read => "sequential reads",
-            Self::Write => "sequential writes",
-            Self::RandRead => "random reads",
-            Self::RandWrite => "random writes",
-            Self::Mixed => "random reads and writes (70 % reads)",
-        }
-    }
-
-    /// Whether the disk's content changes.
-    pub fn writes(self) -> bool {
-        !matches!(self, Self::Read | Self::RandRead)
     }
 }
 

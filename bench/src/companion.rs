@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::run::end_with_parent;
+use crate::child::end_with_parent;
 use crate::vmm::Daemon;
 
 /// How long it may take to make its socket, and to end.

@@ -2,7 +2,9 @@
 //! written as JSON. Tables, HTML reports and comparisons are made from it and from nothing else, so that an old one serves as
 //! well as one that was measured just now.
 
+mod job;
 mod linux;
+mod run;
 mod trouble;
 
 use std::fs;
@@ -12,11 +14,12 @@ use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-pub use self::linux::{LinuxJob, LinuxPoint, LinuxProgram, Stream};
+pub use self::job::{BlockJob, BlockPoint, IdleJob, IdlePoint, Job, NetJob, NetPoint, Point};
+pub use self::linux::{LinuxJob, LinuxPoint, LinuxProgram};
+pub use self::run::Run;
 pub use self::trouble::{Lost, Removed, Steal};
-use crate::cli::{Direction, Pattern, Storage};
 use crate::host::Machine;
-use crate::run::Sample;
+use crate::sample::{Counted, Sample};
 use crate::stats::Spread;
 use crate::steal::Ticks;
 
@@ -67,126 +70,6 @@ pub struct Program {
     pub version: Option<String>,
 }
 
-/// What was measured.
-#[derive(Clone, Debug, Deserialize, Serialize)]
-#[serde(tag = "kind", rename_all = "kebab-case")]
-pub enum Job {
-    /// Disks.
-    Block(BlockJob),
-    /// NICs.
-    Net(NetJob),
-    /// A guest that does nothing.
-    Idle(IdleJob),
-    /// A Linux guest.
-    Linux(LinuxJob),
-}
-
-/// What `block` has done at all points.
-#[derive(Clone, Debug, Deserialize, Serialize)]
-pub struct BlockJob {
-    /// Queues of the disk.
-    pub queues: u16,
-    /// vCPUs that drove them.
-    pub cpus: u16,
-    /// `interrupts` or `polled`.
-    pub completions: String,
-    /// O_DIRECT.
-    pub direct: bool,
-    /// Whether guests' memory was allocated beforehand.
-    #[serde(default)]
-    pub prefault: bool,
-    /// What held the bytes.
-    pub storage: Storage,
-    /// Runs of each contestant at each point.
-    pub runs: u32,
-    /// How long each measured.
-    pub time_ms: u64,
-    /// The disk.
-    pub disk: Option<String>,
-    /// Its bytes, as far as they were used.
-    pub disk_bytes: u64,
-    /// What it lay on.
-    pub disk_file_system: Option<String>,
-}
-
-/// What `net` has done at all points.
-#[derive(Clone, Debug, Deserialize, Serialize)]
-pub struct NetJob {
-    /// Frames in flight per pair.
-    pub depth: u32,
-    /// Queue pairs.
-    pub pairs: u16,
-    /// vCPUs that drove them.
-    pub cpus: u16,
-    /// Whether guests' memory was allocated beforehand.
-    #[serde(default)]
-    pub prefault: bool,
-    /// Runs of each contestant at each point.
-    pub runs: u32,
-    /// How long each measured.
-    pub time_ms: u64,
-}
-
-/// What `idle` has done.
-#[derive(Clone, Debug, Deserialize, Serialize)]
-pub struct IdleJob {
-    /// vCPUs.
-    pub cpus: u16,
-    /// Runs of each contestant.
-    pub runs: u32,
-    /// How long each measured.
-    pub time_ms: u64,
-}
-
-/// Where a series was measured.
-#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
-#[serde(untagged)]
-pub enum Point {
-    /// Of a disk.
-    Block(BlockPoint),
-    /// Of a NIC.
-    Net(NetPoint),
-    /// Of a guest that does nothing.
-    Idle(IdlePoint),
-    /// Of a Linux guest.
-    Linux(LinuxPoint),
-}
-
-/// Requests of one kind and size, so many in flight.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
-pub struct BlockPoint {
-    /// What was done.
-    pub rw: Pattern,
-    /// Bytes per request.
-    pub bs: u64,
-    /// Requests in flight per queue.
-    pub depth: u32,
-}
-
-/// Frames of one size in one direction.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
-pub struct NetPoint {
-    /// As the guest sees it.
-    pub direction: Direction,
-    /// Bytes of a frame, from its addresses to the end of its payload.
-    pub size: usize,
-    /// Whether the host cuts them into segments.
-    pub tso: bool,
-    /// Whether the guest sleeps until an interrupt comes.
-    pub irq: bool,
-    /// Descriptors per queue.
-    pub queue_size: u16,
-}
-
-/// Devices that wait.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
-pub struct IdlePoint {
-    /// Disks.
-    pub disks: u16,
-    /// NICs.
-    pub nics: u16,
-}
-
 /// All runs of one contestant at one point.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Series {
@@ -221,74 +104,6 @@ pub struct Series {
     /// What was counted in a run of its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub counted: Option<Counted>,
-}
-
-/// What one run measured. Times are in nanoseconds, memory in bytes.
-#[derive(Clone, Debug, Default, Deserialize, Serialize)]
-#[serde(default)]
-pub struct Run {
-    /// Operations, frames, or mebibytes of streams.
-    pub ops: u64,
-    /// In this time.
-    pub time_ns: u64,
-    /// Operations per second.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub iops: Option<f64>,
-    /// Frames per second.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub fps: Option<f64>,
-    /// Bytes that were moved, where operations do not say.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub bytes: Option<u64>,
-    /// The streams that moved them.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub streams: Vec<Stream>,
-    /// Median of what operations took.
-    pub p50_ns: Option<u64>,
-    /// 99th percentile.
-    pub p99_ns: Option<u64>,
-    /// Frames that the tap has carried.
-    pub carried: Option<u64>,
-    /// CPU time of the threads other than vCPUs.
-    pub cpu_ns: Option<u64>,
-    /// CPU time of the vCPU threads.
-    pub vcpu_ns: Option<u64>,
-    /// What part of the CPU time that all of the machine wanted meanwhile its host took away, in per cent.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub steal_percent: Option<f64>,
-    /// What part of the time of all CPUs other programs of the machine took, in per cent.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub others_percent: Option<f64>,
-    /// Exits of the guest, by KVM's own count.
-    pub exits: Option<u64>,
-    /// Notifications that the guest has sent.
-    pub kicks: Option<u64>,
-    /// Interrupts that the guest has taken.
-    pub irqs: Option<u64>,
-    /// System calls of who measures without a VM, by its own count.
-    pub syscalls: Option<u64>,
-    /// From exec to the guest's first instruction.
-    pub to_first_instruction_ns: Option<u64>,
-    /// Resident besides the guest's RAM.
-    pub memory_beyond_ram: Option<u64>,
-    /// The guest's own line.
-    pub guest: Option<String>,
-}
-
-/// What was counted in a run of its own, because counting slows it.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
-pub struct Counted {
-    /// How: `tracepoints` or `strace`.
-    pub by: String,
-    /// Operations of that run.
-    pub ops: u64,
-    /// System calls of all threads and daemons.
-    pub syscalls: Option<u64>,
-    /// Exits of the guest.
-    pub exits: Option<u64>,
-    /// The system calls by name, the most frequent first, where that is known.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub names: Vec<(String, u64)>,
 }
 
 impl Document {
@@ -460,87 +275,6 @@ impl Series {
     }
 }
 
-impl Point {
-    /// Whether bits per second are what was measured.
-    pub fn is_of_streams(&self) -> bool {
-        matches!(self, Self::Linux(LinuxPoint { program: LinuxProgram::Iperf3, .. }))
-    }
-}
-
-impl Run {
-    fn of(sample: &Sample) -> Self {
-        let nanoseconds = |time: std::time::Duration| time.as_nanos() as u64;
-        let vm = sample.vm.as_ref();
-        let number = |key| vm.and_then(|vm| vm.number(key).ok());
-        Self {
-            ops: sample.ops,
-            time_ns: nanoseconds(sample.time),
-            iops: None,
-            fps: None,
-            bytes: sample.bytes,
-            streams: sample.streams.clone(),
-            p50_ns: sample.latency.as_ref().map(|latency| nanoseconds(latency.p50)),
-            p99_ns: sample.latency.as_ref().map(|latency| nanoseconds(latency.p99)),
-            carried: sample.carried,
-            cpu_ns: sample.cpu.map(nanoseconds),
-            vcpu_ns: vm.and_then(|vm| vm.vcpu).map(nanoseconds),
-            steal_percent: sample.steal.map(percent),
-            others_percent: sample.others.map(percent),
-            exits: vm.and_then(|vm| vm.exits),
-            kicks: number("kicks"),
-            irqs: number("irqs"),
-            syscalls: sample.syscalls,
-            to_first_instruction_ns: vm.and_then(|vm| vm.to_first_instruction).map(nanoseconds),
-            memory_beyond_ram: vm.and_then(|vm| vm.memory),
-            guest: vm.map(|vm| vm.line.clone()),
-        }
-    }
-
-    /// Operations per second.
-    pub fn rate(&self) -> f64 {
-        self.ops as f64 / (self.time_ns.max(1) as f64 / 1e9)
-    }
-
-    /// Bits per second, where the bytes are known.
-    pub fn bits_per_second(&self) -> Option<f64> {
-        Some(self.bytes? as f64 * 8.0 / (self.time_ns.max(1) as f64 / 1e9))
-    }
-
-    /// Segments that were sent again, of all streams whose senders tell.
-    pub fn retransmits(&self) -> Option<u64> {
-        let told = self.streams.iter().filter_map(|stream| stream.retransmits);
-        told.reduce(u64::saturating_add)
-    }
-
-    /// Some count in terms of operations; `None` if there is none, or there were no operations.
-    pub fn per_op(&self, count: Option<u64>) -> Option<f64> {
-        count.filter(|_| self.ops != 0).map(|count| count as f64 / self.ops as f64)
-    }
-
-    /// CPU time per operation in microseconds.
-    pub fn cpu_per_op(&self) -> Option<f64> {
-        self.per_op(self.cpu_ns).map(|ns| ns / 1e3)
-    }
-
-    /// Per cent of a CPU that all threads took.
-    pub fn cpu_percent(&self) -> Option<f64> {
-        let all = self.cpu_ns?.saturating_add(self.vcpu_ns.unwrap_or(0));
-        Some(all as f64 * 100.0 / self.time_ns.max(1) as f64)
-    }
-}
-
-impl Counted {
-    /// Some count in terms of operations.
-    pub fn per_op(&self, count: Option<u64>) -> Option<f64> {
-        count.filter(|_| self.ops != 0).map(|count| count as f64 / self.ops as f64)
-    }
-}
-
-/// A part in per cent, with two digits.
-fn percent(part: f64) -> f64 {
-    (part * 1e4).round() / 1e2
-}
-
 /// The steps of guests are ticks of a TSC whose rate is measured at each boot: rounded, those of all runs are the same.
 fn three_digits(value: u64) -> u64 {
     let mut unit = 1;
@@ -555,7 +289,8 @@ pub(crate) mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::run::{Latency, VmSample};
+    use crate::sample::{Latency, VmSample};
+    use crate::workload::{Pattern, Storage};
 
     /// A document of one disk with two contestants, for tests of what is made from it.
     pub(crate) fn sample_document() -> Document {

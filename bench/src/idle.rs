@@ -10,11 +10,12 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::cli::IdleOptions;
-use crate::document::{Counted, IdleJob, IdlePoint, Job, Point};
+use crate::document::{IdleJob, IdlePoint, Job, Point};
 use crate::host;
 use crate::net::interface::Interface;
-use crate::plan::{self, Contender, Count, Measure, Plan, Size};
-use crate::run::{self, Look, Sample};
+use crate::plan::{self, Contender, Count, Deliver, Measure, Plan, Size};
+use crate::run::{self, Look};
+use crate::sample::{Counted, Sample};
 use crate::vmm::{Contestant, Disk, Kind, Nic, Vm};
 
 /// RAM of the VM in MiB.
@@ -26,7 +27,7 @@ const QUEUE_SIZE: u16 = 256;
 ///
 /// # Errors
 /// A host or a contestant that can't be used, in one line.
-pub fn run(options: &IdleOptions) -> Result<()> {
+pub fn run(options: &IdleOptions, deliver: Deliver) -> Result<()> {
     if let Some(trouble) = host::kvm_trouble() {
         bail!("an idle VM can't be measured without a VM: {trouble}");
     }
@@ -61,7 +62,7 @@ pub fn run(options: &IdleOptions) -> Result<()> {
     };
     let job = IdleJob { cpus: options.cpus, runs: options.runs, time_ms: time };
     let point = Point::Idle(IdlePoint { disks: options.disks, nics: options.nics });
-    plan.finish(plan::document(Job::Idle(job), &contenders), &options.output, |document| {
+    plan.finish(plan::document(Job::Idle(job), &contenders), (&options.output, deliver), |document| {
         let mut measure = Idle { plan: &plan, vm, time: options.time };
         plan.interleave(document, (point, "an idle guest"), &contenders, &vm, &mut measure)
     })

@@ -9,6 +9,7 @@
 
 pub mod backend;
 pub mod block;
+mod child;
 pub mod cli;
 mod companion;
 pub mod compare;
@@ -17,7 +18,7 @@ mod date;
 pub mod document;
 pub mod exits;
 pub mod guest;
-#[path = "../guest/src/hist.rs"]
+#[path = "../guest/src/shared/hist.rs"]
 pub mod hist;
 pub mod host;
 pub mod html;
@@ -26,14 +27,15 @@ mod kernel_fs;
 pub mod limit;
 pub mod linux;
 pub mod net;
-#[path = "../guest/src/packet.rs"]
+#[path = "../guest/src/shared/packet.rs"]
 pub mod packet;
 pub mod plan;
 pub mod process;
 pub mod report;
-#[path = "../guest/src/rng.rs"]
+#[path = "../guest/src/shared/rng.rs"]
 pub mod rng;
 pub mod run;
+pub mod sample;
 pub mod scratch;
 pub mod signals;
 pub mod stats;
@@ -41,3 +43,4 @@ pub mod steal;
 pub mod strace;
 mod table;
 pub mod vmm;
+pub mod workload;

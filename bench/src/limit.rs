@@ -16,11 +16,11 @@ use anyhow::{Context, Result, bail};
 use io_uring::{IoUring, opcode, types};
 use rustix::time::{ClockId, clock_gettime};
 
-use crate::cli::Pattern;
 use crate::hist::Hist;
 use crate::rng::Rng;
-use crate::run::{Latency, Sample};
+use crate::sample::{Latency, Sample};
 use crate::signals;
+use crate::workload::Pattern;
 
 const ALIGN: usize = 4096;
 /// Per cent of reads in [`Pattern::Mixed`], as in the guest.

@@ -33,11 +33,12 @@ use self::kernel::Kernel;
 use self::load::{Loads, Step};
 pub use self::tools::{find, program, run as run_tool, tail};
 use crate::cli::{Counting, LinuxOptions, Who};
-use crate::document::{Counted, Document, Job, LinuxJob, Point, Program, Series};
+use crate::document::{Document, Job, LinuxJob, Point, Program, Series};
 use crate::host;
 use crate::net::interface::Interface;
-use crate::plan::{self, Contender, Plan, Size, Turns};
-use crate::run::{Look, Sample, VmSample};
+use crate::plan::{self, Contender, Deliver, Plan, Size, Turns};
+use crate::run::Look;
+use crate::sample::{Counted, Sample, VmSample};
 use crate::scratch::{Scratch, Wanted};
 use crate::steal::{self, Shares};
 use crate::vmm::{Against, Contestant, Disk, Kind, Nic, Vm, found};
@@ -75,7 +76,7 @@ pub fn loads(options: &LinuxOptions) -> Result<Loads> {
 ///
 /// # Errors
 /// A host, a kernel, a disk or a contestant that can't be used, or a load that fails, in one line.
-pub fn run(options: &LinuxOptions, loads: Loads) -> Result<()> {
+pub fn run(options: &LinuxOptions, loads: Loads, deliver: Deliver) -> Result<()> {
     let contenders = contenders(options, &loads)?;
     let kernel = find_kernel(options)?;
     let tools = tools(&loads)?;
@@ -125,7 +126,7 @@ pub fn run(options: &LinuxOptions, loads: Loads) -> Result<()> {
         nics: &nics,
     };
     let measure = Measure { options, loads: &loads, scratch: scratch.as_ref(), plan: &plan, vm };
-    plan.finish(document, &options.output, |document| measure.all(&contenders, document))
+    plan.finish(document, (&options.output, deliver), |document| measure.all(&contenders, document))
 }
 
 fn contenders(options: &LinuxOptions, loads: &Loads) -> Result<Vec<Contender<Native>>> {

@@ -22,20 +22,20 @@ fn measure(command: &Command) -> anyhow::Result<()> {
     match command {
         Command::Block(options) => {
             signals::install();
-            block::run(options)
+            block::run(options, report::deliver)
         }
         Command::Net(options) => {
             // Before the first thread is started, which the signals take.
             net::namespace::enter()?;
             signals::install();
-            net::run(options)
+            net::run(options, report::deliver)
         }
         Command::Idle(options) => {
             if options.nics != 0 {
                 net::namespace::enter()?;
             }
             signals::install();
-            idle::run(options)
+            idle::run(options, report::deliver)
         }
         Command::Linux(options) => {
             let loads = linux::loads(options)?;
@@ -43,7 +43,7 @@ fn measure(command: &Command) -> anyhow::Result<()> {
                 net::namespace::enter()?;
             }
             signals::install();
-            linux::run(options, loads)
+            linux::run(options, loads, report::deliver)
         }
         Command::Compare(options) => {
             let compared = compare::files(&options.a, &options.b)?;

@@ -20,12 +20,14 @@ use anyhow::{Context, Result, bail};
 use self::cpus::Apart;
 use self::generator::Generator;
 use self::interface::Interface;
-use crate::cli::{Direction, NetOptions};
-use crate::document::{Counted, Document, Job, NetJob, NetPoint, Point};
-use crate::plan::{self, Contender, Count, Measure, Plan, Size};
-use crate::run::{self, Look, Moment, Observed, Sample};
+use crate::cli::NetOptions;
+use crate::document::{Document, Job, NetJob, NetPoint, Point};
+use crate::plan::{self, Contender, Count, Deliver, Measure, Plan, Size};
+use crate::run::{self, Look, Moment, Observed};
+use crate::sample::{Counted, Sample};
 use crate::strace;
 use crate::vmm::{Contestant, Kind, Nic, Vm};
+use crate::workload::Direction;
 
 const WARM: Duration = Duration::from_millis(100);
 /// What a run lasts that is to do nothing: one that sends can't be told to send nothing.
@@ -97,7 +99,7 @@ impl fmt::Display for Flow {
 ///
 /// # Errors
 /// A host, a tap or a contestant that can't be used, or frames that got lost, in one line.
-pub fn run(options: &NetOptions) -> Result<()> {
+pub fn run(options: &NetOptions, deliver: Deliver) -> Result<()> {
     let contenders = contenders(options)?;
     let interface = Interface::create(TAP, options.pairs)?;
     let flows: Vec<_> = flows(options).into_iter().map(|flow| (flow, at(flow, &contenders))).collect();
@@ -108,7 +110,7 @@ pub fn run(options: &NetOptions) -> Result<()> {
     }
     let plan = Plan::new(size, options.others.syscalls)?;
     let document = plan::document(Job::Net(job(options)), &contenders);
-    plan.finish(document, &options.output, |document| {
+    plan.finish(document, (&options.output, deliver), |document| {
         flows.iter().try_for_each(|(flow, contenders)| at_flow(options, *flow, contenders, &interface, &plan, document))
     })
 }

@@ -16,11 +16,11 @@ use tempfile::TempDir;
 pub(crate) use self::turns::Turns;
 use crate::cli::{Counting, Others, Output};
 use crate::counter::Counter;
-use crate::document::{Counted, Document, Job, Point, Series};
-use crate::run::Sample;
+use crate::document::{Document, Job, Point, Series};
+use crate::sample::{Counted, Sample};
 use crate::steal::{self, Shares, Ticks};
 use crate::vmm::{Against, Contestant, Kind, Vm, found};
-use crate::{guest, host, report, signals, strace};
+use crate::{guest, host, signals, strace};
 
 /// Who takes part: something in this process, or a VMM.
 #[derive(Clone, Debug)]
@@ -208,6 +208,9 @@ pub trait Measure<H> {
     fn count(&mut self, contestant: &Contestant, how: &Count) -> Result<Counted>;
 }
 
+/// Writes and prints what was measured, as the options say.
+pub type Deliver = fn(&Document, &Output) -> Result<()>;
+
 impl Plan {
     /// For so many runs.
     ///
@@ -230,7 +233,7 @@ impl Plan {
     pub fn finish(
         &self,
         mut document: Document,
-        output: &Output,
+        (output, deliver): (&Output, Deliver),
         work: impl FnOnce(&mut Document) -> Result<()>,
     ) -> Result<()> {
         self.progress.reset_eta();
@@ -250,7 +253,7 @@ impl Plan {
             }
         };
         if !document.series.is_empty() {
-            report::deliver(&document, output)?;
+            deliver(&document, output)?;
         }
         match outcome {
             Err(_) if signals::interrupted().is_some() => Ok(()),

@@ -1,13 +1,10 @@
 //! One run: a VMM is started, its guest's lines are read and stamped, and the process is looked at when the guest says
 //! that a measurement starts and ends.
 
-#![allow(unsafe_code, reason = "the child asks to end with its parent, between fork and exec")]
-
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
@@ -15,14 +12,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
-use rustix::process::{Signal, set_parent_process_death_signal};
 
+use crate::child::end_with_parent;
 use crate::companion::Companion;
 use crate::counter::{Counter, Counts};
-use crate::document::{Counted, Stream};
 use crate::exits::Exits;
-use crate::hist::Hist;
 use crate::process::{CpuTime, memory_beyond_ram};
+use crate::sample::{Counted, VmSample};
 use crate::signals;
 use crate::vmm::{Contestant, Launch, Vm};
 
@@ -42,87 +38,6 @@ const STDERR_KEPT: u64 = 16 << 10;
 const WAITING: usize = 1024;
 /// How often is looked whether the user has lost patience.
 const LOOK: Duration = Duration::from_millis(100);
-
-/// What one run measured.
-#[derive(Clone, Debug, Default)]
-pub struct Sample {
-    /// Operations, frames, or mebibytes of streams.
-    pub ops: u64,
-    /// In this time.
-    pub time: Duration,
-    /// How long operations took, where that was looked at.
-    pub latency: Option<Latency>,
-    /// CPU time of the VMM's threads other than vCPUs (of the one thread, without a VM).
-    pub cpu: Option<Duration>,
-    /// What part of the CPU time that all of the machine wanted meanwhile its host took away, where that is known.
-    pub steal: Option<f64>,
-    /// What part of the time of all CPUs other programs took, where that is known.
-    pub others: Option<f64>,
-    /// System calls, of who measures without a VM.
-    pub syscalls: Option<u64>,
-    /// Bytes that were moved, where operations do not say.
-    pub bytes: Option<u64>,
-    /// The streams that moved them.
-    pub streams: Vec<Stream>,
-    /// Frames that the tap has carried by its own count, from before the measurement to after it.
-    pub carried: Option<u64>,
-    /// What was looked at besides, of a VMM.
-    pub vm: Option<VmSample>,
-}
-
-/// How long operations took.
-#[derive(Clone, Debug)]
-pub struct Latency {
-    /// Median.
-    pub p50: Duration,
-    /// 99th percentile.
-    pub p99: Duration,
-    /// How many took less than so many nanoseconds, but not less than the step before.
-    pub steps: Vec<(u64, u64)>,
-}
-
-impl Latency {
-    /// Of what a histogram in nanoseconds has.
-    pub fn of(hist: &Hist) -> Self {
-        let percentile = |per_mille| Duration::from_nanos(hist.percentile(per_mille));
-        Self { p50: percentile(500), p99: percentile(990), steps: hist.groups().collect() }
-    }
-}
-
-/// What only a VMM's run has.
-#[derive(Clone, Debug)]
-pub struct VmSample {
-    /// CPU time of the vCPU threads.
-    pub vcpu: Option<Duration>,
-    /// From before the VMM is started to its guest's first instruction.
-    pub to_first_instruction: Option<Duration>,
-    /// Resident bytes besides the guest's RAM.
-    pub memory: Option<u64>,
-    /// Exits of the guest, by KVM's own count.
-    pub exits: Option<u64>,
-    /// The guest's own line.
-    pub line: String,
-}
-
-impl VmSample {
-    /// A number in the guest's line.
-    ///
-    /// # Errors
-    /// It is not there.
-    pub fn number(&self, key: &str) -> Result<u64> {
-        fields(&self.line)
-            .get(key)
-            .and_then(|value| value.parse().ok())
-            .ok_or_else(|| anyhow!("the guest's result has no {key}: {}", self.line))
-    }
-}
-
-impl Sample {
-    /// Operations per second.
-    pub fn rate(&self) -> f64 {
-        self.ops as f64 / self.time.as_secs_f64().max(1e-9)
-    }
-}
 
 /// A VMM that runs, and is killed when dropped.
 pub struct Running {
@@ -309,14 +224,6 @@ impl Drop for Running {
     }
 }
 
-/// Has a child end with the thread that starts it.
-pub(crate) fn end_with_parent(command: &mut Command) {
-    // SAFETY: one system call, no allocation, no locks.
-    unsafe {
-        command.pre_exec(|| Ok(set_parent_process_death_signal(Some(Signal::KILL))?));
-    }
-}
-
 /// Reads and stamps lines on a thread of its own, which ends with the output.
 fn listen(mut stdout: impl Read + Send + 'static) -> Receiver<(Instant, Event)> {
     let (sender, receiver) = mpsc::sync_channel(WAITING);
@@ -357,11 +264,6 @@ fn end_of(path: &Path, limit: u64) -> io::Result<String> {
     let mut bytes = Vec::new();
     file.take(limit).read_to_end(&mut bytes)?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
-}
-
-/// The `key=value` words of a line.
-pub fn fields(line: &str) -> HashMap<&str, &str> {
-    line.split_ascii_whitespace().filter_map(|word| word.split_once('=')).collect()
 }
 
 /// What the guest's job is at.
@@ -478,6 +380,7 @@ fn pairs(text: &str) -> impl Iterator<Item = (u64, u64)> + '_ {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sample::fields;
 
     fn play(script: &str) -> Result<Vec<String>> {
         play_for(Duration::from_secs(20), script)

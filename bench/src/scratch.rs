@@ -10,10 +10,11 @@ use anyhow::{Context, Result, bail};
 use rustix::fs::{Advice, fadvise};
 use tempfile::NamedTempFile;
 
-use crate::cli::{BlockOptions, Storage};
+use crate::cli::BlockOptions;
 use crate::host::FileSystem;
 use crate::rng::Rng;
 use crate::signals;
+use crate::workload::Storage;
 
 const CHUNK: usize = 1 << 20;
 const PAGE: usize = 4096;

@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::document::Counted;
 use crate::process;
-use crate::run::{Running, fields};
+use crate::run::Running;
+use crate::sample::{Counted, fields};
 use crate::vmm::{Contestant, Vm};
 
 /// How long starting under strace may take more than without it.

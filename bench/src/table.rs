@@ -187,11 +187,20 @@ fn stolen(document: &Document) -> Option<LostText> {
 pub(crate) fn label(point: &Point) -> String {
     match point {
         Point::Block(point) => {
-            format!("{} {}, depth {}", point.rw.job(), crate::block::table::bytes(point.bs), point.depth)
+            format!("{} {}, depth {}", point.rw.job(), bytes(point.bs), point.depth)
         }
         Point::Net(point) => point.to_string(),
         Point::Idle(point) => format!("idle, {} disks, {} NICs", point.disks, point.nics),
         Point::Linux(point) => point.to_string(),
+    }
+}
+
+/// `4 KiB`, `512 bytes`.
+pub(crate) fn bytes(bs: u64) -> String {
+    match bs {
+        _ if bs.is_multiple_of(1 << 20) => format!("{} MiB", bs >> 20),
+        _ if bs >= 1024 => format!("{} KiB", bs as f64 / 1024.0),
+        _ => format!("{bs} bytes"),
     }
 }
 

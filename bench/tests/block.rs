@@ -302,7 +302,7 @@ fn an_idle_guest_halts_with_its_devices_up() {
         let line = run["guest"].as_str().unwrap();
         assert!(line.contains("disks=2 nics=1"), "{line}");
         // Woken by its own timer and little else.
-        let wakes: u64 = ringvm_bench::run::fields(line)["wakes"].parse().unwrap();
+        let wakes: u64 = ringvm_bench::sample::fields(line)["wakes"].parse().unwrap();
         assert!((1..200).contains(&wakes), "{line}");
         assert!(run["cpu_ns"].as_u64().is_some() && run["time_ns"].as_u64().unwrap() >= 1_200_000_000, "{run}");
     }

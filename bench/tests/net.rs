@@ -9,7 +9,8 @@ use ringvm_bench::guest;
 use ringvm_bench::net::generator::Generator;
 use ringvm_bench::net::interface::Interface;
 use ringvm_bench::net::namespace;
-use ringvm_bench::run::{self, Look, Moment, Running, fields};
+use ringvm_bench::run::{self, Look, Moment, Running};
+use ringvm_bench::sample::fields;
 use ringvm_bench::vmm::{Contestant, Nic, Vm};
 use serde_json::Value;
 

@@ -10,9 +10,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 
+use ringvm_bench::linux::kernel::Kernel;
 pub use ringvm_bench::linux::program;
 
-use crate::lab::kernel_package;
 use crate::stuck_disk::StuckDisk;
 use crate::{Error, Result, paths};
 
@@ -94,6 +94,12 @@ impl fmt::Display for Need {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
     }
+}
+
+/// The kernel of the lab: the package that tests/run unpacked into target/lab/kernel.
+pub fn kernel_package() -> Result<Kernel> {
+    Kernel::unpacked(&paths::lab().join("kernel"))
+        .map_err(|error| Error::Missing(format!("{error}; tests/run does that")))
 }
 
 /// The programs of the host that the lab uses or packs, beside the libraries that the dynamic linker names.

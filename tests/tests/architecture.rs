@@ -1,11 +1,15 @@
-//! The arrows of the architecture, read from `cargo metadata` and the sources: `vmm -> backends <- vhost-daemons`, the
-//! programs also on `backends/cli`, and what each may not see.
+//! The arrows of the architecture, read from `cargo metadata` and the sources: `vmm -> backends <- vhost-daemons`, the programs
+//! also on `backends/cli`, what each may not see, and that the modules of each lie in layers.
+
+#[path = "architecture/modules.rs"]
+mod modules;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use cargo_metadata::{DependencyKind, Metadata, MetadataCommand, Package, PackageId};
+use modules::Modules;
 use ringvm_tests::paths;
 
 const BACKENDS: &str = "ringvm-backends";
@@ -38,6 +42,9 @@ const ONE_VERSION: [&str; 17] = [
 
 /// tokio-uring 0.5, whose last release is of 2024, is built on io-uring 0.6; ours is 0.7. No type of it crosses a seam.
 const TWO_BY_UPSTREAM: [&str; 1] = ["io-uring"];
+
+/// Most lines of a file that is not for tests.
+const MOST_LINES: usize = 600;
 
 fn metadata() -> Metadata {
     MetadataCommand::new()
@@ -158,6 +165,63 @@ fn what_tests_call_a_pitfall_is_described() {
     assert!(named.len() > 30, "{} numbers: the scan looks in the wrong place", named.len());
     let unknown: Vec<_> = named.difference(&described).collect();
     assert!(unknown.is_empty(), "docs/pitfalls.md does not describe {unknown:?}");
+}
+
+/// The root files of our crates and programs, with a name for each. The embedded guest is none of the workspace.
+fn roots() -> Vec<(String, PathBuf)> {
+    let metadata = metadata();
+    let targets = metadata.workspace_packages().into_iter().flat_map(|package| &package.targets);
+    let roots = targets.filter(|target| target.is_lib() || target.is_bin());
+    let mut roots: Vec<_> =
+        roots.map(|target| (target.name.replace('-', "_"), target.src_path.clone().into())).collect();
+    roots.push(("guest".to_owned(), paths::workspace().join("bench/guest/src/main.rs")));
+    roots
+}
+
+#[test]
+fn modules_do_not_depend_on_each_other_in_circles() {
+    let workspace = paths::workspace();
+    let (mut circles, mut count) = (Vec::new(), 0);
+    for (name, root) in roots() {
+        // Files are named as they lie in the workspace.
+        let root = root.strip_prefix(&workspace).expect("sources are in the workspace");
+        let modules = Modules::read(root, &|path| fs::read_to_string(workspace.join(path)).ok());
+        count += modules.count();
+        circles.extend(modules.circles().into_iter().map(|circle| format!("{name}, {circle}")));
+    }
+    assert!(count > 200, "{count} modules: the scan looks in the wrong place");
+    assert!(circles.is_empty(), "modules depend on each other in circles:\n{}", circles.join("\n"));
+}
+
+#[test]
+fn no_file_has_grown_beyond_what_one_job_needs() {
+    let workspace = paths::workspace();
+    let mut scanned = 0;
+    let mut long = Vec::new();
+    for (_, root) in roots() {
+        for file in sources(root.parent().expect("a root file is in a folder")) {
+            let inside = file.strip_prefix(&workspace).expect("sources are in the workspace");
+            let name = inside.file_stem().unwrap_or_default().to_string_lossy();
+            if name == "tests"
+                || name.ends_with("_tests")
+                || inside.components().skip(2).any(|c| c.as_os_str() == "tests")
+            {
+                continue;
+            }
+            let text = fs::read_to_string(&file).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
+            let tests = ["mod tests {", "pub(crate) mod tests {"].map(|tests| format!("#[cfg(test)]\n{tests}"));
+            let code = tests.iter().filter_map(|tests| text.split_once(tests)).next().map_or(&*text, |(code, _)| code);
+            let lines = code.lines().count();
+            scanned += 1;
+            if lines > MOST_LINES {
+                long.push(format!("{}: {lines} lines", inside.display()));
+            }
+        }
+    }
+    long.sort();
+    long.dedup();
+    assert!(scanned > 200, "{scanned} files: the scan looks in the wrong place");
+    assert!(long.is_empty(), "more than {MOST_LINES} lines, so more than one job:\n{}", long.join("\n"));
 }
 
 fn sources(folder: &Path) -> Vec<PathBuf> {

@@ -66,7 +66,9 @@ impl Guest {
         };
         let running = Machine::build(&blueprint, &mut Vec::new()).and_then(Machine::start).expect("a machine");
         let (sender, lines) = mpsc::channel();
-        std::thread::spawn(move || BufReader::new(said).lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
+        std::thread::spawn(move || {
+            BufReader::new(said).lines().map_while(Result::ok).try_for_each(|line| sender.send(line))
+        });
         Self { running, lines, console }
     }
 

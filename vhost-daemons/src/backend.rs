@@ -1,48 +1,39 @@
 //! What a frontend has said so far, and what that means for the device (vhost-user specification, "Front-end message types").
 //!
-//! Messages are taken in any order that makes sense, and nothing in them is believed.
+//! Messages are taken in any order that makes sense, and nothing in them is believed. Those about memory, about rings, and about
+//! what outlives a backend have a file each.
+
+mod memory;
+mod records;
+mod rings;
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use ringvm_backends::device::{Device, DeviceError, End, Suspended};
+use ringvm_backends::device::{Device, DeviceError, End};
 use ringvm_backends::virtqueue::interrupt::Interrupt;
 use thiserror::Error;
 use tracing::info;
-use vhost::vhost_user::message::{
-    FrontendReq, VhostUserConfig, VhostUserInflight, VhostUserLog, VhostUserMemory, VhostUserMemoryRegion,
-    VhostUserProtocolFeatures as Protocol, VhostUserSingleMemoryRegion, VhostUserU64, VhostUserVringAddr,
-    VhostUserVringState,
-};
+use vhost::vhost_user::message::{FrontendReq, VhostUserConfig, VhostUserProtocolFeatures as Protocol, VhostUserU64};
 use virtio_bindings::virtio_config::{VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET};
 use vm_memory::ByteValued;
 
-use crate::dirty::{self, F_LOG_ALL, Logging, Mapped};
+use crate::dirty::{F_LOG_ALL, Logging};
 use crate::inflight::Inflight;
 use crate::mailbox::{Event, Wanted};
 use crate::memory::{MAX_REGIONS, Memory, MemoryError};
-use crate::message::{MAX_FILES, Message};
+use crate::message::Message;
 use crate::state::{State, StateError};
-use crate::vring::{Addresses, MAX_SIZE, Vring, VringError};
-use crate::{backend_channel, descriptor, inflight, nic};
+use crate::vring::{Vring, VringError};
+use crate::{backend_channel, nic};
 
 /// VHOST_USER_F_PROTOCOL_FEATURES: protocol features are negotiated, and rings start disabled.
 const F_PROTOCOL_FEATURES: u64 = 1 << 30;
-/// The payload of SET_VRING_KICK and its kin: the ring, and a flag for "no descriptor".
-const VRING_INDEX: u64 = 0xff;
-const VRING_NO_FD: u64 = 1 << 8;
-/// In the answer to SET_DEVICE_STATE_FD: there is no descriptor, the one that came is taken. The bits below tell of an error.
-const STATE_NO_FD: u64 = 1 << 8;
 /// Longest piece of configuration space that is read at once.
 const MAX_CONFIG: u32 = 4096;
-/// How often to look whether a ring that drains is still wanted to.
-const LOOK_PAUSE: Duration = Duration::from_millis(100);
-/// Longest time that rings which are reset may need for what can't be cancelled.
-const RESET_PATIENCE: Duration = Duration::from_secs(10);
-
 /// VHOST_USER_PROTOCOL_F_GET_VRING_BASE_INFLIGHT: GET_VRING_BASE leaves what can be cancelled in the table of requests in flight.
 const SUSPENDS: Protocol = Protocol::from_bits_retain(1 << 20);
 /// VHOST_USER_PROTOCOL_F_GET_VRING_BASE_SKIP_DRAIN: it is [`SKIP_DRAIN`] that does, and GET_VRING_BASE does not.
@@ -182,190 +173,48 @@ impl<'a> Backend<'a> {
         }
         let mut files = std::mem::take(&mut message.files).into_iter();
         match kind {
-            FrontendReq::SET_OWNER => {}
+            FrontendReq::SET_OWNER => Ok(Answer::Done),
             FrontendReq::GET_FEATURES => {
-                return Ok(Answer::number(self.device.info().features | F_PROTOCOL_FEATURES | F_LOG_ALL));
+                Ok(Answer::number(self.device.info().features | F_PROTOCOL_FEATURES | F_LOG_ALL))
             }
-            FrontendReq::SET_FEATURES => self.set_features(number(&message)?)?,
-            FrontendReq::GET_PROTOCOL_FEATURES => return Ok(Answer::number(protocol_features().bits())),
-            FrontendReq::SET_PROTOCOL_FEATURES => {
-                let bits = number(&message)?;
-                let features = Protocol::from_bits_retain(bits);
-                if !protocol_features().contains(features) {
-                    return Err(malformed(format!("{bits:#x} was not offered")));
-                }
-                self.protocol = features;
-            }
-            FrontendReq::GET_QUEUE_NUM => return Ok(Answer::number(nic::queue_num(self.device.info()))),
-            FrontendReq::SET_MEM_TABLE => self.set_mem_table(&message, files.collect())?,
-            FrontendReq::GET_MAX_MEM_SLOTS => return Ok(Answer::number(MAX_REGIONS as u64)),
-            FrontendReq::ADD_MEM_REG => {
-                let region: VhostUserSingleMemoryRegion = payload(&message)?;
-                let file = files.next().ok_or_else(|| malformed("a region without a descriptor"))?;
-                // QEMU's net device says each region once for each pair.
-                if !self.memory.has(&region) {
-                    self.change_memory(|memory, alarm| memory.add(&region, file, alarm))?;
-                }
-            }
-            FrontendReq::REM_MEM_REG => {
-                let region: VhostUserSingleMemoryRegion = payload(&message)?;
-                let index = self.memory.find(&region)?;
-                self.change_memory(|memory, _| memory.remove(index))?;
-            }
-            FrontendReq::SET_VRING_NUM => self.set_vring_num(&payload(&message)?)?,
-            FrontendReq::SET_VRING_ADDR => self.set_vring_addr(&payload(&message)?)?,
-            FrontendReq::SET_VRING_BASE => {
-                let state: VhostUserVringState = payload(&message)?;
-                let base = u16::try_from(state.num).map_err(|_| malformed("an index of more than 16 bits"))?;
-                let ring = self.ring(state.index)?;
-                if ring.runs() && ring.base != base {
-                    return Err(malformed("the ring runs"));
-                }
-                ring.base = base;
-            }
-            FrontendReq::GET_VRING_BASE => {
-                if self.protocol.contains(SUSPENDS) && !self.protocol.contains(SUSPENDS_IF_ASKED) {
-                    let state: VhostUserVringState = payload(&message)?;
-                    self.ring(state.index)?;
-                    self.suspend_rings(vec![state.index as usize])?;
-                }
-                return self.get_vring_base(&message);
-            }
-            FrontendReq::SET_VRING_KICK => {
-                let (index, file) = self.vring_file(&message, files.next())?;
-                let file =
-                    file.ok_or_else(|| malformed("a ring without a kick would have to be polled; give it one"))?;
-                if !descriptor::is_eventfd(file.as_fd()) {
-                    return Err(malformed("its descriptor is not an eventfd"));
-                }
-                self.stop_ring(index)?;
-                self.rings[index].kick = Some(file);
-                self.settle()?;
-            }
-            FrontendReq::SET_VRING_CALL => {
-                let (index, call) = self.vring_interrupt(&message, files.next())?;
-                // What was raised before nobody may have seen: the queue starts again and interrupts once.
-                self.stop_ring(index)?;
-                self.rings[index].call = call;
-                self.settle()?;
-            }
-            FrontendReq::SET_VRING_ERR => {
-                let (index, err) = self.vring_interrupt(&message, files.next())?;
-                self.stop_ring(index)?;
-                self.rings[index].err = err;
-                self.settle()?;
-            }
-            FrontendReq::SET_VRING_ENABLE => {
-                let state: VhostUserVringState = payload(&message)?;
-                let enabled = match state.num {
-                    0 => false,
-                    1 => true,
-                    _ => return Err(malformed("neither on nor off")),
-                };
-                self.ring(state.index)?.enabled = enabled;
-                self.settle()?;
-            }
-            FrontendReq::GET_CONFIG => return self.get_config(&message),
-            FrontendReq::SET_CONFIG => self.set_config(&message)?,
-            FrontendReq::SET_BACKEND_REQ_FD => {
-                let notify = files.next().and_then(backend_channel::config_change);
-                let notify = notify.ok_or_else(|| malformed("it needs a stream socket"))?;
-                if self.protocol.contains(Protocol::CONFIG) {
-                    self.device.on_config_change(notify.clone());
-                }
-                self._channel = notify;
-            }
-            FrontendReq::GET_INFLIGHT_FD => {
-                let (said, area) = inflight::make(&inflight_payload(message)?, self.rings.len() as u16, MAX_SIZE)
-                    .map_err(Refused::Inflight)?;
-                let file = area.file().try_clone().map_err(Refused::Inflight)?;
-                return Ok(Answer::Reply(said.as_slice().into(), Some(file.into())));
-            }
-            FrontendReq::SET_INFLIGHT_FD => {
-                let file = files.next().ok_or_else(|| malformed("a table without a descriptor"))?;
-                let said = inflight_payload(message)?;
-                let taken = inflight::take(&said, file, self.rings.len() as u16, MAX_SIZE, &self.alarm);
-                let taken = taken.map_err(Refused::Inflight)?;
-                self.stop_all(End::Drained)?;
-                self.inflight = Some(taken);
-                self.settle()?;
-            }
-            FrontendReq::SET_LOG_BASE => return self.set_log_base(&payload(&message)?, files.next()),
-            FrontendReq::SET_LOG_FD => {
-                let file = files.next().ok_or_else(|| malformed("its descriptor is missing"))?;
-                let event = descriptor::interrupt(file).map_err(Refused::Event)?;
-                self.change_logging(|logging| logging.set_event(event))?;
-            }
-            FrontendReq::SET_DEVICE_STATE_FD => {
-                let said = payload(&message)?;
-                let begun = self.state.begin(&said, files.next(), self.device, self.rings.iter().any(Vring::runs));
-                return Ok(match begun {
-                    Ok(()) => Answer::number(STATE_NO_FD),
-                    Err(error) => Answer::Refused(STATE_NO_FD | 1, error.into()),
-                });
-            }
-            FrontendReq::CHECK_DEVICE_STATE => {
-                let rings_run = self.rings.iter().any(Vring::runs);
-                return Ok(match self.state.end(self.device, rings_run, &self.wanted) {
-                    Ok(()) => Answer::number(0),
-                    Err(error) => Answer::Refused(1, error.into()),
-                });
-            }
-            FrontendReq::RESET_OWNER => drop(self.end_all(End::Drained)?),
-            FrontendReq::RESET_DEVICE => {
-                self.reset()?;
-                self.rings.fill_with(Vring::default);
-            }
-            FrontendReq::SET_STATUS => self.set_status(number(&message)?)?,
-            FrontendReq::GET_STATUS => {
-                let fault = if self.broken.load(Ordering::Acquire) { VIRTIO_CONFIG_S_NEEDS_RESET } else { 0 };
-                return Ok(Answer::number(u64::from(self.status) | u64::from(fault)));
-            }
-            _ => return Err(malformed("it goes with a feature that was not offered")),
+            FrontendReq::SET_FEATURES => self.set_features(number(&message)?),
+            FrontendReq::GET_PROTOCOL_FEATURES => Ok(Answer::number(protocol_features().bits())),
+            FrontendReq::SET_PROTOCOL_FEATURES => self.set_protocol_features(number(&message)?),
+            FrontendReq::GET_QUEUE_NUM => Ok(Answer::number(nic::queue_num(self.device.info()))),
+            FrontendReq::GET_CONFIG => self.get_config(&message),
+            FrontendReq::SET_CONFIG => self.set_config(&message),
+            FrontendReq::SET_BACKEND_REQ_FD => self.set_backend_req_fd(files.next()),
+
+            FrontendReq::SET_MEM_TABLE => self.set_mem_table(&message, files.collect()),
+            FrontendReq::GET_MAX_MEM_SLOTS => Ok(Answer::number(MAX_REGIONS as u64)),
+            FrontendReq::ADD_MEM_REG => self.add_mem_reg(&payload(&message)?, files.next()),
+            FrontendReq::REM_MEM_REG => self.rem_mem_reg(&payload(&message)?),
+
+            FrontendReq::SET_VRING_NUM => self.set_vring_num(&payload(&message)?),
+            FrontendReq::SET_VRING_ADDR => self.set_vring_addr(&payload(&message)?),
+            FrontendReq::SET_VRING_BASE => self.set_vring_base(&payload(&message)?),
+            FrontendReq::GET_VRING_BASE => self.get_vring_base(&message),
+            FrontendReq::SET_VRING_KICK => self.set_vring_kick(&message, files.next()),
+            FrontendReq::SET_VRING_CALL => self.set_vring_call(&message, files.next()),
+            FrontendReq::SET_VRING_ERR => self.set_vring_err(&message, files.next()),
+            FrontendReq::SET_VRING_ENABLE => self.set_vring_enable(&payload(&message)?),
+
+            FrontendReq::GET_INFLIGHT_FD => self.get_inflight_fd(message),
+            FrontendReq::SET_INFLIGHT_FD => self.set_inflight_fd(message, files.next()),
+            FrontendReq::SET_LOG_BASE => self.set_log_base(&payload(&message)?, files.next()),
+            FrontendReq::SET_LOG_FD => self.set_log_fd(files.next()),
+            FrontendReq::SET_DEVICE_STATE_FD => self.set_device_state_fd(&payload(&message)?, files.next()),
+            FrontendReq::CHECK_DEVICE_STATE => Ok(self.check_device_state()),
+
+            FrontendReq::RESET_OWNER => self.end_all(End::Drained).map(|_| Answer::Done),
+            FrontendReq::RESET_DEVICE => self.reset_device(),
+            FrontendReq::SET_STATUS => self.set_status(number(&message)?),
+            FrontendReq::GET_STATUS => Ok(self.get_status()),
+            _ => Err(malformed("it goes with a feature that was not offered")),
         }
-        Ok(Answer::Done)
     }
 
-    /// Stops the rings that these messages want ended at once, together.
-    pub(crate) fn suspend(&mut self, messages: &[Message]) -> Result<(), Refused> {
-        if !self.protocol.contains(SUSPENDS_IF_ASKED) {
-            return Ok(());
-        }
-        let asked = messages.iter().filter(|message| message.request == SKIP_DRAIN && message.wrong_files.is_none());
-        let rings = asked.filter_map(|message| Some(message.parse::<VhostUserVringState>()?.index as usize));
-        self.suspend_rings(rings.filter(|&index| index < self.rings.len()).collect())
-    }
-
-    /// Ends a ring that was suspended ([`SKIP_DRAIN`]).
-    pub(crate) fn skip_drain(&mut self, message: &Message) -> Result<Answer, Refused> {
-        if !self.protocol.contains(SUSPENDS_IF_ASKED) {
-            return Err(malformed("it goes with a protocol feature that was not accepted"));
-        }
-        if let Some(what) = &message.wrong_files {
-            return Err(malformed(what));
-        }
-        self.get_vring_base(message)
-    }
-
-    /// Stops rings with what can be cancelled left in their tables. Those without one are drained when they end: nobody would
-    /// hear of what is left.
-    fn suspend_rings(&mut self, mut rings: Vec<usize>) -> Result<(), Refused> {
-        rings.sort_unstable();
-        rings.dedup();
-        rings.retain(|&index| {
-            self.inflight.as_ref().is_some_and(|inflight| inflight.area().table(index as u16).is_some())
-        });
-        self.stop_rings(rings, End::Suspended).map(drop)
-    }
-
-    fn get_vring_base(&mut self, message: &Message) -> Result<Answer, Refused> {
-        let state: VhostUserVringState = payload(message)?;
-        self.ring(state.index)?;
-        let base = self.end_ring(state.index as usize)?;
-        Ok(Answer::value(&VhostUserVringState::new(state.index, base.into())))
-    }
-
-    fn set_features(&mut self, features: u64) -> Result<(), Refused> {
+    fn set_features(&mut self, features: u64) -> Result<Answer, Refused> {
         self.negotiates = features & F_PROTOCOL_FEATURES != 0;
         let log_all = features & F_LOG_ALL != 0;
         let features = nic::driver_features(self.device.info(), features & !(F_PROTOCOL_FEATURES | F_LOG_ALL));
@@ -381,35 +230,30 @@ impl<'a> Backend<'a> {
             self.features = Some(features);
         }
         if toggled {
-            return self.change_logging(|logging| logging.set_all(log_all));
-        }
-        self.settle()
-    }
-
-    fn set_log_base(&mut self, said: &VhostUserLog, file: Option<OwnedFd>) -> Result<Answer, Refused> {
-        let file = file.ok_or_else(|| malformed("a log without a descriptor"))?;
-        let base = Mapped::new(said, file, &self.alarm).map_err(Refused::Log)?;
-        if self.logging.has_base() {
-            // Said with each pass over the memory by some. Rings go on meanwhile.
-            self.logging.set_base(base);
+            self.change_logging(|logging| logging.set_all(log_all))?;
         } else {
-            self.change_logging(|logging| logging.set_base(base))?;
+            self.settle()?;
         }
-        // The specification asks for a reply and not for what is in it: some take any, some only what they have sent.
-        Ok(Answer::value(said))
+        Ok(Answer::Done)
     }
 
-    /// Changes how writes are logged while nothing is written. Rings go on where they were.
-    fn change_logging(&mut self, change: impl FnOnce(&mut Logging)) -> Result<(), Refused> {
-        let was_on = self.logging.is_on();
-        if was_on {
-            self.stop_all(End::Drained)?;
+    fn set_protocol_features(&mut self, bits: u64) -> Result<Answer, Refused> {
+        let features = Protocol::from_bits_retain(bits);
+        if !protocol_features().contains(features) {
+            return Err(malformed(format!("{bits:#x} was not offered")));
         }
-        change(&mut self.logging);
-        if self.logging.is_on() && !was_on {
-            self.stop_all(End::Drained)?;
+        self.protocol = features;
+        Ok(Answer::Done)
+    }
+
+    fn set_backend_req_fd(&mut self, file: Option<OwnedFd>) -> Result<Answer, Refused> {
+        let notify = file.and_then(backend_channel::config_change);
+        let notify = notify.ok_or_else(|| malformed("it needs a stream socket"))?;
+        if self.protocol.contains(Protocol::CONFIG) {
+            self.device.on_config_change(notify.clone());
         }
-        self.settle()
+        self._channel = notify;
+        Ok(Answer::Done)
     }
 
     /// The device is as if no driver had come yet.
@@ -417,92 +261,6 @@ impl<'a> Backend<'a> {
         self.device.reset();
         self.features = None;
         self.broken.store(false, Ordering::Release);
-    }
-
-    fn set_mem_table(&mut self, message: &Message, files: Vec<OwnedFd>) -> Result<(), Refused> {
-        let head: VhostUserMemory = payload(message)?;
-        let count = head.num_regions as usize;
-        if count > MAX_FILES || count != files.len() {
-            return Err(malformed(format!("{count} regions with {} descriptors", files.len())));
-        }
-        let mut table = Vec::with_capacity(count);
-        let mut rest = &message.body[size_of::<VhostUserMemory>()..];
-        for file in files {
-            let mut region = VhostUserMemoryRegion::default();
-            let (bytes, behind) =
-                rest.split_at_checked(size_of::<VhostUserMemoryRegion>()).ok_or_else(|| too_short(message))?;
-            region.as_mut_slice().copy_from_slice(bytes);
-            rest = behind;
-            table.push((region, file));
-        }
-        let new = Memory::new(table, &self.alarm)?;
-        self.change_memory(|memory, _| {
-            *memory = new;
-            Ok(())
-        })
-    }
-
-    /// Changes the memory while nothing uses it.
-    fn change_memory(
-        &mut self,
-        change: impl FnOnce(&mut Memory, &Event) -> Result<(), MemoryError>,
-    ) -> Result<(), Refused> {
-        self.stop_all(End::Drained)?;
-        let changed = change(&mut self.memory, &self.alarm);
-        let settled = self.settle();
-        changed?;
-        settled
-    }
-
-    fn set_vring_num(&mut self, state: &VhostUserVringState) -> Result<(), Refused> {
-        let num = state.num;
-        let size = u16::try_from(num).ok().filter(|size| size.is_power_of_two() && *size <= MAX_SIZE);
-        let size =
-            size.ok_or_else(|| malformed(format!("{num} descriptors are not a power of two up to {MAX_SIZE}")))?;
-        let ring = self.ring(state.index)?;
-        if ring.runs() && ring.size != Some(size) {
-            return Err(malformed("the ring runs"));
-        }
-        ring.size = Some(size);
-        self.settle()
-    }
-
-    fn set_vring_addr(&mut self, said: &VhostUserVringAddr) -> Result<(), Refused> {
-        let log = dirty::used_log(said.flags, said.log);
-        let logs = self.logging.is_on();
-        let addresses = Addresses { desc: said.descriptor, avail: said.available, used: said.used };
-        let ring = self.ring(said.index)?;
-        if ring.runs() && ring.addresses != Some(addresses) {
-            return Err(malformed("the ring runs"));
-        }
-        ring.addresses = Some(addresses);
-        if std::mem::replace(&mut ring.log, log) != log && logs {
-            self.stop_ring(said.index as usize)?;
-        }
-        self.settle()
-    }
-
-    /// The ring and the descriptor of a message that brings one.
-    fn vring_file(&mut self, message: &Message, file: Option<OwnedFd>) -> Result<(usize, Option<OwnedFd>), Refused> {
-        let said = number(message)?;
-        if said & !(VRING_INDEX | VRING_NO_FD) != 0 {
-            return Err(malformed(format!("{said:#x} is no ring")));
-        }
-        let index = (said & VRING_INDEX) as u32;
-        self.ring(index)?;
-        match (said & VRING_NO_FD != 0, &file) {
-            (true, Some(_)) => return Err(malformed("a descriptor came, and that there is none")),
-            (false, None) => return Err(malformed("its descriptor is missing")),
-            _ => {}
-        }
-        Ok((index as usize, file))
-    }
-
-    /// The ring, and what the descriptor of a message is to tell its driver.
-    fn vring_interrupt(&mut self, message: &Message, file: Option<OwnedFd>) -> Result<(usize, Interrupt), Refused> {
-        let (index, file) = self.vring_file(message, file)?;
-        let interrupt = file.map(descriptor::interrupt).transpose().map_err(Refused::Event)?;
-        Ok((index, interrupt.unwrap_or_default()))
     }
 
     fn get_config(&self, message: &Message) -> Result<Answer, Refused> {
@@ -518,7 +276,7 @@ impl<'a> Backend<'a> {
         Ok(Answer::Reply(bytes, None))
     }
 
-    fn set_config(&mut self, message: &Message) -> Result<(), Refused> {
+    fn set_config(&mut self, message: &Message) -> Result<Answer, Refused> {
         let said: VhostUserConfig = payload(message)?;
         let bytes = message.body[size_of::<VhostUserConfig>()..].get(..said.size as usize);
         let bytes = bytes.ok_or_else(|| too_short(message))?;
@@ -526,17 +284,28 @@ impl<'a> Backend<'a> {
             // A guest's mistake, and on hardware without consequence.
             info!("{error}");
         }
-        Ok(())
+        Ok(Answer::Done)
     }
 
-    fn set_status(&mut self, status: u64) -> Result<(), Refused> {
+    fn set_status(&mut self, status: u64) -> Result<Answer, Refused> {
         if status == 0 {
             // Enabled rings stay so: not every frontend would say it again.
             self.reset()?;
         }
         let refused = if self.features.is_none() { VIRTIO_CONFIG_S_FEATURES_OK as u8 } else { 0 };
         self.status = status as u8 & !refused;
-        Ok(())
+        Ok(Answer::Done)
+    }
+
+    fn get_status(&self) -> Answer {
+        let fault = if self.broken.load(Ordering::Acquire) { VIRTIO_CONFIG_S_NEEDS_RESET } else { 0 };
+        Answer::number(u64::from(self.status) | u64::from(fault))
+    }
+
+    fn reset_device(&mut self) -> Result<Answer, Refused> {
+        self.reset()?;
+        self.rings.fill_with(Vring::default);
+        Ok(Answer::Done)
     }
 
     /// The driver has given the device up. It waits for none of its requests, and they are nobody's.
@@ -553,94 +322,11 @@ impl<'a> Backend<'a> {
         Ok(())
     }
 
-    fn ring(&mut self, index: u32) -> Result<&mut Vring, Refused> {
-        let count = self.rings.len();
-        self.rings.get_mut(index as usize).ok_or_else(|| malformed(format!("ring {index} of {count}")))
-    }
-
-    /// Starts and stops rings until those run that can and should.
-    fn settle(&mut self) -> Result<(), Refused> {
-        let mut result = Ok(());
-        for index in 0..self.rings.len() {
-            let log = self.logging.of_ring(self.rings[index].log);
-            let ring = &mut self.rings[index];
-            let wanted = self.features.is_some()
-                && (ring.enabled || !self.negotiates)
-                && ring.is_complete()
-                && !self.memory.is_empty();
-            if !wanted {
-                self.stop_ring(index)?;
-            } else if !ring.runs() {
-                let inflight = self.inflight.as_ref().map(Inflight::area);
-                let started = ring.start(index as u16, self.device, &self.memory, inflight, log, &self.broken);
-                if started.is_ok() {
-                    self.state.forget();
-                }
-                if let Err(error) = started {
-                    // Not again with every message: with a new doorbell.
-                    ring.kick = None;
-                    result = result.and(Err(error.into()));
-                }
-            }
-        }
-        result
-    }
-
-    fn stop_ring(&mut self, index: usize) -> Result<(), Refused> {
-        self.stop_rings(vec![index], End::Drained).map(drop)
-    }
-
-    fn stop_all(&mut self, end: End) -> Result<(), Refused> {
-        self.stop_rings((0..self.rings.len()).collect(), end).map(drop)
-    }
-
-    /// Stops those of the rings that run, and returns where each stands. What they have under way is waited for as long as
-    /// somebody wants that; then it is suspended, and the session over.
-    fn stop_rings(&mut self, mut rings: Vec<usize>, end: End) -> Result<Vec<(usize, Suspended)>, Refused> {
-        rings.retain(|&index| self.rings[index].runs());
-        if rings.is_empty() {
-            return Ok(Vec::new());
-        }
-        let indices: Vec<u16> = rings.iter().map(|&index| index as u16).collect();
-        let limit = (end == End::Suspended).then(|| Instant::now() + RESET_PATIENCE);
-        let mut stopping = self.device.stop(&indices, end);
-        let ends = loop {
-            let look = Instant::now() + LOOK_PAUSE;
-            stopping = match stopping.wait_until(look) {
-                Ok(ends) => break ends,
-                Err(stopping) => stopping,
-            };
-            if !self.wanted.still() {
-                return Err(Refused::Unwanted);
-            }
-            if limit.is_some_and(|limit| look > limit) {
-                return Err(Refused::Busy);
-            }
-        };
-        for (&index, end) in rings.iter().zip(&ends) {
-            self.rings[index].stopped(end.as_ref());
-        }
-        Ok(rings.into_iter().zip(ends).filter_map(|(index, end)| Some((index, end?))).collect())
-    }
-
     /// Ends everything of the frontend's, without waiting for what can be cancelled. Returns whether nothing is in flight any
     /// more; if there is, it is to be called again before the backend is dropped.
     pub(crate) fn end(&mut self, deadline: Instant) -> bool {
         let indices: Vec<u16> = (0..self.rings.len() as u16).collect();
         self.device.stop(&indices, End::Suspended).wait_until(deadline).is_ok()
-    }
-
-    /// Stops a ring until it gets another doorbell, and says where it is.
-    fn end_ring(&mut self, index: usize) -> Result<u16, Refused> {
-        self.stop_ring(index)?;
-        self.rings[index].kick = None;
-        Ok(self.rings[index].base)
-    }
-
-    fn end_all(&mut self, end: End) -> Result<Vec<(usize, Suspended)>, Refused> {
-        let ends = self.stop_rings((0..self.rings.len()).collect(), end)?;
-        self.rings.iter_mut().for_each(|ring| ring.kick = None);
-        Ok(ends)
     }
 }
 
@@ -682,13 +368,4 @@ fn number(message: &Message) -> Result<u64, Refused> {
 
 fn too_short(message: &Message) -> Refused {
     malformed(format!("its {} bytes are too few", message.body.len()))
-}
-
-/// The structure ends with four bytes of nothing, which not everybody sends.
-fn inflight_payload(mut message: Message) -> Result<VhostUserInflight, Refused> {
-    let len = message.body.len();
-    if len + 4 == size_of::<VhostUserInflight>() {
-        message.body.resize(len + 4, 0);
-    }
-    payload(&message)
 }

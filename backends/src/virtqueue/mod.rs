@@ -10,6 +10,7 @@ pub mod inflight;
 pub mod interrupt;
 pub mod split;
 pub mod stopping;
+mod translate;
 
 use std::sync::Arc;
 

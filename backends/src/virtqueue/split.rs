@@ -17,12 +17,12 @@ use virtio_bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
     VRING_USED_F_NO_NOTIFY,
 };
-use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
-use crate::virtqueue::buffers::{Chain, GuestIo, MAX_PIECES, read_once};
+use crate::virtqueue::buffers::{Chain, read_once};
 use crate::virtqueue::dirty::{QueueLog, Writes};
 use crate::virtqueue::inflight::{InflightTable, crash_point};
 use crate::virtqueue::interrupt::Interrupt;
+use crate::virtqueue::translate::{Near, host_range, translate};
 use crate::virtqueue::{GuestMemory, QueueState, RingConfig, RingError};
 use suppression::{Words, ask_for_kick, wants_interrupt};
 
@@ -34,11 +34,6 @@ pub const RING_FEATURES: u64 =
 /// vector, and a header and a status. A driver may make a chain as long as the queue (2.7.5.3.1), which bounds the work that one
 /// available entry can cause.
 pub const MAX_INDIRECT: u32 = 1024 + 2;
-
-/// Most pieces of a list that has buffers across several regions of guest memory: as many regions as a buffer touches, it has
-/// pieces, and 256 regions of a page each would make a quarter of a million of a chain. This is two for each segment of the longest
-/// request.
-const MAX_SPREAD: usize = 2 * MAX_PIECES;
 
 const DESC_LEN: u64 = 16;
 
@@ -475,27 +470,6 @@ impl Words for Queue {
     }
 }
 
-/// The region of guest memory that a buffer was found in last: the next one is most likely in it too.
-#[derive(Clone, Copy)]
-struct Near {
-    start: u64,
-    len: u64,
-    host: *mut u8,
-}
-
-impl Near {
-    const NOWHERE: Self = Self { start: 0, len: 0, host: std::ptr::null_mut() };
-
-    /// Where a guest range is mapped that lies in the region and is not empty.
-    #[inline]
-    fn host(&self, addr: u64, len: u64) -> Option<*mut u8> {
-        let offset = addr.wrapping_sub(self.start);
-        let inside = offset < self.len && len <= self.len - offset && len > 0;
-        // SAFETY: the region is mapped from `host` on for all of its length.
-        inside.then(|| unsafe { self.host.add(offset as usize) })
-    }
-}
-
 /// Collects the descriptors of one chain.
 struct Walk<'a> {
     chain: &'a mut Chain,
@@ -532,36 +506,6 @@ impl Walk<'_> {
 
 fn has(desc: &Descriptor, flag: u32) -> bool {
     u32::from(desc.flags) & flag != 0
-}
-
-/// The host address of a guest range that lies in one region.
-fn host_range(mem: &GuestMemory, addr: u64, len: u64) -> Option<*mut u8> {
-    let region = mem.find_region(GuestAddress(addr))?;
-    let offset = addr - region.start_addr().raw_value();
-    if len > region.len() - offset {
-        return None;
-    }
-    region.get_host_address(MemoryRegionAddress(offset)).ok()
-}
-
-/// Appends a guest range, which may span regions, to an I/O vector. `None` if any of it is not memory, or there are too many pieces.
-fn translate(mem: &GuestMemory, near: &Cell<Near>, mut addr: u64, mut len: u64, io: &mut GuestIo) -> Option<()> {
-    while len > 0 {
-        if io.pieces().len() >= MAX_SPREAD {
-            return None;
-        }
-        let region = mem.find_region(GuestAddress(addr))?;
-        let offset = addr - region.start_addr().raw_value();
-        let count = len.min(region.len() - offset);
-        let host = region.get_host_address(MemoryRegionAddress(offset)).ok()?;
-        let start = region.get_host_address(MemoryRegionAddress(0)).ok()?;
-        near.set(Near { start: region.start_addr().raw_value(), len: region.len(), host: start });
-        // SAFETY: the region is mapped from `host` on for at least `count` bytes, for as long as the queue lives.
-        unsafe { io.push(host, count as usize) };
-        len -= count;
-        addr = addr.checked_add(count).or((len == 0).then_some(0))?;
-    }
-    Some(())
 }
 
 /// The used index of a ring that nobody serves, or `None` if the ring does not lie in memory.

@@ -4,8 +4,9 @@
 use alloc::string::String;
 use alloc::vec::Vec;
 
-use crate::boot::MAX_CPUS;
-use crate::{blk, power, say, serial, virtio};
+use crate::machine::boot::MAX_CPUS;
+use crate::machine::{fail, serial};
+use crate::{say, spec};
 
 /// What is to be done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -208,21 +209,21 @@ impl Default for Options {
 impl Options {
     /// The features to accept if they are offered.
     pub fn wanted_features(&self) -> u64 {
-        let mut wanted = blk::F_SIZE_MAX
-            | blk::F_SEG_MAX
-            | blk::F_RO
-            | blk::F_BLK_SIZE
-            | blk::F_FLUSH
-            | blk::F_TOPOLOGY
-            | blk::F_CONFIG_WCE
-            | blk::F_MQ
-            | blk::F_DISCARD
-            | blk::F_WRITE_ZEROES;
+        let mut wanted = spec::F_SIZE_MAX
+            | spec::F_SEG_MAX
+            | spec::F_RO
+            | spec::F_BLK_SIZE
+            | spec::F_FLUSH
+            | spec::F_TOPOLOGY
+            | spec::F_CONFIG_WCE
+            | spec::F_MQ
+            | spec::F_DISCARD
+            | spec::F_WRITE_ZEROES;
         if self.event_idx {
-            wanted |= virtio::RING_EVENT_IDX;
+            wanted |= spec::RING_EVENT_IDX;
         }
         if self.indirect != Some(false) {
-            wanted |= virtio::RING_INDIRECT_DESC;
+            wanted |= spec::RING_INDIRECT_DESC;
         }
         wanted & !self.without
     }
@@ -238,7 +239,7 @@ impl Options {
         let result = match key {
             "job" => self.set_job(value),
             "disk" | "disks" => number(value).map(|n| self.disk = n as usize),
-            "bs" => bytes(value).filter(|&n| n > 0 && n % blk::SECTOR as u64 == 0).map(|n| self.bs = n as usize),
+            "bs" => bytes(value).filter(|&n| n > 0 && n % spec::SECTOR as u64 == 0).map(|n| self.bs = n as usize),
             "depth" => number(value).filter(|n| (1..=32_768).contains(n)).map(|n| self.depth = n as usize),
             "queues" | "pairs" => number(value).filter(|n| (1..=64).contains(n)).map(|n| self.queues = Some(n as u16)),
             "cpus" => number(value).filter(|n| (1..=MAX_CPUS as u64).contains(n)).map(|n| self.cpus = n as usize),
@@ -264,13 +265,13 @@ impl Options {
             "qsize" => number(value).filter(|&n| n <= 32_768).map(|n| self.queue_size = n as u16),
             "event_idx" => flag(value).map(|on| self.event_idx = on),
             "indirect" => flag(value).map(|on| self.indirect = Some(on)),
-            "mq" => feature(blk::F_MQ, self.without).map(|bits| self.without = bits),
-            "flush" => feature(blk::F_FLUSH, self.without).map(|bits| self.without = bits),
-            "discard" => feature(blk::F_DISCARD, self.without).map(|bits| self.without = bits),
-            "write_zeroes" => feature(blk::F_WRITE_ZEROES, self.without).map(|bits| self.without = bits),
-            "config_wce" => feature(blk::F_CONFIG_WCE, self.without).map(|bits| self.without = bits),
-            "seg_max" => feature(blk::F_SEG_MAX, self.without).map(|bits| self.without = bits),
-            "ro" => feature(blk::F_RO, self.without).map(|bits| self.without = bits),
+            "mq" => feature(spec::F_MQ, self.without).map(|bits| self.without = bits),
+            "flush" => feature(spec::F_FLUSH, self.without).map(|bits| self.without = bits),
+            "discard" => feature(spec::F_DISCARD, self.without).map(|bits| self.without = bits),
+            "write_zeroes" => feature(spec::F_WRITE_ZEROES, self.without).map(|bits| self.without = bits),
+            "config_wce" => feature(spec::F_CONFIG_WCE, self.without).map(|bits| self.without = bits),
+            "seg_max" => feature(spec::F_SEG_MAX, self.without).map(|bits| self.without = bits),
+            "ro" => feature(spec::F_RO, self.without).map(|bits| self.without = bits),
             "framing" => match value {
                 "plain" => Some(Framing::Plain),
                 "any" => Some(Framing::Any),
@@ -344,7 +345,7 @@ pub fn parse(command_line: &str) -> Vec<Options> {
         }
         match jobs.last_mut().unwrap_or(&mut common).apply(key, value) {
             Some(Ok(())) => {}
-            Some(Err(())) => power::fail(format_args!("command-line where={key} expected=a-known-value got={value}")),
+            Some(Err(())) => fail(format_args!("command-line where={key} expected=a-known-value got={value}")),
             None => say!("note ignoring {word}"),
         }
     }
@@ -353,7 +354,7 @@ pub fn parse(command_line: &str) -> Vec<Options> {
     }
     for job in jobs.iter().filter(|job| job.until_told) {
         if !matches!(job.kind, Kind::Verify | Kind::Reset | Kind::Beside | Kind::Net(Traffic::Transmit)) {
-            power::fail(format_args!("command-line where=until expected=verify,reset,beside,net-tx got={}", job.name));
+            fail(format_args!("command-line where=until expected=verify,reset,beside,net-tx got={}", job.name));
         }
     }
     jobs

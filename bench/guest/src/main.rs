@@ -9,49 +9,19 @@
 
 extern crate alloc;
 
-mod acpi;
-mod apic;
-mod beside;
-mod blk;
-mod boot;
-mod clock;
-mod doze;
-mod drained;
-mod entropy;
-mod exchange;
-mod flood;
-mod framing;
-mod hist;
-mod hostile;
-mod hotplug;
-mod idle;
-mod info;
-mod interrupts;
+mod checks;
+mod drivers;
 mod job;
-mod lane;
-mod load;
-mod mem;
-mod model;
-mod net;
-mod net_hostile;
-mod packet;
-mod paging;
-mod pci;
-mod port;
-mod power;
-mod pvh;
-mod queue;
-mod rng;
-mod serial;
-mod single;
-mod smp;
-mod sync;
-mod verify;
-mod virtio;
-mod wait;
+mod loads;
+mod machine;
+mod shared;
+mod spec;
 
+use crate::checks::{beside, drained, entropy, hostile, hotplug, info, net_hostile, verify};
 use crate::job::{Kind, Options, Traffic};
-use crate::pvh::StartInfo;
+use crate::loads::{exchange, flood, idle, load};
+use crate::machine::pvh::StartInfo;
+use crate::machine::{acpi, apic, clock, fail, interrupts, power, serial, smp};
 
 /// Where each vCPU arrives in ring 3.
 #[allow(unsafe_code, reason = "called by name from the boot code")]
@@ -68,7 +38,7 @@ extern "C" fn cpu_main(cpu: usize) -> ! {
     smp::init();
     let start = match StartInfo::read() {
         Ok(start) => start,
-        Err(what) => power::fail(format_args!("boot where=pvh expected={what} got=something-else")),
+        Err(what) => fail(format_args!("boot where=pvh expected={what} got=something-else")),
     };
     acpi::init(start.rsdp);
     let jobs = job::parse(&start.command_line);
@@ -116,10 +86,8 @@ fn run(options: &Options, start: &StartInfo, clock_source: &str) {
 #[panic_handler]
 fn panic(info: &core::panic::PanicInfo<'_>) -> ! {
     match info.location() {
-        Some(at) => {
-            power::fail(format_args!("panic where={}:{} expected=none got={}", at.file(), at.line(), info.message()))
-        }
-        None => power::fail(format_args!("panic where=unknown expected=none got={}", info.message())),
+        Some(at) => fail(format_args!("panic where={}:{} expected=none got={}", at.file(), at.line(), info.message())),
+        None => fail(format_args!("panic where=unknown expected=none got={}", info.message())),
     }
 }
 
@@ -127,5 +95,5 @@ fn panic(info: &core::panic::PanicInfo<'_>) -> ! {
 #[allow(unsafe_code, reason = "a name that the linker looks for")]
 #[unsafe(no_mangle)]
 extern "C" fn _Unwind_Resume() -> ! {
-    power::fail(format_args!("unwind where=alloc expected=never got=called"))
+    fail(format_args!("unwind where=alloc expected=never got=called"))
 }

@@ -4,10 +4,10 @@ use std::fmt::Write;
 
 use super::PLAIN_RING;
 use crate::backend;
-use crate::cli::{Pattern, Storage};
 use crate::document::{BlockJob, BlockPoint, Document, Point, Series};
 use crate::stats::Spread;
-use crate::table::{Grid, about_counts, counts, cpu, machine, plural, ratio, starts, warnings, with_spread};
+use crate::table::{Grid, about_counts, bytes, counts, cpu, machine, plural, ratio, starts, warnings, with_spread};
+use crate::workload::{Pattern, Storage};
 
 /// Puts the tables and what must be said with them together.
 pub(crate) fn render(document: &Document, job: &BlockJob) -> String {
@@ -64,15 +64,6 @@ pub(crate) fn setting(job: &BlockJob) -> String {
         if job.prefault { ", memory prefaulted" } else { "" },
         plural(job.runs, "interleaved run")
     )
-}
-
-/// `4 KiB`, `512 bytes`.
-pub(crate) fn bytes(bs: u64) -> String {
-    match bs {
-        _ if bs.is_multiple_of(1 << 20) => format!("{} MiB", bs >> 20),
-        _ if bs >= 1024 => format!("{} KiB", bs as f64 / 1024.0),
-        _ => format!("{bs} bytes"),
-    }
 }
 
 fn body(document: &Document, rw: Pattern, bs: u64) -> Grid {

@@ -52,19 +52,6 @@ pub enum LinuxProgram {
     Iperf3,
 }
 
-/// One of iperf3's streams.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
-pub struct Stream {
-    /// What arrived.
-    pub bits_per_second: f64,
-    /// Segments of TCP that were sent again, where the sender tells.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub retransmits: Option<u64>,
-    /// Datagrams of UDP that did not arrive.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub lost_percent: Option<f64>,
-}
-
 impl fmt::Display for LinuxProgram {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

@@ -5,11 +5,11 @@ use std::fmt::Write;
 use super::chart::{self, Bar, Curve};
 use super::distribution;
 use super::text::{escape, range, short, tick};
-use crate::block::table::{bytes, explanations, groups, latency, of_group, setting};
-use crate::cli::Pattern;
+use crate::block::table::{explanations, groups, latency, of_group, setting};
 use crate::document::{BlockJob, Document, Point, Series};
 use crate::stats::Spread;
-use crate::table::{counts, cpu};
+use crate::table::{bytes, counts, cpu};
+use crate::workload::Pattern;
 
 /// All sections.
 pub(super) fn render(document: &Document, job: &BlockJob) -> String {

@@ -67,7 +67,7 @@ mod tests {
 
     use super::*;
     use crate::document::{IdlePoint, Job, Series};
-    use crate::run::Sample;
+    use crate::sample::Sample;
 
     #[test]
     fn idle_is_told_in_per_cent() {

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
 use super::shell::quote;
-use crate::run::Latency;
+use crate::sample::Latency;
 
 /// The guest's disk.
 pub const DISK: &str = "/dev/vda";

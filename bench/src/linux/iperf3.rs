@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
 use super::shell::quote;
-use crate::document::Stream;
+use crate::sample::Stream;
 
 /// What the bench says itself.
 const OWN: [&str; 8] = ["-c", "--client", "-s", "--server", "-J", "--json", "-p", "--port"];

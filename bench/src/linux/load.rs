@@ -10,7 +10,7 @@ use super::fio::{self, JobFile};
 use super::iperf3;
 use crate::cli::LinuxOptions;
 use crate::document::{LinuxPoint, LinuxProgram};
-use crate::run::Sample;
+use crate::sample::Sample;
 
 /// Run where the user names nothing.
 const USUAL_FIO: (&str, &str) = ("disk.fio", include_str!("../../jobs/disk.fio"));

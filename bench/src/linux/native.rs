@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 
 use super::boot::Done;
 use super::tools::{find, run, tail};
-use crate::run::end_with_parent;
+use crate::child::end_with_parent;
 use crate::signals;
 use crate::steal::{self, Ticks};
 

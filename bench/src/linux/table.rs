@@ -174,8 +174,8 @@ pub(crate) mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::document::{Job, Stream};
-    use crate::run::{Latency, Sample, VmSample};
+    use crate::document::Job;
+    use crate::sample::{Latency, Sample, Stream, VmSample};
 
     /// A document of two jobs and a line, with two contestants.
     pub(crate) fn linux_document() -> Document {

@@ -21,7 +21,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::interface::Interface;
 use crate::limit::{ring, thread_time};
 use crate::packet::{self, DISCARD, FILLER, HEADER};
-use crate::run::Sample;
+use crate::sample::Sample;
 use crate::signals;
 
 /// How long the tap may have nothing to read, or take for a burst.

@@ -3,10 +3,10 @@
 use std::fmt::Write;
 
 use super::{Flow, PLAIN_BESIDE, QUEUE_SIZE, SLEEPER_QUEUE_SIZE};
-use crate::cli::Direction;
 use crate::document::{Document, NetJob, Point, Series};
 use crate::stats::Spread;
 use crate::table::{Grid, about_counts, counts, cpu, machine, plural, ratio, starts, warnings, with_spread};
+use crate::workload::Direction;
 
 /// Puts the table and what must be said with it together.
 pub(crate) fn render(document: &Document, job: &NetJob) -> String {
@@ -118,7 +118,7 @@ mod tests {
     use super::*;
     use crate::document::Job;
     use crate::net::PLAIN;
-    use crate::run::Sample;
+    use crate::sample::Sample;
 
     #[test]
     fn bits_ratios_and_cpu_are_those_of_the_medians() {

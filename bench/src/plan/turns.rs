@@ -258,7 +258,7 @@ mod tests {
         document.series.clear();
         document.steal.as_mut().unwrap().repeated = 0;
         let mut left = document.clone();
-        let outcome = plan.finish(document, &Output::default(), |document| {
+        let outcome = plan.finish(document, (&Output::default(), |_, _| Ok(())), |document| {
             let turns = Turns { plan: &plan, contenders: &contenders, label: Some("depth 1") };
             let outcome = turns.take(
                 document,

@@ -33,7 +33,7 @@ use rustix::process::Signal;
 
 pub use l1::Output;
 pub use l2::Guest;
-pub use payload::{guest_initramfs, kernel_package};
+pub use payload::guest_initramfs;
 pub use vm::{Disk, Image, Kernel, Vm, disk, vm};
 pub use wire::Exit;
 

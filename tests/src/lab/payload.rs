@@ -44,7 +44,7 @@ pub(crate) struct Payload {
 impl Payload {
     /// Builds everything anew in `folder`.
     pub(crate) fn build(folder: &Path) -> Result<Payload> {
-        let package = kernel_package()?;
+        let package = host::kernel_package()?;
         let ringvm = paths::ringvm()?;
         let helpers = [
             ("bin/lab-agent", paths::helper("lab-agent")?),
@@ -133,12 +133,6 @@ fn l1_root(tree: &mut Tree, ringvm: &Path, helpers: &[(&str, PathBuf)]) -> Resul
     tree.text("etc/passwd", "root:x:0:0:root:/:/bin/sh\n", 0o644);
     tree.text("init", include_str!("init/l1.sh"), 0o755);
     Ok(())
-}
-
-/// The kernel of the lab: the package that tests/run unpacked into target/lab/kernel.
-pub fn kernel_package() -> Result<Kernel> {
-    Kernel::unpacked(&paths::lab().join("kernel"))
-        .map_err(|error| Error::Missing(format!("{error}; tests/run does that")))
 }
 
 /// What the guests of the tests boot into: a shell on the serial console (see init/l2.sh) with the tools of the tests.

@@ -4,7 +4,8 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use ringvm_tests::lab::{guest_initramfs, kernel_package};
+use ringvm_tests::host::kernel_package;
+use ringvm_tests::lab::guest_initramfs;
 use ringvm_tests::native::{Running, program};
 use tempfile::TempDir;
 

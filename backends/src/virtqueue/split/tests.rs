@@ -4,11 +4,12 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use virtio_queue::{Queue as OracleQueue, QueueT};
-use vm_memory::{Bytes, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
 use crate::testing::driver::{Buffer, Descriptor, Driver};
+use crate::virtqueue::translate::MAX_SPREAD;
 
 const RING: u64 = 0x1000;
 /// Two regions that touch, a hole, and one more.

@@ -1,0 +1,98 @@
+//! Messages about what is kept for others: the table of requests in flight, the log of written pages, the device's state.
+
+use std::os::fd::OwnedFd;
+
+use ringvm_backends::device::End;
+use vhost::vhost_user::message::{VhostUserInflight, VhostUserLog, VhostUserTransferDeviceState};
+use vm_memory::ByteValued;
+
+use super::{Answer, Backend, Refused, malformed, payload};
+use crate::dirty::{Logging, Mapped};
+use crate::message::Message;
+use crate::vring::{MAX_SIZE, Vring};
+use crate::{descriptor, inflight};
+
+/// In the answer to SET_DEVICE_STATE_FD: there is no descriptor, the one that came is taken. The bits below tell of an error.
+const STATE_NO_FD: u64 = 1 << 8;
+
+impl Backend<'_> {
+    pub(super) fn get_inflight_fd(&mut self, message: Message) -> Result<Answer, Refused> {
+        let (said, area) = inflight::make(&inflight_payload(message)?, self.rings.len() as u16, MAX_SIZE)
+            .map_err(Refused::Inflight)?;
+        let file = area.file().try_clone().map_err(Refused::Inflight)?;
+        Ok(Answer::Reply(said.as_slice().into(), Some(file.into())))
+    }
+
+    pub(super) fn set_inflight_fd(&mut self, message: Message, file: Option<OwnedFd>) -> Result<Answer, Refused> {
+        let file = file.ok_or_else(|| malformed("a table without a descriptor"))?;
+        let said = inflight_payload(message)?;
+        let taken = inflight::take(&said, file, self.rings.len() as u16, MAX_SIZE, &self.alarm);
+        let taken = taken.map_err(Refused::Inflight)?;
+        self.stop_all(End::Drained)?;
+        self.inflight = Some(taken);
+        self.settle()?;
+        Ok(Answer::Done)
+    }
+
+    pub(super) fn set_log_fd(&mut self, file: Option<OwnedFd>) -> Result<Answer, Refused> {
+        let file = file.ok_or_else(|| malformed("its descriptor is missing"))?;
+        let event = descriptor::interrupt(file).map_err(Refused::Event)?;
+        self.change_logging(|logging| logging.set_event(event))?;
+        Ok(Answer::Done)
+    }
+
+    pub(super) fn set_log_base(&mut self, said: &VhostUserLog, file: Option<OwnedFd>) -> Result<Answer, Refused> {
+        let file = file.ok_or_else(|| malformed("a log without a descriptor"))?;
+        let base = Mapped::new(said, file, &self.alarm).map_err(Refused::Log)?;
+        if self.logging.has_base() {
+            // Said with each pass over the memory by some. Rings go on meanwhile.
+            self.logging.set_base(base);
+        } else {
+            self.change_logging(|logging| logging.set_base(base))?;
+        }
+        // The specification asks for a reply and not for what is in it: some take any, some only what they have sent.
+        Ok(Answer::value(said))
+    }
+
+    /// Changes how writes are logged while nothing is written. Rings go on where they were.
+    pub(super) fn change_logging(&mut self, change: impl FnOnce(&mut Logging)) -> Result<(), Refused> {
+        let was_on = self.logging.is_on();
+        if was_on {
+            self.stop_all(End::Drained)?;
+        }
+        change(&mut self.logging);
+        if self.logging.is_on() && !was_on {
+            self.stop_all(End::Drained)?;
+        }
+        self.settle()
+    }
+
+    pub(super) fn set_device_state_fd(
+        &mut self,
+        said: &VhostUserTransferDeviceState,
+        file: Option<OwnedFd>,
+    ) -> Result<Answer, Refused> {
+        let begun = self.state.begin(said, file, self.device, self.rings.iter().any(Vring::runs));
+        Ok(match begun {
+            Ok(()) => Answer::number(STATE_NO_FD),
+            Err(error) => Answer::Refused(STATE_NO_FD | 1, error.into()),
+        })
+    }
+
+    pub(super) fn check_device_state(&mut self) -> Answer {
+        let rings_run = self.rings.iter().any(Vring::runs);
+        match self.state.end(self.device, rings_run, &self.wanted) {
+            Ok(()) => Answer::number(0),
+            Err(error) => Answer::Refused(1, error.into()),
+        }
+    }
+}
+
+/// The structure ends with four bytes of nothing, which not everybody sends.
+fn inflight_payload(mut message: Message) -> Result<VhostUserInflight, Refused> {
+    let len = message.body.len();
+    if len + 4 == size_of::<VhostUserInflight>() {
+        message.body.resize(len + 4, 0);
+    }
+    payload(&message)
+}
