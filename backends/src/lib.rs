@@ -30,6 +30,7 @@ pub mod replay;
 pub mod ring;
 pub mod rng;
 pub mod service;
+pub mod setup;
 pub mod shared;
 pub mod state;
 pub mod stats;

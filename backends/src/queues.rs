@@ -166,6 +166,11 @@ impl Queues {
         true
     }
 
+    /// Whether any queue runs, or has something in flight still.
+    pub(crate) fn any_run(&self) -> bool {
+        self.places.iter().any(|place| matches!(place, Some(Place::Runs { .. } | Place::Leaves(_))))
+    }
+
     /// What the queues have counted.
     pub(crate) fn stats(&self) -> DeviceStats {
         let queues = (0..).zip(self.ended.iter().zip(&self.places)).filter_map(|(index, (ended, place))| {

@@ -7,6 +7,7 @@ use crate::io::Io;
 use crate::queue::{Chain, RING_FEATURES};
 use crate::queues::Queues;
 use crate::reactor::ReactorPool;
+use crate::state::check_empty;
 use crate::stats::DeviceStats;
 use crate::worker::{Handler, Outcome, Step};
 
@@ -94,6 +95,14 @@ impl Device for RngDevice {
     fn reset(&mut self) {
         self.queues.stop_all();
         self.features = 0;
+    }
+
+    fn save_state(&self) -> Result<Vec<u8>, DeviceError> {
+        Ok(Vec::new())
+    }
+
+    fn load_state(&mut self, state: &[u8]) -> Result<(), DeviceError> {
+        check_empty(&self.info.name, state)
     }
 
     fn stats(&self) -> DeviceStats {

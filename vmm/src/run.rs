@@ -12,7 +12,7 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use ringvm_backends::block::OpenError;
 use ringvm_backends::device::{Device, Place};
-use ringvm_backends::net::{self, NetDevice};
+use ringvm_backends::net;
 use ringvm_backends::reactor::{OnPanic, ReactorOptions, ReactorPool};
 use ringvm_backends::rng::RngDevice;
 use ringvm_backends::summary::summary;
@@ -34,7 +34,7 @@ use crate::legacy::serial_file::SerialFile;
 use crate::legacy::terminal::{RawMode, is_interactive};
 use crate::machine::ending::{Limits, Stopped, flush, let_go};
 use crate::machine::{Blueprint, Machine, MachineError, Running};
-use crate::placement::{Moved, Mover, PlaceError, PlacedDisk, nic_in_daemon};
+use crate::placement::{Moved, Mover, PlaceError, open_disk, open_nic};
 use crate::vhost_user::peer::Peer;
 use crate::vhost_user::{ConnectError, VhostUserDevice, Wanted};
 use crate::{bus_error, signals};
@@ -327,7 +327,7 @@ impl Operator {
     }
 }
 
-/// Moves a disk to the place where it is not, and says how it went.
+/// Moves a device to the place where it is not, and says how it went.
 fn change_place(mover: &Mover) {
     match mover.toggle() {
         Ok(Moved { name, place, pause }) => {
@@ -420,7 +420,7 @@ fn open_devices(config: &Config, events: &Events) -> Result<(Devices, Vec<Mover>
             let wanted = Wanted { device_type: VIRTIO_ID_BLOCK, queues, queue_size: disk.queue_size };
             devices.push(daemon(&name, socket, wanted)?);
         } else {
-            let (disk, mover) = PlacedDisk::open(&name, disk, &reactors, pool.as_ref(), config.stats)?;
+            let (disk, mover) = open_disk(&name, disk, &reactors, pool.as_ref(), config.stats)?;
             devices.push(Box::new(disk));
             movers.push(mover);
         }
@@ -430,10 +430,10 @@ fn open_devices(config: &Config, events: &Events) -> Result<(Devices, Vec<Mover>
         if let Some(socket) = &net.socket {
             let wanted = Wanted { device_type: VIRTIO_ID_NET, queues: None, queue_size: net.queue_size };
             devices.push(daemon(&name, socket, wanted)?);
-        } else if net.place == Place::Daemon {
-            devices.push(Box::new(nic_in_daemon(&name, net, &reactors, config.stats)?));
         } else {
-            devices.push(Box::new(NetDevice::open(&name, net, here()?)?));
+            let (nic, mover) = open_nic(&name, net, &reactors, pool.as_ref(), config.stats)?;
+            devices.push(Box::new(nic));
+            movers.push(mover);
         }
     }
     for (index, options) in config.vhost_user.iter().enumerate() {

@@ -248,10 +248,10 @@ impl Device for BlockDevice {
         })
     }
 
-    fn save_state(&self) -> Vec<u8> {
+    fn save_state(&self) -> Result<Vec<u8>, DeviceError> {
         let mut state = StateWriter::new(VIRTIO_ID_BLOCK, STATE_VERSION);
         state.flag(self.config[WRITEBACK] != 0);
-        state.finish()
+        Ok(state.finish())
     }
 
     fn load_state(&mut self, state: &[u8]) -> Result<(), DeviceError> {

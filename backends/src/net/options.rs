@@ -11,10 +11,10 @@ use serde::Deserialize;
 use thiserror::Error;
 
 use crate::device::Place;
-use crate::port::Port;
 use crate::port::link::Link;
 use crate::port::loopback::Loopback;
 use crate::port::tap::{self, Tap, TapError};
+use crate::port::{Offloads, Port};
 
 /// Most queue pairs of a NIC.
 pub const MAX_PAIRS: u16 = 32;
@@ -65,6 +65,48 @@ impl fmt::Display for Mac {
     }
 }
 
+/// What a port can do whose descriptors another process has lent: asking the port itself would change it.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum Lent {
+    /// Whole frames with their checksums.
+    Plain,
+    /// Offloads of TCP too.
+    Tcp,
+    /// All there are.
+    All,
+}
+
+impl Lent {
+    /// As the process that lends a port has found it.
+    #[must_use]
+    pub fn of(offloads: Offloads) -> Self {
+        match offloads {
+            Offloads::ALL => Self::All,
+            Offloads::TCP => Self::Tcp,
+            _ => Self::Plain,
+        }
+    }
+
+    fn offloads(self) -> Offloads {
+        match self {
+            Self::Plain => Offloads::default(),
+            Self::Tcp => Offloads::TCP,
+            Self::All => Offloads::ALL,
+        }
+    }
+}
+
+impl fmt::Display for Lent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Plain => "plain",
+            Self::Tcp => "tcp",
+            Self::All => "all",
+        })
+    }
+}
+
 /// A NIC as the command line or a configuration file describes it. One of `tap`, `fds`, `link` and `loopback` says where its
 /// frames go.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
@@ -80,6 +122,9 @@ pub struct NetOptions {
     /// Whatever is transmitted is received.
     #[serde(default)]
     pub loopback: bool,
+    /// The descriptors of `fds` are lent by a process that has opened the port, a link or loopback too (two for each pair then),
+    /// and that serves the NIC at other times: the port is changed only while queues run here. `ringvm` says so to its daemons.
+    pub lent: Option<Lent>,
     /// Where the NIC is served. Not looked at here, but by whoever has the guest.
     #[serde(default)]
     pub place: Place,
@@ -112,6 +157,7 @@ impl Default for NetOptions {
             fds: Vec::new(),
             link: None,
             loopback: false,
+            lent: None,
             place: Place::Process,
             socket: None,
             mac: None,
@@ -176,8 +222,17 @@ impl NetOptions {
                 return Err(self.refuse("with socket= only queue-size= is said here, the rest to the daemon"));
             }
         }
-        let ports =
-            [self.tap.is_some(), !self.fds.is_empty(), self.link.is_some(), self.loopback, self.socket.is_some()];
+        if self.lent.is_some() && (self.fds.is_empty() || self.tap.is_some()) {
+            return Err(self.refuse("lent= goes with fds=, the descriptors that are lent, and without tap="));
+        }
+        let lends_sockets = self.lent.is_some() && (self.link.is_some() || self.loopback);
+        let ports = [
+            self.tap.is_some(),
+            !self.fds.is_empty() && !lends_sockets,
+            self.link.is_some(),
+            self.loopback,
+            self.socket.is_some(),
+        ];
         match ports.iter().filter(|named| **named).count() {
             1 => {}
             0 => return Err(self.refuse("no port is named: give one of tap=, fds=, link=, loopback=on and socket=")),
@@ -198,8 +253,9 @@ impl NetOptions {
         if !(1..=MAX_PAIRS).contains(&self.queues) {
             return Err(self.refuse(format!("queues={} is not from 1 to {MAX_PAIRS}", self.queues)));
         }
-        if !self.fds.is_empty() && self.fds.len() != usize::from(self.queues) {
-            let what = format!("{} descriptors for queues={}, one for each is needed", self.fds.len(), self.queues);
+        let (each, word) = if lends_sockets { (2, "two") } else { (1, "one") };
+        if !self.fds.is_empty() && self.fds.len() != each * usize::from(self.queues) {
+            let what = format!("{} descriptors for queues={}, {word} for each is needed", self.fds.len(), self.queues);
             return Err(self.refuse(what));
         }
         if !self.queue_size.is_power_of_two() || !(64..=MAX_QUEUE_SIZE).contains(&self.queue_size) {
@@ -222,6 +278,15 @@ impl NetOptions {
         self.validate()?;
         let pairs = usize::from(self.queues);
         let host = |what, source| OpenError::Host { net: self.name(), what, source };
+        if let Some(lent) = self.lent {
+            return Ok(match &self.link {
+                Some(link) => Arc::new(Link::lent(link, &self.fds).map_err(|e| host("using the lent sockets", e))?),
+                None if self.loopback => {
+                    Arc::new(Loopback::lent(&self.fds).map_err(|e| host("using the lent sockets", e))?)
+                }
+                None => Arc::new(Tap::lent(&self.fds, lent.offloads())?),
+            });
+        }
         Ok(match (&self.tap, &self.link) {
             (Some(tap), _) => Arc::new(Tap::open(tap, pairs, self.mtu)?),
             (_, Some(link)) => Arc::new(Link::new(link, pairs).map_err(|e| host("taking a side of the link", e))?),

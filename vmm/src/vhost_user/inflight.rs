@@ -81,7 +81,7 @@ impl Inflight {
 }
 
 /// Closes a file whose file system may never answer, on a thread that has nothing else to do.
-fn close_elsewhere(file: File) {
+pub(super) fn close_elsewhere(file: File) {
     // Without a thread it is left open: that costs a descriptor, and nobody waits.
     let file = std::mem::ManuallyDrop::new(file);
     let closed = std::thread::Builder::new()
