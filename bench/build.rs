@@ -39,7 +39,7 @@ fn main() {
         println!("cargo::rerun-if-changed={}", guest.join(input).display());
     }
     // The one file of the guest that lies elsewhere.
-    println!("cargo::rerun-if-changed={}", guest.join("../../backends/src/histogram/steps.rs").display());
+    println!("cargo::rerun-if-changed={}", guest.join("../../backends/src/stats/histogram/steps.rs").display());
     let elf = build(&guest, &target_dir);
     println!("cargo::rustc-env=RINGVM_GUEST_ELF={}", elf.display());
 }

@@ -4,7 +4,7 @@ use std::fmt;
 
 use divan::Bencher;
 use divan::counter::ItemsCount;
-use ringvm_backends::replay::{NullDisk, Request};
+use ringvm_backends::testing::replay::{NullDisk, Request};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 
 fn main() {

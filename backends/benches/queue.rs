@@ -5,10 +5,11 @@ use std::fmt;
 use divan::Bencher;
 use divan::counter::ItemsCount;
 use ringvm_backends::device::QueueState;
-use ringvm_backends::inflight::InflightArea;
-use ringvm_backends::interrupt::Interrupt;
-use ringvm_backends::queue::{Chain, Queue, RING_FEATURES};
-use ringvm_backends::replay::{QUEUE_SIZE, Replay, pages};
+use ringvm_backends::testing::replay::{QUEUE_SIZE, Replay, pages};
+use ringvm_backends::virtqueue::buffers::Chain;
+use ringvm_backends::virtqueue::inflight::InflightArea;
+use ringvm_backends::virtqueue::interrupt::Interrupt;
+use ringvm_backends::virtqueue::split::{Queue, RING_FEATURES};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 fn main() {

@@ -5,9 +5,10 @@ use divan::Bencher;
 use divan::counter::ItemsCount;
 use ringvm_backends::block::request::{Header, IOERR, Kind, Limits, Refusal};
 use ringvm_backends::device::QueueState;
-use ringvm_backends::interrupt::Interrupt;
-use ringvm_backends::queue::{Chain, Queue, RING_FEATURES};
-use ringvm_backends::replay::{CHAINS, Replay, Request};
+use ringvm_backends::testing::replay::{CHAINS, Replay, Request};
+use ringvm_backends::virtqueue::buffers::Chain;
+use ringvm_backends::virtqueue::interrupt::Interrupt;
+use ringvm_backends::virtqueue::split::{Queue, RING_FEATURES};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES};
 
 fn main() {

@@ -8,7 +8,7 @@ use std::os::fd::AsFd;
 
 use divan::Bencher;
 use divan::counter::ItemsCount;
-use ringvm_backends::ring::{Ring, Token};
+use ringvm_backends::io::ring::{Ring, Token};
 
 fn main() {
     divan::main();

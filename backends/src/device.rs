@@ -4,23 +4,15 @@
 //! is. What happens to a request is below `start_queue`, on I/O threads, and never crosses this trait.
 //! Terms are those of the virtio 1.3 specification, sections 2.1 to 2.7.
 
-use std::sync::Arc;
-use std::time::Instant;
-
 use serde::Deserialize;
 use thiserror::Error;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
-use vm_memory::GuestMemoryMmap;
-use vmm_sys_util::eventfd::EventFd;
 
-use crate::dirty::QueueLog;
-use crate::inflight::InflightTable;
-use crate::interrupt::Interrupt;
-use crate::reactor::End;
 use crate::stats::DeviceStats;
-
-/// Guest memory as a queue sees it: every region is mapped into this process for as long as the handle lives.
-pub type GuestMemory = Arc<GuestMemoryMmap>;
+use crate::virtqueue::RingError;
+use crate::virtqueue::interrupt::Interrupt;
+pub use crate::virtqueue::stopping::{Ends, Stopping};
+pub use crate::virtqueue::{End, GuestMemory, QueueParts, QueueState, RingConfig, Suspended};
 
 /// What a device is, fixed from its creation.
 #[derive(Clone, Debug)]
@@ -60,83 +52,6 @@ pub fn read_space(space: &[u8], offset: u32, data: &mut [u8]) {
     let from = space.get(offset as usize..).unwrap_or_default();
     let count = from.len().min(data.len());
     data[..count].copy_from_slice(&from[..count]);
-}
-
-/// Where a split virtqueue lies and how long it is. Addresses are guest-physical.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct RingConfig {
-    /// Number of descriptors, a power of two of at most 32768.
-    pub size: u16,
-    /// Descriptor table ("descriptor area"), 16-byte aligned.
-    pub desc: u64,
-    /// Available ring ("driver area"), 2-byte aligned.
-    pub avail: u64,
-    /// Used ring ("device area"), 4-byte aligned.
-    pub used: u64,
-}
-
-/// The position of a queue, all that is needed to go on with it elsewhere if nothing is left in flight.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct QueueState {
-    /// Index of the next entry of the available ring to look at.
-    pub next_avail: u16,
-    /// Index of the next entry of the used ring to fill.
-    pub next_used: u16,
-}
-
-/// A queue that was stopped with some of its requests unanswered.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Suspended {
-    /// Where it stands.
-    pub state: QueueState,
-    /// Heads of the chains before `next_avail` that were taken and not given back. Nothing of them is under way any more; what
-    /// they ask for was done in part, in whole or not at all.
-    pub left: Vec<u16>,
-}
-
-/// Everything a queue needs to run.
-pub struct QueueParts {
-    /// Layout of the ring.
-    pub ring: RingConfig,
-    /// Memory the ring and its buffers live in.
-    pub mem: GuestMemory,
-    /// Written to by the driver's doorbell. The counter is never read, only its edges count.
-    pub kick: EventFd,
-    /// Raised for used buffers.
-    pub call: Interrupt,
-    /// Raised once if the driver broke the ring and the queue has stopped for good (DEVICE_NEEDS_RESET).
-    pub fault: Interrupt,
-    /// Where to start.
-    pub from: QueueState,
-    /// What a predecessor has left behind ([`Suspended::left`]), to be served first.
-    pub left: Vec<u16>,
-    /// Where requests in flight are noted, if the queue shall survive a crash of whoever serves it. What is noted there
-    /// already is served again first, and `from` is then what follows from the table.
-    pub inflight: Option<InflightTable>,
-    /// Where the pages that are written are marked, while somebody copies the guest elsewhere.
-    pub log: Option<QueueLog>,
-    /// Buffers are used in the order in which they came, whatever it costs: without a table of those in flight, whoever goes on
-    /// for this queue after a crash knows no more than how many were used.
-    pub in_order: bool,
-}
-
-impl QueueParts {
-    /// A queue from its beginning on, which nobody is told about.
-    #[must_use]
-    pub fn new(ring: RingConfig, mem: GuestMemory, kick: EventFd) -> Self {
-        Self {
-            ring,
-            mem,
-            kick,
-            call: Interrupt::None,
-            fault: Interrupt::None,
-            from: QueueState::default(),
-            left: Vec::new(),
-            inflight: None,
-            log: None,
-            in_order: false,
-        }
-    }
 }
 
 /// Where the queues of a device are served.
@@ -181,7 +96,7 @@ pub enum DeviceError {
         /// The queue.
         index: u16,
         /// What is wrong with the ring.
-        source: crate::queue::RingError,
+        source: RingError,
     },
     /// A write to read-only or absent configuration space.
     #[error("{device}: write of {len} bytes at configuration offset {offset:#x} refused")]
@@ -255,29 +170,22 @@ pub trait Device: Send {
     /// When the index is out of range, the queue runs already, its layout does not lie in memory or the host refuses.
     fn start_queue(&mut self, index: u16, parts: QueueParts) -> Result<(), DeviceError>;
 
-    /// Stops queue `index` and returns where it stands, or `None` if it was not running.
+    /// Begins to stop queues, all at once, and returns what tells when they have: then nothing of them is in flight, every
+    /// completion is published, and each says where it stands. One that does not run says nothing, or where it stood before.
     ///
-    /// Returns only when nothing of the queue is in flight and every completion is published. Idempotent.
-    fn stop_queue(&mut self, index: u16) -> Option<QueueState>;
+    /// `End::Drained` answers everything that was taken. `End::Suspended` waits for no more than has to be waited for: a request
+    /// that can be cancelled is, and left to whoever goes on with the queue. Queues that drain already are suspended by another
+    /// call that asks for it. A queue starts again only after it has stopped.
+    fn stop(&mut self, queues: &[u16], end: End) -> Stopping;
 
-    /// Stops queues without waiting for more than has to be waited for: a request that can be cancelled is, and left to whoever
-    /// goes on with the queue. Returns where each stands, or `None` for those that were not running.
-    fn suspend(&mut self, queues: &[u16]) -> Vec<Option<Suspended>> {
-        let stopped = queues.iter().map(|&index| self.stop_queue(index));
-        stopped.map(|state| state.map(|state| Suspended { state, left: Vec::new() })).collect()
+    /// Drains one queue, waits for that, and returns where it stands, or `None` if it was not running.
+    fn drain(&mut self, index: u16) -> Option<QueueState> {
+        Some(self.stop(&[index], End::Drained).wait().pop()??.state)
     }
 
-    /// Stops queues, drained or suspended, and waits for that until `deadline` at most. `None` if something of them is in flight
-    /// still: they take nothing new, memory that they use must stay, and the call is to be repeated. A queue that drains is
-    /// suspended by a repetition that asks for that. Otherwise as [`Self::stop_queue`] and [`Self::suspend`].
-    ///
-    /// As provided it waits for as long as those do, which is for devices whose requests always end soon.
-    fn stop_by(&mut self, queues: &[u16], end: End, _deadline: Instant) -> Option<Vec<Option<Suspended>>> {
-        if end == End::Suspended {
-            return Some(self.suspend(queues));
-        }
-        let stopped = queues.iter().map(|&index| self.stop_queue(index));
-        Some(stopped.map(|state| state.map(|state| Suspended { state, left: Vec::new() })).collect())
+    /// Suspends queues, waits for that, and returns where each stands, or `None` for those that were not running.
+    fn suspend(&mut self, queues: &[u16]) -> Ends {
+        self.stop(queues, End::Suspended).wait()
     }
 
     /// Returns the device to its state before `ack_features`. All queues are stopped first.

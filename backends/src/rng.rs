@@ -2,14 +2,17 @@
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
-use crate::device::{Device, DeviceError, DeviceInfo, QueueParts, QueueState};
-use crate::io::Io;
-use crate::queue::{Chain, RING_FEATURES};
-use crate::queues::Queues;
-use crate::reactor::ReactorPool;
+use crate::device::{Device, DeviceError, DeviceInfo, QueueParts};
+use crate::io::ops::Io;
+use crate::io::queues::Queues;
+use crate::io::reactor::ReactorPool;
+use crate::io::worker::{Handler, Outcome, Step};
 use crate::state::check_empty;
 use crate::stats::DeviceStats;
-use crate::worker::{Handler, Outcome, Step};
+use crate::virtqueue::End;
+use crate::virtqueue::buffers::Chain;
+use crate::virtqueue::split::RING_FEATURES;
+use crate::virtqueue::stopping::Stopping;
 
 const QUEUE_SIZE: u16 = 64;
 const OPS: &[&str] = &["read"];
@@ -88,12 +91,12 @@ impl Device for RngDevice {
         self.queues.start(index, parts, self.features, || RngHandler { bytes: [0; MAX_BYTES] })
     }
 
-    fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
-        self.queues.stop(index)
+    fn stop(&mut self, queues: &[u16], end: End) -> Stopping {
+        self.queues.stop(queues, end)
     }
 
     fn reset(&mut self) {
-        self.queues.stop_all();
+        self.queues.reset();
         self.features = 0;
     }
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::device::{Device, DeviceError, GuestMemory, QueueParts, RingConfig, Suspended};
-use crate::interrupt::Interrupt;
+use crate::virtqueue::interrupt::Interrupt;
 
 /// What a driver has set up on one device since the last reset.
 #[derive(Default)]

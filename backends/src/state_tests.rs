@@ -14,8 +14,8 @@ use virtio_bindings::virtio_net::{
 use super::*;
 use crate::block::{BlockDevice, BlockOptions, StorageKind};
 use crate::device::{Device, DeviceError};
+use crate::io::reactor::{ReactorOptions, ReactorPool};
 use crate::net::{NetDevice, NetOptions};
-use crate::reactor::{ReactorOptions, ReactorPool};
 
 /// By which a driver takes frames unfinished.
 const GUEST_OFFLOADS: u64 = 1 << VIRTIO_NET_F_GUEST_CSUM

@@ -8,13 +8,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
+use ringvm_backends::block::storage::Geometry;
+use ringvm_backends::block::storage::raw::{DirectAlign, Raw};
 use ringvm_backends::block::{BlockDevice, BlockOptions, OpenError, StorageKind};
 use ringvm_backends::device::{Device, GuestMemory, QueueParts, QueueState, Suspended};
-use ringvm_backends::driver::{Buffer, Descriptor, Driver};
-use ringvm_backends::interrupt::Interrupt;
-use ringvm_backends::reactor::{ReactorOptions, ReactorPool};
-use ringvm_backends::storage::Geometry;
-use ringvm_backends::storage::raw::{DirectAlign, Raw};
+use ringvm_backends::io::reactor::{ReactorOptions, ReactorPool};
+use ringvm_backends::testing::driver::{Buffer, Descriptor, Driver};
+use ringvm_backends::virtqueue::interrupt::Interrupt;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -517,7 +517,7 @@ fn a_queue_is_stopped_while_its_requests_wait_for_those_of_another() {
             rig.start_queue_with(queue.into(), state, left);
         }
         if round % 2 == 0 {
-            let state = rig.device.stop_queue(1).unwrap();
+            let state = rig.device.drain(1).unwrap();
             assert_eq!(state.next_used, state.next_avail, "nothing is in flight");
             rig.start_queue(1, state);
         }
@@ -547,10 +547,10 @@ fn pitfall_24_stopping_drains_and_another_start_goes_on() {
             rig.queues[0].driver.add(&chain).unwrap();
         }
         rig.kick(0);
-        let state = rig.device.stop_queue(0).unwrap();
+        let state = rig.device.drain(0).unwrap();
         assert_eq!(state.next_used, state.next_avail, "nothing is in flight");
         assert_eq!(rig.queues[0].driver.used_index(), state.next_used, "and all is published");
-        assert_eq!(rig.device.stop_queue(0), None, "idempotent");
+        assert_eq!(rig.device.drain(0), Some(state), "stopped once more, it stands where it stood");
         rig.start_queue(0, state);
         for _ in 0..32 {
             rig.next_used(0);

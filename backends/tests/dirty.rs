@@ -10,10 +10,10 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use ringvm_backends::block::{BlockDevice, BlockOptions};
 use ringvm_backends::device::{Device, GuestMemory, QueueParts, QueueState};
-use ringvm_backends::dirty::{DirtyLog, LOG_PAGE, QueueLog};
-use ringvm_backends::driver::{Buffer, Driver};
-use ringvm_backends::interrupt::Interrupt;
-use ringvm_backends::reactor::{ReactorOptions, ReactorPool};
+use ringvm_backends::io::reactor::{ReactorOptions, ReactorPool};
+use ringvm_backends::testing::driver::{Buffer, Driver};
+use ringvm_backends::virtqueue::dirty::{DirtyLog, LOG_PAGE, QueueLog};
+use ringvm_backends::virtqueue::interrupt::Interrupt;
 use rustix::fs::MemfdFlags;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -81,7 +81,7 @@ fn serve(
             std::thread::yield_now();
         }
     }
-    device.stop_queue(0).expect("it ran")
+    device.drain(0).expect("it ran")
 }
 
 fn check(mut device: BlockDevice, cases: u32) {

@@ -7,12 +7,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use ringvm_backends::device::{Device, GuestMemory, QueueParts, QueueState};
-use ringvm_backends::driver::{Buffer, Driver};
-use ringvm_backends::interrupt::Interrupt;
+use ringvm_backends::io::reactor::{ReactorOptions, ReactorPool};
+use ringvm_backends::net::port::loopback::Loopback;
+use ringvm_backends::net::port::{Ends, Offloads, Port};
 use ringvm_backends::net::{NetDevice, NetOptions};
-use ringvm_backends::port::loopback::Loopback;
-use ringvm_backends::port::{Ends, Offloads, Port};
-use ringvm_backends::reactor::{ReactorOptions, ReactorPool};
+use ringvm_backends::testing::driver::{Buffer, Driver};
+use ringvm_backends::virtqueue::interrupt::Interrupt;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -319,7 +319,7 @@ fn pitfall_24_stopping_gives_held_buffers_back() {
     rig.send(&frame(100, 1));
     assert!(rig.receive(0).0 == frame(100, 1));
     for round in 1..10u8 {
-        let state = rig.device.stop_queue(0).unwrap();
+        let state = rig.device.drain(0).unwrap();
         assert_eq!((state.next_avail, state.next_used), (u16::from(round), u16::from(round)), "nothing is held");
         rig.start_queue(0, state);
         rig.send(&frame(100, round));
@@ -345,7 +345,7 @@ fn a_transmit_queue_that_waits_for_room_stops() {
         }
         rig.publish(1);
         std::thread::sleep(Duration::from_millis(20));
-        let state = rig.device.stop_queue(1).unwrap();
+        let state = rig.device.drain(1).unwrap();
         assert_eq!(state.next_avail, state.next_used);
     }
 }
@@ -541,10 +541,10 @@ fn pitfall_40_without_the_control_queue_the_pairs_are_those_whose_receive_queues
         rig.start_queue(index, QueueState::default());
         assert_eq!(count.load(Ordering::SeqCst), pairs, "with queue {index}");
     }
-    rig.device.stop_queue(4);
+    rig.device.drain(4);
     assert_eq!(count.load(Ordering::SeqCst), 2);
-    rig.device.stop_queue(2);
-    rig.device.stop_queue(0);
+    rig.device.drain(2);
+    rig.device.drain(0);
     assert_eq!(count.load(Ordering::SeqCst), 1, "one is always in use");
 }
 
@@ -560,7 +560,7 @@ fn pitfall_40_a_device_that_goes_on_for_another_uses_the_pairs_that_have_buffers
     assert_eq!(count.load(Ordering::SeqCst), 2);
     assert_eq!(rig.control(&[4, 0, 1, 0]), 0);
     assert_eq!(count.load(Ordering::SeqCst), 1);
-    rig.device.stop_queue(2);
+    rig.device.drain(2);
     rig.start_queue(2, QueueState::default());
     assert_eq!(count.load(Ordering::SeqCst), 1, "what was said holds");
 }

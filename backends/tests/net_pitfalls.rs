@@ -15,13 +15,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use ringvm_backends::device::{Device, GuestMemory, QueueParts};
-use ringvm_backends::driver::{Buffer, Driver};
-use ringvm_backends::inherited;
-use ringvm_backends::interrupt::Interrupt;
+use ringvm_backends::host::inherited;
+use ringvm_backends::io::reactor::{ReactorOptions, ReactorPool};
+use ringvm_backends::net::port::Port;
+use ringvm_backends::net::port::tap::Tap;
 use ringvm_backends::net::{NetDevice, NetOptions};
-use ringvm_backends::port::Port;
-use ringvm_backends::port::tap::Tap;
-use ringvm_backends::reactor::{ReactorOptions, ReactorPool};
+use ringvm_backends::testing::driver::{Buffer, Driver};
+use ringvm_backends::virtqueue::interrupt::Interrupt;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 

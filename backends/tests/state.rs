@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use ringvm_backends::block::{BlockDevice, BlockOptions, StorageKind};
 use ringvm_backends::device::{Device, DeviceError, GuestMemory, QueueParts};
-use ringvm_backends::driver::{Buffer, Driver};
+use ringvm_backends::io::reactor::{ReactorOptions, ReactorPool};
 use ringvm_backends::net::{NetDevice, NetOptions};
-use ringvm_backends::reactor::{ReactorOptions, ReactorPool};
 use ringvm_backends::state::MAX_STATE;
+use ringvm_backends::testing::driver::{Buffer, Driver};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -59,7 +59,7 @@ fn command(nic: &mut NetDevice, commands: &[Vec<u8>]) -> Vec<u8> {
             std::thread::yield_now();
         }
     }
-    nic.stop_queue(4).unwrap();
+    nic.drain(4).unwrap();
     (0..commands.len()).map(|index| mem.read_obj(GuestAddress(at(index) + 0xffff)).unwrap()).collect()
 }
 

@@ -7,14 +7,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use ringvm_backends::block::storage::{Geometry, Progress, Storage};
 use ringvm_backends::block::{BlockDevice, BlockOptions};
 use ringvm_backends::device::{Device, GuestMemory, QueueParts, Suspended};
-use ringvm_backends::driver::{Buffer, Driver};
-use ringvm_backends::guest_io::GuestIo;
-use ringvm_backends::inflight::InflightArea;
-use ringvm_backends::io::Io;
-use ringvm_backends::reactor::{ReactorOptions, ReactorPool};
-use ringvm_backends::storage::{Geometry, Progress, Storage};
+use ringvm_backends::io::ops::Io;
+use ringvm_backends::io::reactor::{ReactorOptions, ReactorPool};
+use ringvm_backends::testing::driver::{Buffer, Driver};
+use ringvm_backends::virtqueue::buffers::GuestIo;
+use ringvm_backends::virtqueue::inflight::InflightArea;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -176,7 +176,7 @@ fn a_suspended_queue_does_not_wait_and_its_successor_answers_what_is_left() {
     assert_eq!((end.state.next_avail, end.state.next_used), (REQUESTS, 2));
     assert_eq!(end.left.len(), 3);
     assert_eq!(rig.abandoned.load(Ordering::Relaxed), 3, "what is cancelled is cleared up");
-    assert_eq!(first.suspend(&[0]), [None], "it does not run any more");
+    assert_eq!(first.suspend(&[0]), [Some(end.clone())], "asked again, it stands where it stood");
     drop(first);
 
     // Taken over and suspended once more, with all of it as it was.
@@ -192,7 +192,7 @@ fn a_suspended_queue_does_not_wait_and_its_successor_answers_what_is_left() {
     let mut third = rig.device(3);
     third.start_queue(0, rig.parts(again)).unwrap();
     rig.wait_for_used(REQUESTS);
-    assert_eq!(third.stop_queue(0).unwrap().next_used, REQUESTS);
+    assert_eq!(third.drain(0).unwrap().next_used, REQUESTS);
     rig.assert_answered([3, 1, 3, 1, 3]);
 }
 

@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use ringvm_backends::block::{BlockDevice, BlockOptions as DiskOptions, StorageKind};
 use ringvm_backends::device::{Device, GuestMemory, QueueParts};
-use ringvm_backends::driver::{Buffer, Driver};
-use ringvm_backends::interrupt::Interrupt;
-use ringvm_backends::reactor::{ReactorOptions, ReactorPool};
+use ringvm_backends::io::reactor::{ReactorOptions, ReactorPool};
+use ringvm_backends::testing::driver::{Buffer, Driver};
+use ringvm_backends::virtqueue::interrupt::Interrupt;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_MQ, VIRTIO_BLK_S_OK, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -112,7 +112,7 @@ pub fn measure(options: &BlockOptions, point: BlockPoint, scratch: &Scratch, war
     }
     let sample = drive(&mut lanes, threads, options.time, warm);
     for index in 0..options.queues {
-        device.stop_queue(index);
+        device.drain(index);
     }
     sample
 }

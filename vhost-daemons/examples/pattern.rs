@@ -8,11 +8,11 @@ use std::io;
 use std::process::ExitCode;
 
 use clap::Parser;
+use ringvm_backends::block::storage::{Geometry, Progress, Storage};
 use ringvm_backends::block::{BlockDevice, BlockOptions};
-use ringvm_backends::guest_io::GuestIo;
-use ringvm_backends::io::Io;
+use ringvm_backends::io::ops::Io;
 use ringvm_backends::keyval;
-use ringvm_backends::storage::{Geometry, Progress, Storage};
+use ringvm_backends::virtqueue::buffers::GuestIo;
 use ringvm_vhost_daemons::exit::Exit;
 use ringvm_vhost_daemons::options::{self, ServeOptions};
 use ringvm_vhost_daemons::{Program, serve};

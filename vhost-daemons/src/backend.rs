@@ -8,9 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use ringvm_backends::device::{Device, DeviceError, Suspended};
-use ringvm_backends::interrupt::Interrupt;
-use ringvm_backends::reactor::End;
+use ringvm_backends::device::{Device, DeviceError, End, Suspended};
+use ringvm_backends::virtqueue::interrupt::Interrupt;
 use thiserror::Error;
 use tracing::info;
 use vhost::vhost_user::message::{
@@ -604,11 +603,13 @@ impl<'a> Backend<'a> {
         }
         let indices: Vec<u16> = rings.iter().map(|&index| index as u16).collect();
         let limit = (end == End::Suspended).then(|| Instant::now() + RESET_PATIENCE);
+        let mut stopping = self.device.stop(&indices, end);
         let ends = loop {
             let look = Instant::now() + LOOK_PAUSE;
-            if let Some(ends) = self.device.stop_by(&indices, end, look) {
-                break ends;
-            }
+            stopping = match stopping.wait_until(look) {
+                Ok(ends) => break ends,
+                Err(stopping) => stopping,
+            };
             if !self.wanted.still() {
                 return Err(Refused::Unwanted);
             }
@@ -626,7 +627,7 @@ impl<'a> Backend<'a> {
     /// more; if there is, it is to be called again before the backend is dropped.
     pub(crate) fn end(&mut self, deadline: Instant) -> bool {
         let indices: Vec<u16> = (0..self.rings.len() as u16).collect();
-        self.device.stop_by(&indices, End::Suspended, deadline).is_some()
+        self.device.stop(&indices, End::Suspended).wait_until(deadline).is_ok()
     }
 
     /// Stops a ring until it gets another doorbell, and says where it is.

@@ -4,7 +4,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use ringvm_backends::interrupt::Interrupt;
+use ringvm_backends::virtqueue::interrupt::Interrupt;
 use rustix::net::sockopt::{socket_domain, socket_type};
 use rustix::net::{AddressFamily, SendFlags, SocketType};
 use vhost::vhost_user::message::BackendReq;

@@ -5,8 +5,8 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 
-use ringvm_backends::event::SharedEvent;
-use ringvm_backends::interrupt::Interrupt;
+use ringvm_backends::host::event::SharedEvent;
+use ringvm_backends::virtqueue::interrupt::Interrupt;
 use vmm_sys_util::eventfd::EventFd;
 
 /// Whether it is an eventfd. Without /proc nobody can tell, and then it is taken for one.

@@ -8,8 +8,8 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use ringvm_backends::dirty::{DirtyLog, QueueLog};
-use ringvm_backends::interrupt::Interrupt;
+use ringvm_backends::virtqueue::dirty::{DirtyLog, QueueLog};
+use ringvm_backends::virtqueue::interrupt::Interrupt;
 use vhost::vhost_user::message::VhostUserLog;
 
 use crate::mailbox::Event;

@@ -8,13 +8,16 @@ use std::time::{Duration, Instant};
 use ringvm_backends::device::DeviceError;
 use ringvm_backends::summary::summary;
 
+use crate::control::{Control, Told};
 use crate::exit::Exit;
-use crate::serve::{Control, Failure, Told};
 
 /// How long the main thread may take to hear of a second signal.
 const HEARING: Duration = Duration::from_secs(1);
 /// How often to look whether it has.
 const LOOK_PAUSE: Duration = Duration::from_millis(10);
+
+/// Why a daemon ends: lines to print, and the exit code.
+pub(crate) type Failure = (String, Exit);
 
 /// How much of the time that the end may take is whose.
 #[derive(Clone, Copy, Debug)]

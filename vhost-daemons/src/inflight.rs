@@ -4,7 +4,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 
-use ringvm_backends::inflight::InflightArea;
+use ringvm_backends::virtqueue::inflight::InflightArea;
 use vhost::vhost_user::message::VhostUserInflight;
 
 use crate::mailbox::Event;

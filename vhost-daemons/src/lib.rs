@@ -1,6 +1,6 @@
 //! RingVM's devices served over vhost-user: the other place that a [`Device`](ringvm_backends::device::Device) can run in.
 //!
-//! [`serve`] gives each device a control thread of its own, which takes one client after another from a `source` and runs a
+//! [`serve`] gives each device a `control` thread of its own, which takes one client after another from a `source` and runs a
 //! `session` with each: messages (`message`) come in, and a `backend` turns them into calls of the device: `memory` maps what the client
 //! shares, a `vring` collects what was said of one ring until it can run, `inflight` keeps what survives a crash, `dirty`
 //! says where written pages are logged, `state` carries what a device remembers. Descriptors are sorted by `received` as they come.
@@ -12,6 +12,7 @@
 
 mod backend;
 mod backend_channel;
+mod control;
 mod descriptor;
 mod dirty;
 mod ending;

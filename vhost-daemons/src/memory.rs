@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ringvm_backends::device::GuestMemory;
-use ringvm_backends::shared::{Mapping, SharedFile};
+use ringvm_backends::host::shared::{Mapping, SharedFile};
 use thiserror::Error;
 use tracing::error;
 use vhost::vhost_user::message::VhostUserMemoryRegion;

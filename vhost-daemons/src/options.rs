@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, Parser};
-use ringvm_backends::inherited;
+use ringvm_backends::host::inherited;
+use ringvm_backends::io::reactor::{OnPanic, ReactorOptions};
 use ringvm_backends::keyval::parse_size;
-use ringvm_backends::reactor::{OnPanic, ReactorOptions};
 
 use crate::source::{Peers, Source, SourceError};
 

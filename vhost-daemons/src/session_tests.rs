@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use bolero::TypeGenerator;
 use ringvm_backends::block::{BlockDevice, BlockOptions, StorageKind};
+use ringvm_backends::io::reactor::{ReactorOptions, ReactorPool};
 use ringvm_backends::net::{NetDevice, NetOptions};
-use ringvm_backends::reactor::{ReactorOptions, ReactorPool};
 use rustix::event::EventfdFlags;
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};

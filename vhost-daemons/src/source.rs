@@ -7,8 +7,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use ringvm_backends::bound::{BoundPath, Claim};
-use ringvm_backends::inherited;
+use ringvm_backends::host::bound::{BoundPath, Claim};
+use ringvm_backends::host::inherited;
 use rustix::event::PollFlags;
 use rustix::net::sockopt::{socket_acceptconn, socket_domain, socket_peercred, socket_type};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, listen, socket_with};

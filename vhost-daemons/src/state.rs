@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ringvm_backends::device::{Device, DeviceError};
-use ringvm_backends::pipe::ForeignPipe;
+use ringvm_backends::host::pipe::ForeignPipe;
 use ringvm_backends::state::MAX_STATE;
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::FileType;

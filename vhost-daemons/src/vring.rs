@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use ringvm_backends::device::{Device, DeviceError, QueueParts, QueueState, RingConfig, Suspended};
-use ringvm_backends::dirty::QueueLog;
-use ringvm_backends::inflight::InflightArea;
-use ringvm_backends::interrupt::Interrupt;
 use ringvm_backends::net;
+use ringvm_backends::virtqueue::dirty::QueueLog;
+use ringvm_backends::virtqueue::inflight::InflightArea;
+use ringvm_backends::virtqueue::interrupt::Interrupt;
 use thiserror::Error;
 use tracing::info;
 use vm_memory::{Bytes, GuestAddress};

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use common::client::{Client, FEATURES, GUEST, Memory, PROTOCOL_FEATURES, Ring, event, longs, words};
 use common::{Daemon, image, scratch, wait};
-use ringvm_backends::driver::Buffer;
+use ringvm_backends::testing::driver::Buffer;
 use rustix::fs::MemfdFlags;
 use vhost::vhost_user::message::{FrontendReq, VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight};
 use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures};

@@ -86,7 +86,6 @@ mod tests {
     use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
     use super::*;
-    use crate::events::Event;
 
     #[test]
     fn memory_that_can_not_be_touched_ends_the_machine_and_not_the_process() {
@@ -100,7 +99,7 @@ mod tests {
         watch(events).unwrap();
         // It stays where it touches the memory, until the process ends.
         thread::spawn(move || memory.read_obj::<u64>(GuestAddress(64)));
-        let Ok(Event::End(Ending::HostFailure(what))) = endings.recv_timeout(Duration::from_secs(60)) else {
+        let Ok(Ending::HostFailure(what)) = endings.recv_timeout(Duration::from_secs(60)) else {
             panic!("the end of the machine is asked for");
         };
         assert!(what.contains("SIGBUS"), "{what}");

@@ -4,7 +4,7 @@ mod net;
 
 use std::io::{self, Write};
 
-use ringvm_backends::reactor::{ReactorOptions, ReactorPool};
+use ringvm_backends::io::reactor::{ReactorOptions, ReactorPool};
 use rustix::process::{Resource, getrlimit};
 
 use crate::exit::Exit;

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use ringvm_backends::block::BlockOptions;
 use ringvm_backends::device::Place;
+use ringvm_backends::io::reactor::ReactorOptions;
 use ringvm_backends::net::NetOptions;
-use ringvm_backends::reactor::ReactorOptions;
 use serde::Deserialize;
 use thiserror::Error;
 

@@ -1,4 +1,4 @@
-//! What vCPUs, devices, the console and signals tell the main thread.
+//! The end of a machine, as vCPUs, devices, the console and signals tell it to the main thread.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -31,28 +31,17 @@ pub enum Ending {
     ConsoleEscape,
 }
 
-/// What the main thread is told.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Event {
-    /// The machine stops.
-    End(Ending),
-    /// Statistics are wanted on stderr (SIGUSR1).
-    Statistics,
-    /// Disks shall change their place (SIGUSR2).
-    Move,
-}
-
-/// Where events are sent. The first ending of a machine decides; of later ones only signals matter.
+/// Where endings are sent. The first ending of a machine decides; of later ones only signals matter.
 #[derive(Clone)]
 pub struct Events {
-    sender: Sender<Event>,
+    sender: Sender<Ending>,
     ended: Arc<AtomicBool>,
 }
 
 impl Events {
     /// A channel for the main thread.
     #[must_use]
-    pub fn channel() -> (Self, Receiver<Event>) {
+    pub fn channel() -> (Self, Receiver<Ending>) {
         let (sender, receiver) = unbounded();
         (Self { sender, ended: Arc::default() }, receiver)
     }
@@ -60,17 +49,8 @@ impl Events {
     /// Reports the end of the machine.
     pub fn end(&self, ending: Ending) {
         self.ended.store(true, Ordering::SeqCst);
-        self.send(Event::End(ending));
-    }
-
-    /// Asks for statistics.
-    pub fn statistics(&self) {
-        self.send(Event::Statistics);
-    }
-
-    /// Asks for disks to change their place.
-    pub fn change_places(&self) {
-        self.send(Event::Move);
+        // The receiver is gone only when the process is about to exit.
+        drop(self.sender.send(ending));
     }
 
     /// Whether the machine is at its end: a vCPU must not go on then.
@@ -82,10 +62,5 @@ impl Events {
     /// Makes the channel ready for the next machine of this process. No thread of the last one may be left.
     pub fn rearm(&self) {
         self.ended.store(false, Ordering::SeqCst);
-    }
-
-    fn send(&self, event: Event) {
-        // The receiver is gone only when the process is about to exit.
-        drop(self.sender.send(event));
     }
 }

@@ -4,17 +4,21 @@
 //! `ringvm_backends`, which a doorbell reaches without leaving the kernel. This crate is the machine around that.
 
 pub mod advice;
+pub mod arch;
 pub mod boot;
 pub mod bus;
 pub mod bus_error;
 pub mod check;
 pub mod cli;
 pub mod config;
+pub mod control;
 pub mod events;
 pub mod exit;
 pub mod kvm;
 pub mod legacy;
 pub mod machine;
+pub mod operator;
+pub mod owner;
 pub mod pci;
 pub mod placement;
 pub mod platform;

@@ -6,14 +6,13 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
-use std::thread;
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Receiver, select};
 use ringvm_backends::block::OpenError;
-use ringvm_backends::device::{Device, Place};
+use ringvm_backends::device::Device;
+use ringvm_backends::io::reactor::{OnPanic, ReactorOptions, ReactorPool};
 use ringvm_backends::net;
-use ringvm_backends::reactor::{OnPanic, ReactorOptions, ReactorPool};
 use ringvm_backends::rng::RngDevice;
 use ringvm_backends::summary::summary;
 use rustix::stdio::{stdin, stdout};
@@ -26,7 +25,8 @@ use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET};
 use crate::advice::advice;
 use crate::boot::{BootError, BootSource, Initramfs, Kernel};
 use crate::config::{Config, Serial, TripleFault};
-use crate::events::{Ending, Event, Events};
+use crate::control::{self, Control, Request};
+use crate::events::{Ending, Events};
 use crate::exit::Exit;
 use crate::kvm::{Kvm, KvmError};
 use crate::legacy::console::{Console, Streams};
@@ -34,7 +34,8 @@ use crate::legacy::serial_file::SerialFile;
 use crate::legacy::terminal::{RawMode, is_interactive};
 use crate::machine::ending::{Limits, Stopped, flush, let_go};
 use crate::machine::{Blueprint, Machine, MachineError, Running};
-use crate::placement::{Moved, Mover, PlaceError, open_disk, open_nic};
+use crate::operator::Operator;
+use crate::placement::{Mover, PlaceError, open_disk, open_nic};
 use crate::vhost_user::peer::Peer;
 use crate::vhost_user::{ConnectError, VhostUserDevice, Wanted};
 use crate::{bus_error, signals};
@@ -168,7 +169,7 @@ pub fn run(config: &Config) -> Result<Exit, RunError> {
     let initramfs = config.initramfs.as_deref().map(Initramfs::open).transpose()?;
     let kvm = Kvm::open()?;
     check_cpus(config, &kvm)?;
-    let (events, receiver) = Events::channel();
+    let (events, endings) = Events::channel();
     let (mut devices, movers) = open_devices(config, &events)?;
     let console = open_console(config, &events)?;
     let blueprint = Blueprint {
@@ -181,16 +182,20 @@ pub fn run(config: &Config) -> Result<Exit, RunError> {
     };
     let machine = Machine::build(&blueprint, &mut devices)?;
     bus_error::watch(events.clone()).map_err(|source| RunError::Host { what: "listening to SIGBUS", source })?;
-    let signals =
-        signals::listen(events.clone()).map_err(|source| RunError::Host { what: "listening to signals", source })?;
+    let (control, requests) = Control::channel();
+    let operator =
+        Operator::start(control).map_err(|source| RunError::Host { what: "starting the operator's thread", source })?;
+    let signals = signals::listen(events.clone(), operator.wishes())
+        .map_err(|source| RunError::Host { what: "listening to signals", source })?;
     let raw = match config.serial {
         Serial::Stdio => {
             RawMode::enter().map_err(|source| RunError::Host { what: "putting the terminal into raw mode", source })?
         }
         Serial::File { .. } | Serial::Null => None,
     };
-    let result = run_machines(config, &blueprint, machine, &receiver, movers);
+    let result = run_machines(config, &blueprint, machine, &endings, &requests, movers);
     drop(signals);
+    operator.finish();
     if let Some(console) = console {
         console.finish();
     }
@@ -203,18 +208,19 @@ fn run_machines(
     config: &Config,
     blueprint: &Blueprint<'_>,
     mut machine: Machine,
-    receiver: &Receiver<Event>,
+    endings: &Receiver<Ending>,
+    requests: &Receiver<Request>,
     movers: Vec<Mover>,
 ) -> Result<Exit, RunError> {
     loop {
         let running = machine.start()?;
-        let mut ending = wait(&running, receiver, &movers);
+        let mut ending = Ok(wait(&running, endings, requests, &movers));
         info!(?ending, "the machine stops");
         let limits = Limits::within(Duration::from_secs(config.stop_timeout));
         let Stopped { mut devices, stats, mut abandoned } = running.stop(limits);
         if abandoned.is_empty() && ending.as_ref().is_ok_and(|ending| restarts(config, ending)) {
             // What came meanwhile and ends more than this machine must not be lost.
-            if let Some(other) = receiver.try_iter().find_map(more_than_a_reset) {
+            if let Some(other) = endings.try_iter().find(is_more_than_a_reset) {
                 ending = Ok(other);
             } else {
                 blueprint.events.rearm();
@@ -251,93 +257,19 @@ fn run_machines(
 }
 
 /// An ending that a reboot does not make up for.
-fn more_than_a_reset(event: Event) -> Option<Ending> {
-    match event {
-        Event::End(
-            ending @ (Ending::Signal(_) | Ending::ConsoleEscape | Ending::Panic(_) | Ending::HostFailure(_)),
-        ) => Some(ending),
-        _ => None,
-    }
+fn is_more_than_a_reset(ending: &Ending) -> bool {
+    matches!(ending, Ending::Signal(_) | Ending::ConsoleEscape | Ending::Panic(_) | Ending::HostFailure(_))
 }
 
-/// Waits for the machine's end.
-fn wait(running: &Running, receiver: &Receiver<Event>, movers: &[Mover]) -> Result<Ending, RunError> {
-    let operator = Operator::start(running, movers)
-        .map_err(|source| RunError::Host { what: "starting the operator's thread", source })?;
-    for event in receiver {
-        match event {
-            Event::End(ending) => {
-                operator.finish();
-                return Ok(ending);
+/// Serves requests until the machine ends.
+fn wait(running: &Running, endings: &Receiver<Ending>, requests: &Receiver<Request>, movers: &[Mover]) -> Ending {
+    loop {
+        select! {
+            recv(endings) -> ending => {
+                return ending.unwrap_or_else(|_| Ending::Panic("nobody is left to report the end of the machine".into()));
             }
-            Event::Statistics => operator.ask(Request::Statistics),
-            Event::Move => operator.ask(Request::Move),
+            recv(requests) -> request => request.into_iter().for_each(|request| control::serve(request, running, movers)),
         }
-    }
-    Ok(Ending::Panic("nobody is left to report the end of the machine".into()))
-}
-
-/// What an operator may ask for while the machine runs.
-#[derive(Clone, Copy)]
-enum Request {
-    Statistics,
-    Move,
-}
-
-/// A thread that does what the operator asks for. It may have to wait for a device, and the end of the machine does not wait
-/// for that.
-struct Operator {
-    requests: Sender<Request>,
-    /// Disconnected when the thread has ended.
-    ended: Receiver<()>,
-}
-
-/// Most requests that may wait.
-const REQUESTS: usize = 16;
-/// How long the end of the machine waits for what was asked for before.
-const OPERATOR_LIMIT: Duration = Duration::from_millis(500);
-
-impl Operator {
-    fn start(running: &Running, movers: &[Mover]) -> io::Result<Self> {
-        let (requests, asked) = bounded(REQUESTS);
-        let (busy, ended) = bounded::<()>(0);
-        let (devices, movers) = (running.statistics(), movers.to_vec());
-        thread::Builder::new().name("operator".into()).spawn(move || {
-            let _busy = busy;
-            for request in asked {
-                match request {
-                    Request::Statistics => eprint!("{}", summary(&devices.collect())),
-                    Request::Move => movers.iter().for_each(change_place),
-                }
-            }
-        })?;
-        Ok(Self { requests, ended })
-    }
-
-    fn ask(&self, request: Request) {
-        if self.requests.try_send(request).is_err() {
-            eprintln!("ringvm: {REQUESTS} requests wait for a device already; ask again later");
-        }
-    }
-
-    fn finish(self) {
-        drop(self.requests);
-        // A disconnect. A thread that still waits for a device is left behind.
-        let _ = self.ended.recv_timeout(OPERATOR_LIMIT);
-    }
-}
-
-/// Moves a device to the place where it is not, and says how it went.
-fn change_place(mover: &Mover) {
-    match mover.toggle() {
-        Ok(Moved { name, place, pause }) => {
-            let place = match place {
-                Place::Process => "this process",
-                Place::Daemon => "a daemon",
-            };
-            eprintln!("{name}: moved to {place}, nobody served it for {} us", pause.as_micros());
-        }
-        Err(error) => eprintln!("ringvm: {error}; it stays where it is"),
     }
 }
 

@@ -8,13 +8,14 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 use crate::events::{Ending, Events};
 use crate::exit::Exit;
 use crate::legacy::terminal;
+use crate::operator::{Wish, Wishes};
 
 /// Starts to listen: SIGTERM, SIGINT, SIGQUIT and SIGHUP end the machine, and the second of them, unless it is SIGHUP, the process at
-/// once. SIGUSR1 asks for statistics, SIGUSR2 for disks to change their place.
+/// once. SIGUSR1 asks for statistics, SIGUSR2 for devices to change their place.
 ///
 /// # Errors
 /// When the host has no thread or descriptor left.
-pub fn listen(events: Events) -> io::Result<SignalThread> {
+pub fn listen(events: Events, wishes: Wishes) -> io::Result<SignalThread> {
     let mut wanted = vec![SIGTERM, SIGINT, SIGQUIT, SIGUSR1, SIGUSR2];
     if !is_ignored(SIGHUP) {
         // nohup(1) means that it shall go on.
@@ -23,8 +24,8 @@ pub fn listen(events: Events) -> io::Result<SignalThread> {
     let mut endings = Endings::default();
     SignalThread::start(&wanted, move |signal| {
         let name = match signal {
-            SIGUSR1 => return events.statistics(),
-            SIGUSR2 => return events.change_places(),
+            SIGUSR1 => return wishes.add(Wish::Statistics),
+            SIGUSR2 => return wishes.add(Wish::Move),
             SIGINT => "SIGINT",
             SIGQUIT => "SIGQUIT",
             SIGHUP => "SIGHUP",

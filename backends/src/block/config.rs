@@ -1,7 +1,7 @@
 //! The configuration space of a block device (`struct virtio_blk_config`, virtio 1.3, section 5.2.4).
 
-use crate::ring::MAX_PIECES;
-use crate::storage::Geometry;
+use crate::block::storage::Geometry;
+use crate::virtqueue::buffers::MAX_PIECES;
 
 use super::request::{Limits, MAX_TRANSFER, SECTOR};
 

@@ -9,10 +9,10 @@ use virtio_bindings::virtio_blk::VIRTIO_BLK_S_OK;
 
 use super::options::SERIAL_LEN;
 use super::request::{Header, IOERR, KINDS, Kind, Limits, Refusal, Segment, UNSUPP};
-use crate::io::Io;
-use crate::queue::Chain;
-use crate::storage::{Progress, Storage};
-use crate::worker::{Handler, Outcome, Step};
+use crate::block::storage::{Progress, Storage};
+use crate::io::ops::Io;
+use crate::io::worker::{Handler, Outcome, Step};
+use crate::virtqueue::buffers::Chain;
 
 /// Serves the requests of one queue from a storage.
 pub(crate) struct BlockHandler<S> {

@@ -6,12 +6,12 @@ pub mod options;
 pub mod request;
 #[cfg(test)]
 mod request_tests;
+pub mod storage;
 
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
@@ -19,19 +19,21 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
-use crate::device::{Device, DeviceError, DeviceInfo, Flusher, QueueParts, QueueState, Suspended};
-use crate::queue::RING_FEATURES;
-use crate::queues::Queues;
-use crate::reactor::{End, ReactorPool};
-use crate::ring::MAX_PIECES;
+use crate::device::{Device, DeviceError, DeviceInfo, Flusher, QueueParts};
+use crate::io::queues::Queues;
+use crate::io::reactor::ReactorPool;
 use crate::state::{Refusal, StateReader, StateWriter};
 use crate::stats::DeviceStats;
-use crate::storage::Storage;
+use crate::virtqueue::End;
+use crate::virtqueue::buffers::MAX_PIECES;
+use crate::virtqueue::split::RING_FEATURES;
+use crate::virtqueue::stopping::Stopping;
 use config::{CONFIG_LEN, WRITEBACK};
 use handler::BlockHandler;
 use options::SERIAL_LEN;
 pub use options::{BlockOptions, OpenError, StorageKind};
 use request::{Limits, SECTOR};
+use storage::Storage;
 
 /// The layout of a disk's state: the driver's choice of a cache mode.
 const STATE_VERSION: u32 = 1;
@@ -220,20 +222,12 @@ impl Device for BlockDevice {
         self.backing.start(handler, &mut self.queues, index, parts, self.features)
     }
 
-    fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
-        self.queues.stop(index)
-    }
-
-    fn suspend(&mut self, queues: &[u16]) -> Vec<Option<Suspended>> {
-        self.queues.suspend(queues)
-    }
-
-    fn stop_by(&mut self, queues: &[u16], end: End, deadline: Instant) -> Option<Vec<Option<Suspended>>> {
-        self.queues.stop_by(queues, end, deadline)
+    fn stop(&mut self, queues: &[u16], end: End) -> Stopping {
+        self.queues.stop(queues, end)
     }
 
     fn reset(&mut self) {
-        self.queues.stop_all();
+        self.queues.reset();
         self.features = 0;
         self.limits.discard = false;
         self.limits.write_zeroes = false;

@@ -12,12 +12,12 @@ use rustix::fs::{AtFlags, OFlags, StatxFlags, fcntl_getfl, fcntl_setfl};
 use serde::Deserialize;
 use thiserror::Error;
 
-use crate::afterlife::outwait;
+use crate::block::storage::Geometry;
+use crate::block::storage::null::Null;
+use crate::block::storage::raw::{DirectAlign, Raw};
 use crate::device::Place;
-use crate::inherited;
-use crate::storage::Geometry;
-use crate::storage::null::Null;
-use crate::storage::raw::{DirectAlign, Raw};
+use crate::host::inherited;
+use crate::host::retry::outwait;
 
 /// Most queues of a disk.
 pub const MAX_QUEUES: u16 = 64;

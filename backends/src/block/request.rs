@@ -6,8 +6,8 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 
-use crate::dirty::MOST_WRITTEN;
-use crate::guest_io::GuestIo;
+use crate::virtqueue::buffers::GuestIo;
+use crate::virtqueue::dirty::MOST_WRITTEN;
 
 /// Unit of addresses and lengths in requests, in bytes, whatever the block size.
 pub const SECTOR: u64 = 512;

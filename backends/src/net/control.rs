@@ -11,12 +11,11 @@ use virtio_bindings::virtio_net::{
 };
 
 use super::features;
-use crate::event::SharedEvent;
-use crate::guest_io::GuestIo;
-use crate::io::Io;
-use crate::port::{Filter, Port};
-use crate::queue::Chain;
-use crate::worker::{Handler, Outcome, Step};
+use crate::host::event::SharedEvent;
+use crate::io::ops::Io;
+use crate::io::worker::{Handler, Outcome, Step};
+use crate::net::port::{Filter, Port};
+use crate::virtqueue::buffers::{Chain, GuestIo};
 
 /// Most addresses of one MAC table.
 pub(super) const MAX_TABLE: u32 = 1024;

@@ -8,15 +8,15 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::*;
 use crate::device::{GuestMemory, QueueState};
-use crate::driver::{Buffer, Driver};
-use crate::interrupt::Interrupt;
+use crate::io::reactor::Task;
+use crate::io::ring::Ring;
+use crate::io::service::Service;
+use crate::io::worker::Worker;
+use crate::net::port::{Ends, Offloads};
 use crate::net::state::NetState;
-use crate::port::{Ends, Offloads};
-use crate::queue::{Queue, RING_FEATURES};
-use crate::reactor::Task;
-use crate::ring::Ring;
-use crate::service::Service;
-use crate::worker::Worker;
+use crate::testing::driver::{Buffer, Driver};
+use crate::virtqueue::interrupt::Interrupt;
+use crate::virtqueue::split::{Queue, RING_FEATURES};
 
 const SIZE: u16 = 16;
 const DATA: u64 = 0x1000;

@@ -11,7 +11,7 @@ pub(super) use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_SPEED_DUPLEX as SPEED_DUPLEX, VIRTIO_NET_F_STATUS as STATUS,
 };
 
-use crate::port::Offloads;
+use crate::net::port::Offloads;
 
 /// The bits by which a driver takes frames unfinished.
 pub(super) const GUEST_OFFLOADS: u64 =

@@ -5,7 +5,7 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_HDR_GSO_TCPV6, VIRTIO_NET_HDR_GSO_UDP_L4,
 };
 
-use crate::port::Offloads;
+use crate::net::port::Offloads;
 
 /// Bytes of the header.
 pub(crate) const HEADER_LEN: usize = 12;

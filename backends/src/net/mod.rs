@@ -4,25 +4,27 @@ mod control;
 mod features;
 mod frame;
 pub mod options;
+pub mod port;
 mod receive;
 mod state;
 mod transmit;
 
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP};
 
-use crate::device::{Device, DeviceError, DeviceInfo, QueueParts, QueueState, Suspended};
-use crate::event::SharedEvent;
-use crate::interrupt::Interrupt;
-use crate::port::Port;
-use crate::queue::{RING_FEATURES, avail_index};
-use crate::queues::Queues;
-use crate::reactor::{End, ReactorPool};
+use crate::device::{Device, DeviceError, DeviceInfo, QueueParts};
+use crate::host::event::SharedEvent;
+use crate::io::queues::Queues;
+use crate::io::reactor::ReactorPool;
+use crate::net::port::Port;
 use crate::stats::DeviceStats;
+use crate::virtqueue::End;
+use crate::virtqueue::interrupt::Interrupt;
+use crate::virtqueue::split::{RING_FEATURES, avail_index};
+use crate::virtqueue::stopping::Stopping;
 use control::{Control, ControlHandler, RxMode};
 use frame::{HEADER_LEN, MAX_FRAME};
 pub use options::{Lent, MAX_QUEUE_SIZE, Mac, NetOptions, OpenError};
@@ -340,23 +342,13 @@ impl Device for NetDevice {
         }
     }
 
-    fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
-        self.leave_pair(index);
-        self.queues.stop(index)
-    }
-
-    fn suspend(&mut self, queues: &[u16]) -> Vec<Option<Suspended>> {
+    fn stop(&mut self, queues: &[u16], end: End) -> Stopping {
         queues.iter().for_each(|&index| self.leave_pair(index));
-        self.queues.suspend(queues)
-    }
-
-    fn stop_by(&mut self, queues: &[u16], end: End, deadline: Instant) -> Option<Vec<Option<Suspended>>> {
-        queues.iter().for_each(|&index| self.leave_pair(index));
-        self.queues.stop_by(queues, end, deadline)
+        self.queues.stop(queues, end)
     }
 
     fn reset(&mut self) {
-        self.queues.stop_all();
+        self.queues.reset();
         self.features = 0;
         *self.control.mac.lock().unwrap_or_else(PoisonError::into_inner) = self.mac;
         self.control.receivers.lock().unwrap_or_else(PoisonError::into_inner).fill_with(|| None);

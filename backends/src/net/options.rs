@@ -11,10 +11,10 @@ use serde::Deserialize;
 use thiserror::Error;
 
 use crate::device::Place;
-use crate::port::link::Link;
-use crate::port::loopback::Loopback;
-use crate::port::tap::{self, Tap, TapError};
-use crate::port::{Offloads, Port};
+use crate::net::port::link::Link;
+use crate::net::port::loopback::Loopback;
+use crate::net::port::tap::{self, Tap, TapError};
+use crate::net::port::{Offloads, Port};
 
 /// Most queue pairs of a NIC.
 pub const MAX_PAIRS: u16 = 32;

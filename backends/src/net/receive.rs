@@ -6,10 +6,10 @@ use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 
 use super::features::guest_offloads;
 use super::frame::{HEADER_LEN, MIN_FRAME, NUM_BUFFERS, is_sound};
-use crate::guest_io::GuestIo;
-use crate::interrupt::Interrupt;
-use crate::port::Ends;
-use crate::receiver::{Source, Verdict};
+use crate::io::receiver::{Source, Verdict};
+use crate::net::port::Ends;
+use crate::virtqueue::buffers::GuestIo;
+use crate::virtqueue::interrupt::Interrupt;
 
 /// What is dropped, as indices into [`ReceiveSource::OPS`].
 const SHORT: usize = 1;

@@ -5,13 +5,11 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use super::frame::{HEADER_LEN, MAX_FRAME, MIN_FRAME, is_sound};
-use crate::guest_io::GuestIo;
-use crate::interrupt::Interrupt;
-use crate::io::Io;
-use crate::port::{Ends, Offloads, Port};
-use crate::queue::Chain;
-use crate::ring::MAX_PIECES;
-use crate::worker::{Handler, Outcome, Step};
+use crate::io::ops::Io;
+use crate::io::worker::{Handler, Outcome, Step};
+use crate::net::port::{Ends, Offloads, Port};
+use crate::virtqueue::buffers::{Chain, GuestIo, MAX_PIECES};
+use crate::virtqueue::interrupt::Interrupt;
 
 /// What is counted, in the order of [`TransmitHandler::OPS`].
 #[derive(Clone, Copy)]

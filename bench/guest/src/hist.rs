@@ -1,7 +1,7 @@
 //! A log-linear histogram of latencies: 64 steps per power of two, so that a percentile is within 1.6 %. The host's
 //! plain ring uses this very file.
 
-#[path = "../../../backends/src/histogram/steps.rs"]
+#[path = "../../../backends/src/stats/histogram/steps.rs"]
 mod steps;
 
 const BITS: u32 = 6;

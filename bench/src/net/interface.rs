@@ -7,8 +7,8 @@ use std::io;
 use std::os::fd::AsRawFd;
 
 use anyhow::{Context, Result, anyhow, bail};
-use ringvm_backends::port::Port;
-use ringvm_backends::port::tap::Tap;
+use ringvm_backends::net::port::Port;
+use ringvm_backends::net::port::tap::Tap;
 use rustix::net::netdevice::name_to_index;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 

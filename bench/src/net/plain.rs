@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use io_uring::{IoUring, opcode, types};
-use ringvm_backends::port::Port;
-use ringvm_backends::port::tap::Tap;
+use ringvm_backends::net::port::Port;
+use ringvm_backends::net::port::tap::Tap;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::interface::Interface;

@@ -8,9 +8,10 @@ use std::process::ExitCode;
 
 use ringvm_backends::block::request::{Header, Limits};
 use ringvm_backends::device::QueueState;
-use ringvm_backends::interrupt::Interrupt;
-use ringvm_backends::queue::{Chain, Queue, RING_FEATURES};
-use ringvm_backends::replay::{CHAINS, NullDisk, Replay, Request};
+use ringvm_backends::testing::replay::{CHAINS, NullDisk, Replay, Request};
+use ringvm_backends::virtqueue::buffers::Chain;
+use ringvm_backends::virtqueue::interrupt::Interrupt;
+use ringvm_backends::virtqueue::split::{Queue, RING_FEATURES};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 
 /// What is counted.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ringvm_backends::device::GuestMemory;
-use ringvm_backends::driver::{Buffer, Driver};
+use ringvm_backends::testing::driver::{Buffer, Driver};
 use rustix::event::EventfdFlags;
 use rustix::fs::MemfdFlags;
 use rustix::net::{

@@ -6,10 +6,10 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::LazyLock;
 
+use ringvm_backends::block::storage::{Geometry, Progress, Storage};
 use ringvm_backends::block::{BlockDevice, BlockOptions};
-use ringvm_backends::guest_io::GuestIo;
-use ringvm_backends::io::Io;
-use ringvm_backends::storage::{Geometry, Progress, Storage};
+use ringvm_backends::io::ops::Io;
+use ringvm_backends::virtqueue::buffers::GuestIo;
 use ringvm_vhost_daemons::options::ServeOptions;
 use ringvm_vhost_daemons::{Program, serve};
 

@@ -12,7 +12,7 @@ use crate::common::client::{
 };
 use crate::common::target::Target;
 use crate::common::{Daemon, PATIENCE, Random, scratch, wait};
-use ringvm_backends::driver::Buffer;
+use ringvm_backends::testing::driver::Buffer;
 use rustix::fs::MemfdFlags;
 use vhost::vhost_user::message::{FrontendReq, VhostUserHeaderFlag};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};

@@ -4,7 +4,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use ringvm_backends::driver::Buffer;
+use ringvm_backends::testing::driver::Buffer;
 use rustix::fs::MemfdFlags;
 use vhost::vhost_user::message::FrontendReq;
 use vm_memory::{Bytes, GuestAddress};

@@ -15,8 +15,8 @@ use ringvm_backends::device::GuestMemory;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{BootError, dsdt, memory_error};
+use crate::arch::x86_64::layout::{ACPI_TABLES, AddressMap, ECAM, IOAPIC, LAPIC};
 use crate::legacy::acpi::{PORT_RESET, PORT_SLEEP_CONTROL, PORT_SLEEP_STATUS, RESET_VALUE};
-use crate::machine::layout::{ACPI_TABLES, AddressMap, ECAM, IOAPIC, LAPIC};
 
 pub(super) const OEM_ID: [u8; 6] = *b"RINGVM";
 pub(super) const OEM_TABLE_ID: [u8; 8] = *b"RINGVM  ";

@@ -15,8 +15,8 @@ use ringvm_backends::device::GuestMemory;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, ReadVolatile};
 
 use super::{BootError, memory_error};
+use crate::arch::x86_64::layout::{AddressMap, COMMAND_LINE, COMMAND_LINE_ROOM, HIGH_MEMORY, MIB};
 use crate::config::BootProtocol;
-use crate::machine::layout::{AddressMap, COMMAND_LINE, COMMAND_LINE_ROOM, HIGH_MEMORY, MIB};
 
 const ELF_MAGIC: [u8; 4] = [0x7f, b'E', b'L', b'F'];
 const ELF_CLASS_64: u8 = 2;

@@ -10,7 +10,7 @@ use vm_memory::GuestMemoryMmap;
 use super::super::acpi::Platform;
 use super::super::{BootSource, load};
 use super::*;
-use crate::kvm::Entry;
+use crate::arch::x86_64::regs::Entry;
 
 const MEMORY: u64 = 16 << 20;
 

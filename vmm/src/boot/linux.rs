@@ -8,8 +8,8 @@ use vm_memory::{ByteValued, Bytes, GuestAddress};
 
 use super::kernel::Loaded;
 use super::{BootError, memory_error};
-use crate::kvm::Entry;
-use crate::machine::layout::{AddressMap, COMMAND_LINE, ZERO_PAGE};
+use crate::arch::x86_64::layout::{AddressMap, COMMAND_LINE, ZERO_PAGE};
+use crate::arch::x86_64::regs::Entry;
 
 /// "No boot loader that has a number of its own."
 const LOADER_UNDEFINED: u8 = 0xff;

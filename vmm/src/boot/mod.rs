@@ -14,8 +14,8 @@ use thiserror::Error;
 
 pub use kernel::{Initramfs, Kernel, Protocol};
 
-use crate::kvm::Entry;
-use crate::machine::layout::AddressMap;
+use crate::arch::x86_64::layout::AddressMap;
+use crate::arch::x86_64::regs::Entry;
 
 /// A kernel can't be booted. Each tells which file, what of it, and what to do.
 #[derive(Debug, Error)]

@@ -9,8 +9,8 @@ use ringvm_backends::device::GuestMemory;
 use vm_memory::{ByteValued, Bytes, GuestAddress};
 
 use super::{BootError, memory_error};
-use crate::kvm::Entry;
-use crate::machine::layout::{AddressMap, COMMAND_LINE, PVH_MEMORY_MAP, PVH_MODULES, PVH_START_INFO};
+use crate::arch::x86_64::layout::{AddressMap, COMMAND_LINE, PVH_MEMORY_MAP, PVH_MODULES, PVH_START_INFO};
+use crate::arch::x86_64::regs::Entry;
 
 /// Writes the start info and what it points to.
 pub(super) fn write(

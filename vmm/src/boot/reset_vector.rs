@@ -6,8 +6,8 @@ use ringvm_backends::device::GuestMemory;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{BootError, memory_error};
+use crate::arch::x86_64::layout::RESET_VECTOR;
 use crate::legacy::acpi::{PORT_RESET, RESET_VALUE};
-use crate::machine::layout::RESET_VECTOR;
 
 /// Places the code.
 pub(super) fn write(memory: &GuestMemory) -> Result<(), BootError> {

@@ -6,8 +6,8 @@ use std::fs::OpenOptions;
 use std::io;
 use std::thread;
 
-use ringvm_backends::port::tap::{Tap, TapError};
-use ringvm_backends::port::{Offloads, Port};
+use ringvm_backends::net::port::tap::{Tap, TapError};
+use ringvm_backends::net::port::{Offloads, Port};
 use rustix::thread::{CapabilitySet, UnshareFlags, capabilities, unshare_unsafe};
 
 use super::{Finding, Level};

@@ -14,6 +14,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VmFd;
 use tracing::warn;
+use vm_allocator::IdAllocator;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::platform::{IrqLine, MsiMessage, MsiRoute};
@@ -29,8 +30,9 @@ pub(super) struct Irqs {
     table: Mutex<Table>,
 }
 
-#[derive(Default)]
 struct Table {
+    /// GSIs for MSI routes.
+    gsis: IdAllocator,
     /// GSIs handed out to MSI routes, with their message once they have one.
     msi: BTreeMap<u32, Option<MsiMessage>>,
     /// Number of holders that assert each line.
@@ -40,7 +42,9 @@ struct Table {
 impl Irqs {
     /// The routes of `vm`, which has an in-kernel irqchip. Only the I/O APIC is wired: hardware-reduced ACPI has no PICs.
     pub(super) fn new(vm: Arc<VmFd>) -> io::Result<Arc<Self>> {
-        let irqs = Arc::new(Self { vm, table: Mutex::default() });
+        let gsis = IdAllocator::new(IOAPIC_PINS, MAX_GSI - 1).map_err(io::Error::other)?;
+        let table = Table { gsis, msi: BTreeMap::new(), asserted: BTreeMap::new() };
+        let irqs = Arc::new(Self { vm, table: Mutex::new(table) });
         irqs.write(&irqs.lock())?;
         Ok(irqs)
     }
@@ -49,11 +53,17 @@ impl Irqs {
     pub(super) fn msi(self: &Arc<Self>) -> io::Result<Box<dyn MsiRoute>> {
         let event = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
         let mut table = self.lock();
-        let gsi = (IOAPIC_PINS..MAX_GSI)
-            .find(|gsi| !table.msi.contains_key(gsi))
-            .ok_or_else(|| io::Error::other("all interrupt routes of KVM are in use; give the devices fewer queues"))?;
+        let gsi = table
+            .gsis
+            .allocate_id()
+            .map_err(|_| io::Error::other("all interrupt routes of KVM are in use; give the devices fewer queues"))?;
         table.msi.insert(gsi, None);
         Ok(Box::new(Route { irqs: Arc::clone(self), gsi, event, attached: false }))
+    }
+
+    /// How many MSI routes there are.
+    pub(super) fn routes(&self) -> usize {
+        self.lock().msi.len()
     }
 
     /// A new holder of line `gsi`.
@@ -148,7 +158,10 @@ impl Drop for Route {
             warn!(gsi = self.gsi, %error, "taking an irqfd off");
         }
         // The stale route in KVM's table leads nowhere without an irqfd; the next change of the table takes it out.
-        self.irqs.lock().msi.remove(&self.gsi);
+        let mut table = self.irqs.lock();
+        table.msi.remove(&self.gsi);
+        // It was allocated, so it can be freed.
+        let _ = table.gsis.free_id(self.gsi);
     }
 }
 

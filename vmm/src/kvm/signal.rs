@@ -50,6 +50,12 @@ impl Armed {
         Self { page }
     }
 
+    /// Has the next KVM_RUN return at once.
+    pub(super) fn raise(&self) {
+        // SAFETY: the mapping is there as long as `self`.
+        unsafe { &*self.page.immediate_exit() }.store(1, Ordering::SeqCst);
+    }
+
     /// Lets the vCPU run again. Look for commands after this, not before.
     pub(super) fn clear(&self) {
         // SAFETY: the mapping is there as long as `self`.

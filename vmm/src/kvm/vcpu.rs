@@ -7,15 +7,18 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, bounded};
+use kvm_bindings::{CpuId, Msrs, kvm_cpuid_entry2, kvm_msr_entry};
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use tracing::{debug, warn};
 
-use super::cpuid::{self, Template, Traits};
 use super::error::{KvmError, call};
-use super::msr;
-use super::regs::{Entry, set_boot_registers};
 use super::run_page::RunPage;
 use super::signal::{self, Armed};
+use super::state::VcpuState;
 use super::vm::{Kvm, Vm};
+use crate::arch::x86_64::cpuid::{self, Template, Traits};
+use crate::arch::x86_64::msr::BOOT_MSRS;
+use crate::arch::x86_64::regs::{Entry, boot_registers};
 use crate::bus::Buses;
 use crate::config::CpuConfig;
 use crate::events::{Ending, Events};
@@ -34,7 +37,16 @@ const KVM_SYSTEM_EVENT_RESET: u32 = 2;
 enum Command {
     /// Leave the guest and end.
     Stop,
+    /// Leave the guest, say so, and wait for what comes next.
+    Pause(Sender<u32>),
+    /// Go on after a pause.
+    Resume,
+    /// Say what state the vCPU is in. Only a paused one is asked.
+    Save(Sender<VcpuState>),
 }
+
+/// Most commands that may wait for a vCPU.
+const COMMANDS: usize = 8;
 
 /// The vCPUs of a machine, created and set up but not running.
 pub struct Vcpus {
@@ -67,10 +79,15 @@ impl Vcpus {
         };
         let template = Template::new(&kvm.supported_cpuid, cpuid::host, &traits);
         for (id, (fd, _)) in (0..).zip(&vcpus) {
-            fd.set_cpuid2(&template.for_vcpu(id)?).map_err(call(format!("setting the CPUID of vCPU {id}")))?;
-            msr::set_boot_msrs(fd);
+            fd.set_cpuid2(&cpuid_table(&template.for_vcpu(id))?)
+                .map_err(call(format!("setting the CPUID of vCPU {id}")))?;
+            set_boot_msrs(fd);
         }
-        set_boot_registers(first, &vm.memory, entry)?;
+        let mut sregs = first.get_sregs().map_err(call("reading the registers of vCPU 0"))?;
+        let regs = boot_registers(&mut sregs, &vm.memory, entry)
+            .map_err(|error| KvmError::Call { what: "preparing vCPU 0".into(), source: io::Error::other(error) })?;
+        first.set_sregs(&sregs).map_err(call("setting the registers of vCPU 0"))?;
+        first.set_regs(&regs).map_err(call("setting the registers of vCPU 0"))?;
         Ok(Self { vm: Arc::clone(vm), vcpus })
     }
 
@@ -81,7 +98,7 @@ impl Vcpus {
     pub fn start(self, buses: &Arc<Buses>, events: &Events) -> Result<Vec<VcpuThread>, KvmError> {
         let mut threads = Vec::with_capacity(self.vcpus.len());
         for (id, (fd, page)) in (0..).zip(self.vcpus) {
-            let (commands, receiver) = bounded(1);
+            let (commands, receiver) = bounded(COMMANDS);
             let (running, ended) = bounded::<()>(0);
             let runner = Runner {
                 id,
@@ -103,6 +120,25 @@ impl Vcpus {
             }
         }
         Ok(threads)
+    }
+}
+
+fn cpuid_table(entries: &[kvm_cpuid_entry2]) -> Result<CpuId, KvmError> {
+    CpuId::from_entries(entries).map_err(|error| KvmError::Call {
+        what: format!("putting together {} CPUID leaves", entries.len()),
+        source: io::Error::other(format!("{error:?}")),
+    })
+}
+
+/// Sets the MSRs of the start. A host that refuses one is only noted.
+fn set_boot_msrs(vcpu: &VcpuFd) {
+    // One call each: KVM_SET_MSRS stops at the first that it refuses.
+    for (index, data) in BOOT_MSRS {
+        let entry = kvm_msr_entry { index, data, ..Default::default() };
+        let set = Msrs::from_entries(&[entry]).ok().and_then(|msrs| vcpu.set_msrs(&msrs).ok());
+        if set != Some(1) {
+            debug!(msr = format_args!("{index:#x}"), "KVM of this host does not let this MSR be set; going on without");
+        }
     }
 }
 
@@ -133,13 +169,32 @@ impl VcpuThread {
         self.id
     }
 
+    /// Has the vCPU leave the guest and say its number then. Nothing is waited for.
+    pub fn pause(&self, paused: Sender<u32>) {
+        self.tell(Command::Pause(paused));
+    }
+
+    /// Has a paused vCPU go on.
+    pub fn resume(&self) {
+        self.tell(Command::Resume);
+    }
+
+    /// Asks a paused vCPU for its state. One that is not paused does not answer.
+    pub fn save(&self, state: Sender<VcpuState>) {
+        self.tell(Command::Save(state));
+    }
+
+    fn tell(&self, command: Command) {
+        // Full: it does not look, and the one who waits for an answer hears of that. Disconnected: it has ended.
+        drop(self.commands.try_send(command));
+        signal::kick(&self.thread);
+    }
+
     /// Stops vCPUs and waits for their threads. Returns those that do not stop in time; they run no guest any more once the end of
     /// the machine was reported.
     pub fn stop_all(threads: Vec<Self>, deadline: Instant) -> Vec<Self> {
         for thread in &threads {
-            // Full: it was told before. Disconnected: it has ended.
-            drop(thread.commands.try_send(Command::Stop));
-            signal::kick(&thread.thread);
+            thread.tell(Command::Stop);
         }
         let mut late = Vec::new();
         'threads: for vcpu in threads {
@@ -148,7 +203,7 @@ impl VcpuThread {
                     late.push(vcpu);
                     continue 'threads;
                 }
-                signal::kick(&vcpu.thread);
+                vcpu.tell(Command::Stop);
             }
             // A panic was reported as an event already.
             drop(vcpu.thread.join());
@@ -176,15 +231,47 @@ impl Runner {
             armed.clear();
             match self.commands.try_recv() {
                 Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return,
+                Ok(Command::Pause(paused)) => {
+                    if !self.stay_paused(&mut vcpu, &mut armed, paused) {
+                        return;
+                    }
+                }
+                // It is not paused.
+                Ok(Command::Resume | Command::Save(_)) => {}
                 Err(TryRecvError::Empty) => {}
             }
             if self.events.has_ended() {
                 // The guest is not run on; `Stop` is on its way.
-                drop(self.commands.recv());
+                while !matches!(self.commands.recv(), Ok(Command::Stop) | Err(_)) {}
                 return;
             }
             if let Err(ending) = self.run_guest(&mut vcpu, armed.page()) {
                 self.events.end(ending);
+            }
+        }
+    }
+
+    /// Stays outside of the guest until it may go on. Returns whether it may.
+    fn stay_paused(&self, vcpu: &mut VcpuFd, armed: &mut Armed, paused: Sender<u32>) -> bool {
+        // What the last exit has read reaches the guest's registers only with the next KVM_RUN, which returns at once.
+        armed.raise();
+        drop(vcpu.run());
+        armed.clear();
+        // Whoever has asked may not wait any more.
+        let _ = paused.send(self.id);
+        drop(paused);
+        loop {
+            match self.commands.recv() {
+                Ok(Command::Resume) => return true,
+                Ok(Command::Pause(paused)) => {
+                    let _ = paused.send(self.id);
+                }
+                Ok(Command::Save(state)) => match VcpuState::of(self.id, vcpu) {
+                    Ok(saved) => drop(state.send(saved)),
+                    // The sender is dropped, which says that there is none.
+                    Err(error) => warn!(vcpu = self.id, %error, "its state can't be read"),
+                },
+                Ok(Command::Stop) | Err(_) => return false,
             }
         }
     }

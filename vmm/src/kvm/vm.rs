@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::error::{KvmError, call};
 use super::irq::Irqs;
 use super::signal;
-use crate::machine::layout::{KVM_IDENTITY_MAP, KVM_TSS};
+use crate::arch::x86_64::layout::{KVM_IDENTITY_MAP, KVM_TSS};
 use crate::platform::{IrqLine, MsiRoute, Platform};
 
 const API_VERSION: i32 = 12;
@@ -69,7 +69,7 @@ impl Kvm {
     /// Width of guest-physical addresses.
     #[must_use]
     pub fn physical_bits(&self) -> u32 {
-        super::cpuid::physical_bits(&self.supported_cpuid)
+        crate::arch::x86_64::cpuid::physical_bits(&self.supported_cpuid)
     }
 
     /// Whether the LAPIC timer has a TSC deadline mode.
@@ -135,6 +135,14 @@ fn set_memory_region(fd: &VmFd, slot: u32, region: &vm_memory::GuestRegionMmap) 
     // `Vm`; threads that hold the descriptor longer hold the memory too (see `Vcpus`).
     unsafe { fd.set_user_memory_region(kvm_region) }
         .map_err(call(format!("giving the VM {} MiB of memory at {guest:#x}", region.len() >> 20)))
+}
+
+impl Vm {
+    /// How many interrupt routes devices have.
+    #[must_use]
+    pub fn routes(&self) -> usize {
+        self.irqs.routes()
+    }
 }
 
 impl Platform for Vm {

@@ -1,8 +1,8 @@
 //! The sleep and reset registers of hardware-reduced ACPI (ACPI 6.5, 4.8.3.7 and 4.8.3.6), and the POST port.
 
+use crate::arch::x86_64::layout::PORT_ACPI;
 use crate::bus::BusDevice;
 use crate::events::{Ending, Events};
-use crate::machine::layout::PORT_ACPI;
 
 /// Sleep control register.
 pub const PORT_SLEEP_CONTROL: u64 = PORT_ACPI.start;
@@ -69,9 +69,8 @@ impl BusDevice for PostPort {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::events::Event;
 
-    fn write(port: u64, data: &[u8]) -> Vec<Event> {
+    fn write(port: u64, data: &[u8]) -> Vec<Ending> {
         let (events, receiver) = Events::channel();
         AcpiRegisters::new(events).write(PORT_ACPI.start, port - PORT_ACPI.start, data);
         receiver.try_iter().collect()
@@ -79,11 +78,11 @@ mod tests {
 
     #[test]
     fn only_the_right_values_end_the_machine() {
-        assert_eq!(write(PORT_SLEEP_CONTROL, &[0x34]), [Event::End(Ending::PowerOff)]);
+        assert_eq!(write(PORT_SLEEP_CONTROL, &[0x34]), [Ending::PowerOff]);
         assert_eq!(write(PORT_SLEEP_CONTROL, &[0x14]), [], "not enabled");
         assert_eq!(write(PORT_SLEEP_CONTROL, &[0x24]), [], "not S5");
         assert_eq!(write(PORT_SLEEP_CONTROL, &[0x34, 0]), [], "not a byte");
-        assert_eq!(write(PORT_RESET, &[1]), [Event::End(Ending::Reset)]);
+        assert_eq!(write(PORT_RESET, &[1]), [Ending::Reset]);
         assert_eq!(write(PORT_RESET, &[0]), []);
         assert_eq!(write(PORT_SLEEP_STATUS, &[0xff]), []);
     }

@@ -364,7 +364,6 @@ struct Ready {
 mod tests {
     use super::*;
     use crate::bus::BusDevice;
-    use crate::events::Event;
     use crate::platform::fake::FakePlatform;
 
     fn pipe() -> (File, File) {
@@ -372,7 +371,7 @@ mod tests {
         (read.into(), write.into())
     }
 
-    fn console(output: File, input: Option<File>, escape: bool) -> (Console, Receiver<Event>) {
+    fn console(output: File, input: Option<File>, escape: bool) -> (Console, Receiver<Ending>) {
         let (events, receiver) = Events::channel();
         let streams = Streams { output, name: "a pipe".into(), limit: None, input, escape };
         (Console::start(streams, events).unwrap(), receiver)
@@ -459,7 +458,7 @@ mod tests {
             let ended = events.recv_timeout(Duration::from_millis(if escape { 5000 } else { 200 }));
             assert_eq!(ended.is_ok(), escape);
             if escape {
-                assert_eq!(ended, Ok(Event::End(Ending::ConsoleEscape)));
+                assert_eq!(ended, Ok(Ending::ConsoleEscape));
             }
             let expected: &[u8] = if escape { b"a\x01b" } else { b"a\x01\x01b\x01x" };
             let mut received = Vec::new();

@@ -48,7 +48,6 @@ impl BusDevice for I8042 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::events::Event;
 
     #[test]
     fn the_reset_command_resets() {
@@ -58,6 +57,6 @@ mod tests {
         i8042.write(0x60, 0, &[0xfe]);
         assert!(receiver.is_empty());
         i8042.write(0x60, 4, &[0xfe]);
-        assert_eq!(receiver.try_recv(), Ok(Event::End(Ending::Reset)));
+        assert_eq!(receiver.try_recv(), Ok(Ending::Reset));
     }
 }

@@ -8,8 +8,8 @@ use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::console::{Console, Shared};
+use crate::arch::x86_64::layout::IRQ_COM1;
 use crate::bus::BusDevice;
-use crate::machine::layout::IRQ_COM1;
 use crate::platform::Platform;
 
 /// The UART.

@@ -1,7 +1,6 @@
 //! The end of a machine: the guest is stopped, its devices are taken back and flushed, all at once, and nothing is waited for
 //! without a limit. A disk whose storage never answers must not keep the other disks from being flushed.
 
-use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,7 +11,7 @@ use tracing::warn;
 
 use super::Running;
 use crate::kvm::VcpuThread;
-use crate::virtio_pci::{self, VirtioPci};
+use crate::owner::Taken;
 
 /// When the parts of an end are given up.
 #[derive(Clone, Copy, Debug)]
@@ -54,31 +53,28 @@ impl Running {
     #[must_use]
     pub fn stop(self, limits: Limits) -> Stopped {
         let mut stopped = Stopped::default();
-        let late = VcpuThread::stop_all(self.threads, limits.vcpus);
-        let taken = self.functions.into_iter().map(|(name, function)| (name, move || take(&function)));
-        for (name, taken) in all_until(limits.stopped, taken.collect()) {
-            match taken {
-                Some((device, stats)) => {
-                    stopped.devices.extend(device);
+        let Self { threads, board } = self;
+        let late = VcpuThread::stop_all(threads, limits.vcpus);
+        let functions = std::mem::take(&mut *board.lock());
+        // All are told before one is waited for.
+        let taken: Vec<_> =
+            functions.into_values().map(|function| (function.name, function.questions.take())).collect();
+        for (name, taken) in taken {
+            match taken.recv_deadline(limits.stopped) {
+                Ok(Taken { device, stats }) => {
+                    stopped.devices.push(device);
                     stopped.stats.push(stats);
                 }
-                None => stopped
+                Err(_) => stopped
                     .abandoned
                     .push(format!("{name}: given up with requests in flight, what the guest wrote last may be lost")),
             }
         }
-        // What these have waited for is over now, or was given up above.
         for vcpu in VcpuThread::stop_all(late, limits.stopped) {
-            stopped.abandoned.push(format!("vCPU {} did not stop, it waits for a device", vcpu.id()));
+            stopped.abandoned.push(format!("vCPU {} did not stop", vcpu.id()));
         }
         stopped
     }
-}
-
-fn take(function: &Mutex<VirtioPci>) -> (Option<Box<dyn Device>>, DeviceStats) {
-    let mut function = virtio_pci::lock(function);
-    let stats = function.stats();
-    (function.take_device(), stats)
 }
 
 /// Makes what the devices were given durable. Returns those that answered, and a line for each that failed or took too long.
@@ -136,9 +132,6 @@ fn all_until<T: Send + 'static>(
     };
     started.into_iter().map(wait).collect()
 }
-
-/// The functions of a machine, by the names of their devices.
-pub(super) type Functions = Vec<(String, Arc<Mutex<VirtioPci>>)>;
 
 #[cfg(test)]
 mod tests {

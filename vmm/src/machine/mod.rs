@@ -1,21 +1,26 @@
-//! The machine: from a configuration and devices to running vCPUs, and back.
+//! The machine: from a configuration and devices to running vCPUs, and back. Devices come and go while it runs.
 //!
 //! Devices outlive the machine. A reboot stops it, takes its devices back, reset, and builds the next one around them, so
 //! a disk keeps its lock and its statistics.
 
 pub mod ending;
-pub mod layout;
 pub mod memory;
 
+use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use ringvm_backends::device::Device;
+use crossbeam_channel::{Receiver, bounded};
+use ringvm_backends::device::{Device, GuestMemory};
 use ringvm_backends::stats::DeviceStats;
 use thiserror::Error;
 use tracing::info;
+use vm_allocator::{AddressAllocator, AllocPolicy, RangeInclusive};
 
 use crate::advice::advice;
+use crate::arch::x86_64::layout::{
+    AddressMap, ECAM, LayoutError, MMIO32, PORT_ACPI, PORT_CMOS, PORT_COM1, PORT_I8042, PORT_PCI, PORT_POST,
+};
 use crate::boot::{self, BootError, BootSource, acpi};
 use crate::bus::{BusError, Buses, Handler};
 use crate::config::{CpuConfig, MemoryConfig};
@@ -26,11 +31,10 @@ use crate::legacy::console::Console;
 use crate::legacy::i8042::I8042;
 use crate::legacy::rtc::Rtc;
 use crate::legacy::serial::SerialPort;
-use crate::pci::{BarWindow, ConfigPorts, Ecam, HostBridge, PciBus, PciError};
+use crate::owner::{Questions, Taken};
+use crate::pci::{BarWindow, Bdf, ConfigPorts, Ecam, HostBridge, PciBus, PciError};
 use crate::platform::Platform;
 use crate::virtio_pci::{self, BAR_SIZE, Place, VirtioPci};
-use ending::Functions;
-use layout::{AddressMap, ECAM, LayoutError, MMIO32, PORT_ACPI, PORT_CMOS, PORT_COM1, PORT_I8042, PORT_PCI, PORT_POST};
 use memory::MemoryError;
 
 /// A machine can't be built or stopped.
@@ -54,6 +58,20 @@ pub enum MachineError {
     /// More devices than slots.
     #[error(transparent)]
     Pci(#[from] PciError),
+    /// No address is left for a device's registers.
+    #[error("{what}: finding an address for its registers: {source}")]
+    Addresses {
+        /// The device.
+        what: String,
+        /// What came back.
+        source: vm_allocator::Error,
+    },
+    /// Names are unique.
+    #[error("{0}: there is a device of that name already; choose another id")]
+    Attached(String),
+    /// Nothing has that name.
+    #[error("{0}: there is no such device")]
+    NoDevice(String),
     /// The host ran out of something.
     #[error("{what}: {source}{}", advice(.source))]
     Host {
@@ -83,8 +101,7 @@ pub struct Blueprint<'a> {
 /// A machine whose vCPUs do not run.
 pub struct Machine {
     vcpus: Vcpus,
-    buses: Arc<Buses>,
-    functions: Functions,
+    board: Board,
     events: Events,
 }
 
@@ -100,47 +117,35 @@ impl Machine {
         let entry = boot::load(&blueprint.boot, &memory, &map, &tables)?;
         let vm = Arc::new(Vm::new(blueprint.kvm, Arc::clone(&memory))?);
         let vcpus = Vcpus::new(blueprint.kvm, &vm, blueprint.cpus, entry)?;
-        let platform: Arc<dyn Platform> = vm;
-        let buses = Arc::new(Buses::default());
-
-        let mut pci = PciBus::default();
-        pci.insert(pci.free_slot()?, Arc::new(Mutex::new(HostBridge::default())));
-        let window = BarWindow::new(&[MMIO32, map.mmio64.clone()]);
-        let mut functions = Vec::with_capacity(devices.len());
-        for (device, bar) in devices.drain(..).zip((map.mmio64.start..).step_by(BAR_SIZE as usize)) {
-            let slot = pci.free_slot()?;
-            let name = device.info().name.clone();
-            let place = Place { slot, bar, window: window.clone() };
-            let function = VirtioPci::new(device, Arc::clone(&memory), place, &buses, &platform)
-                .map_err(|source| MachineError::Host { what: format!("{name}: putting it on the PCI bus"), source })?;
-            pci.insert(slot, Arc::clone(&function) as _);
-            functions.push((name, function));
+        let board = Board::new(vm, memory, &map)?;
+        for device in devices.drain(..) {
+            board.attach(device)?;
         }
-        let pci = Arc::new(pci);
-
-        let serial = SerialPort::new(blueprint.console, platform.as_ref())
+        let serial = SerialPort::new(blueprint.console, board.platform.as_ref())
             .map_err(|source| MachineError::Host { what: "wiring the serial port".into(), source })?;
         let events = blueprint.events;
         let ports: [(_, Handler); 6] = [
-            (PORT_PCI, Arc::new(Mutex::new(ConfigPorts::new(Arc::clone(&pci))))),
+            (PORT_PCI, Arc::new(Mutex::new(ConfigPorts::new(Arc::clone(&board.pci))))),
             (PORT_COM1, serial),
             (PORT_CMOS, Arc::new(Mutex::new(Rtc::default()))),
             (PORT_I8042, Arc::new(Mutex::new(I8042::new(events.clone())))),
             (PORT_POST, Arc::new(Mutex::new(PostPort))),
             (PORT_ACPI, Arc::new(Mutex::new(AcpiRegisters::new(events.clone())))),
         ];
+        let buses = &board.buses;
         for (range, handler) in ports {
             buses.pio.insert(range.start, range.end - range.start, handler)?;
         }
-        buses.mmio.insert(ECAM.start, ECAM.end - ECAM.start, Arc::new(Mutex::new(Ecam::new(pci))))?;
+        let ecam = Ecam::new(Arc::clone(&board.pci));
+        buses.mmio.insert(ECAM.start, ECAM.end - ECAM.start, Arc::new(Mutex::new(ecam)))?;
         info!(
             cpus = blueprint.cpus.count,
             memory = blueprint.memory.size,
             ?entry,
-            devices = functions.len(),
+            devices = board.lock().len(),
             "machine built"
         );
-        Ok(Self { vcpus, buses, functions, events: events.clone() })
+        Ok(Self { vcpus, board, events: events.clone() })
     }
 
     /// Lets the guest run.
@@ -148,33 +153,165 @@ impl Machine {
     /// # Errors
     /// When the host has no threads left.
     pub fn start(self) -> Result<Running, MachineError> {
-        let threads = self.vcpus.start(&self.buses, &self.events)?;
-        Ok(Running { threads, functions: self.functions })
+        let threads = self.vcpus.start(&self.board.buses, &self.events)?;
+        Ok(Running { threads, board: self.board })
     }
 }
 
 /// A machine whose guest runs.
 pub struct Running {
     threads: Vec<VcpuThread>,
-    functions: Functions,
+    board: Board,
 }
 
-/// Asks a machine's devices for their statistics, from any thread. A device that drains keeps it waiting.
-#[derive(Clone)]
-pub struct Statistics(Functions);
-
-impl Statistics {
-    /// What every device has done, in the order of their slots.
-    #[must_use]
-    pub fn collect(&self) -> Vec<DeviceStats> {
-        self.0.iter().map(|(_, function)| virtio_pci::lock(function).stats()).collect()
-    }
+/// What a device was asked, and will answer in its own time.
+pub struct Asked {
+    /// Name of the device.
+    pub name: String,
+    /// Where its statistics come. Disconnected if it was taken away meanwhile.
+    pub answer: Receiver<DeviceStats>,
 }
 
 impl Running {
-    /// A handle on the devices' statistics.
+    /// Asks every device for its statistics, in the order of their slots.
     #[must_use]
-    pub fn statistics(&self) -> Statistics {
-        Statistics(self.functions.clone())
+    pub fn ask_statistics(&self) -> Vec<Asked> {
+        let ask = |function: &Function| {
+            let (reply, answer) = bounded(1);
+            function.questions.stats(reply);
+            Asked { name: function.name.clone(), answer }
+        };
+        self.board.lock().values().map(ask).collect()
+    }
+
+    /// Attaches a device: the guest finds it the next time it looks at the bus.
+    ///
+    /// # Errors
+    /// When there is one of that name, no slot or address is left, or the host has run out of something. The device is gone then.
+    pub fn attach(&self, device: Box<dyn Device>) -> Result<Bdf, MachineError> {
+        self.board.attach(device)
+    }
+
+    /// Detaches the device of this name: the guest does not find it any more. What it has in flight is cancelled, or waited for; the
+    /// device comes over the channel once that has ended.
+    ///
+    /// # Errors
+    /// When there is none of that name.
+    pub fn detach(&self, name: &str) -> Result<Receiver<Taken>, MachineError> {
+        self.board.detach(name)
+    }
+
+    /// How many interrupt routes the devices have.
+    #[must_use]
+    pub fn interrupt_routes(&self) -> usize {
+        self.board.vm.routes()
+    }
+
+    /// The vCPUs, to pause and to look at.
+    #[must_use]
+    pub fn vcpus(&self) -> &[VcpuThread] {
+        &self.threads
+    }
+}
+
+/// What the devices of a machine are put on.
+struct Board {
+    vm: Arc<Vm>,
+    platform: Arc<dyn Platform>,
+    memory: GuestMemory,
+    buses: Arc<Buses>,
+    pci: Arc<PciBus>,
+    /// Where the addresses of BARs come from, before any software moves them.
+    bars: Mutex<AddressAllocator>,
+    /// Where software may move them.
+    window: BarWindow,
+    functions: Mutex<BTreeMap<Bdf, Function>>,
+}
+
+/// A device on the PCI bus.
+struct Function {
+    name: String,
+    function: Arc<Mutex<VirtioPci>>,
+    questions: Questions,
+    bar: RangeInclusive,
+}
+
+impl Board {
+    fn new(vm: Arc<Vm>, memory: GuestMemory, map: &AddressMap) -> Result<Self, MachineError> {
+        let pci = Arc::new(PciBus::default());
+        pci.insert(pci.claim()?, Arc::new(Mutex::new(HostBridge::default())));
+        let size = map.mmio64.end - map.mmio64.start;
+        let bars = AddressAllocator::new(map.mmio64.start, size)
+            .map_err(|error| MachineError::Addresses { what: "the PCI bus".into(), source: error })?;
+        Ok(Self {
+            platform: Arc::clone(&vm) as _,
+            vm,
+            memory,
+            buses: Arc::default(),
+            pci,
+            bars: Mutex::new(bars),
+            window: BarWindow::new(&[MMIO32, map.mmio64.clone()]),
+            functions: Mutex::default(),
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<Bdf, Function>> {
+        self.functions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn bars(&self) -> MutexGuard<'_, AddressAllocator> {
+        self.bars.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn attach(&self, device: Box<dyn Device>) -> Result<Bdf, MachineError> {
+        let name = device.info().name.clone();
+        let mut functions = self.lock();
+        if functions.values().any(|function| function.name == name) {
+            return Err(MachineError::Attached(name));
+        }
+        let bdf = self.pci.claim()?;
+        let placed = self.place(device, bdf.slot, name);
+        match placed {
+            Ok(function) => {
+                // The function is complete before the guest can find it.
+                self.pci.insert(bdf, Arc::clone(&function.function) as _);
+                functions.insert(bdf, function);
+                Ok(bdf)
+            }
+            Err(error) => {
+                self.pci.remove(bdf);
+                Err(error)
+            }
+        }
+    }
+
+    fn place(&self, device: Box<dyn Device>, slot: u8, name: String) -> Result<Function, MachineError> {
+        let bar = self.bars().allocate(BAR_SIZE, BAR_SIZE, AllocPolicy::FirstMatch);
+        let bar = bar.map_err(|source| MachineError::Addresses { what: name.clone(), source })?;
+        let place = Place { slot, bar: bar.start(), window: self.window.clone(), patience: virtio_pci::PATIENCE };
+        match VirtioPci::new(device, Arc::clone(&self.memory), place, &self.buses, &self.platform) {
+            Ok(function) => {
+                let questions = virtio_pci::lock(&function).questions();
+                Ok(Function { name, function, questions, bar })
+            }
+            Err(source) => {
+                // It was allocated just now.
+                let _ = self.bars().free(&bar);
+                Err(MachineError::Host { what: format!("{name}: putting it on the PCI bus"), source })
+            }
+        }
+    }
+
+    fn detach(&self, name: &str) -> Result<Receiver<Taken>, MachineError> {
+        let mut functions = self.lock();
+        let found = functions.iter().find(|(_, function)| function.name == name).map(|(bdf, _)| *bdf);
+        let Some((bdf, function)) = found.and_then(|bdf| Some((bdf, functions.remove(&bdf)?))) else {
+            return Err(MachineError::NoDevice(name.to_owned()));
+        };
+        self.pci.remove(bdf);
+        virtio_pci::lock(&function.function).unplug();
+        // It was allocated when the device came.
+        let _ = self.bars().free(&function.bar);
+        Ok(function.questions.take())
     }
 }

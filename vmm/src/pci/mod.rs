@@ -10,7 +10,7 @@ pub use bar::{Bar, BarWindow};
 pub use config::{COMMAND_BUS_MASTER, COMMAND_INTX_DISABLE, COMMAND_MEMORY, ConfigSpace, Identity, reg};
 pub use host_bridge::HostBridge;
 pub use msix::Msix;
-pub use root::{ConfigPorts, Ecam, PciBus, PciError, SLOTS};
+pub use root::{Bdf, ConfigPorts, Ecam, PciBus, PciError, SLOTS, SharedFunction};
 
 /// One function of the bus: what answers to configuration cycles.
 pub trait PciFunction: Send {

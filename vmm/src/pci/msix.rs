@@ -6,7 +6,7 @@
 use std::io;
 use std::sync::Arc;
 
-use ringvm_backends::event;
+use ringvm_backends::host::event;
 use tracing::warn;
 use vmm_sys_util::eventfd::EventFd;
 

@@ -1,6 +1,8 @@
 //! The root bus and the two ways to its configuration space: ports 0xcf8 and 0xcfc, and ECAM.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use thiserror::Error;
 
@@ -18,35 +20,67 @@ pub enum PciError {
     Full,
 }
 
-/// Bus 0.
+/// Where a function is, among all buses of a machine.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Bdf {
+    /// PCI segment group. The ways to configuration space here lead to group 0.
+    pub segment: u16,
+    /// Bus.
+    pub bus: u8,
+    /// Device on the bus, 0 to 31.
+    pub slot: u8,
+    /// Function of the device, 0 to 7.
+    pub function: u8,
+}
+
+impl fmt::Display for Bdf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { segment, bus, slot, function } = self;
+        write!(f, "{segment:04x}:{bus:02x}:{slot:02x}.{function}")
+    }
+}
+
+/// A function, shared with the memory bus that its BARs are on.
+pub type SharedFunction = Arc<Mutex<dyn PciFunction>>;
+
+/// All functions of a machine. They come and go while it runs.
 #[derive(Default)]
 pub struct PciBus {
-    slots: [Option<Arc<Mutex<dyn PciFunction>>>; SLOTS],
+    /// `None` where a place is claimed and nothing answers yet.
+    functions: RwLock<BTreeMap<Bdf, Option<SharedFunction>>>,
 }
 
 impl PciBus {
-    /// The first free slot.
+    /// Claims the first free slot of bus 0 for a device of one function.
     ///
     /// # Errors
     /// When there is none.
-    pub fn free_slot(&self) -> Result<u8, PciError> {
-        self.slots.iter().position(Option::is_none).map(|slot| slot as u8).ok_or(PciError::Full)
+    pub fn claim(&self) -> Result<Bdf, PciError> {
+        let mut functions = self.functions.write().unwrap_or_else(PoisonError::into_inner);
+        let slots = (0..SLOTS as u8).map(|slot| Bdf { slot, ..Bdf::default() });
+        let is_free = |bdf: &Bdf| functions.range(*bdf..=Bdf { function: 7, ..*bdf }).next().is_none();
+        let bdf = { slots }.find(is_free).ok_or(PciError::Full)?;
+        functions.insert(bdf, None);
+        Ok(bdf)
     }
 
-    /// Puts a function into `slot`.
-    pub fn insert(&mut self, slot: u8, function: Arc<Mutex<dyn PciFunction>>) {
-        self.slots[usize::from(slot)] = Some(function);
+    /// Has a function answer at a place that was claimed.
+    pub fn insert(&self, bdf: Bdf, function: SharedFunction) {
+        self.functions.write().unwrap_or_else(PoisonError::into_inner).insert(bdf, Some(function));
     }
 
-    fn function(&self, address: Address) -> Option<&Arc<Mutex<dyn PciFunction>>> {
-        if address.bus != 0 || address.function != 0 {
-            return None;
-        }
-        self.slots.get(usize::from(address.slot))?.as_ref()
+    /// Gives a place up. Nothing answers there any more.
+    pub fn remove(&self, bdf: Bdf) {
+        self.functions.write().unwrap_or_else(PoisonError::into_inner).remove(&bdf);
+    }
+
+    fn function(&self, bdf: Bdf) -> Option<SharedFunction> {
+        self.functions.read().unwrap_or_else(PoisonError::into_inner).get(&bdf)?.clone()
     }
 
     fn read(&self, address: Address, data: &mut [u8]) {
-        match self.function(address) {
+        match self.function(address.bdf) {
+            // Looked up first and locked after: a function may take its time, and others are not to wait for it.
             Some(function) if address.within_dword(data.len()) => {
                 function.lock().unwrap_or_else(PoisonError::into_inner).read_config(address.register, data);
             }
@@ -55,7 +89,7 @@ impl PciBus {
     }
 
     fn write(&self, address: Address, data: &[u8]) {
-        if let Some(function) = self.function(address)
+        if let Some(function) = self.function(address.bdf)
             && address.within_dword(data.len())
         {
             function.lock().unwrap_or_else(PoisonError::into_inner).write_config(address.register, data);
@@ -66,9 +100,7 @@ impl PciBus {
 /// A place in configuration space.
 #[derive(Clone, Copy, Debug)]
 struct Address {
-    bus: u8,
-    slot: u8,
-    function: u8,
+    bdf: Bdf,
     register: u16,
 }
 
@@ -97,9 +129,12 @@ impl ConfigPorts {
 
     fn target(&self, offset: u64) -> Option<Address> {
         (self.address & ENABLE != 0 && offset >= DATA).then(|| Address {
-            bus: (self.address >> 16) as u8,
-            slot: (self.address >> 11) as u8 & 0x1f,
-            function: (self.address >> 8) as u8 & 7,
+            bdf: Bdf {
+                segment: 0,
+                bus: (self.address >> 16) as u8,
+                slot: (self.address >> 11) as u8 & 0x1f,
+                function: (self.address >> 8) as u8 & 7,
+            },
             register: (self.address & 0xfc) as u16 + (offset - DATA) as u16,
         })
     }
@@ -137,9 +172,12 @@ impl Ecam {
 
     fn target(offset: u64) -> Address {
         Address {
-            bus: (offset >> 20) as u8,
-            slot: (offset >> 15) as u8 & 0x1f,
-            function: (offset >> 12) as u8 & 7,
+            bdf: Bdf {
+                segment: 0,
+                bus: (offset >> 20) as u8,
+                slot: (offset >> 15) as u8 & 0x1f,
+                function: (offset >> 12) as u8 & 7,
+            },
             register: offset as u16 & 0xfff,
         }
     }
@@ -161,9 +199,8 @@ mod tests {
     use crate::pci::HostBridge;
 
     fn bus() -> Arc<PciBus> {
-        let mut bus = PciBus::default();
-        bus.insert(0, Arc::new(Mutex::new(HostBridge::default())));
-        assert_eq!(bus.free_slot().unwrap(), 1);
+        let bus = PciBus::default();
+        bus.insert(bus.claim().unwrap(), Arc::new(Mutex::new(HostBridge::default())));
         Arc::new(bus)
     }
 
@@ -199,5 +236,26 @@ mod tests {
         assert_eq!(read(&mut ecam, 0x8000), 0xffff_ffff);
         assert_eq!(read(&mut ecam, 2), 0xffff_ffff, "across two dwords");
         assert_eq!(read(&mut ecam, 0x100), 0xffff_ffff, "no extended space");
+    }
+
+    #[test]
+    fn slots_are_claimed_and_given_back() {
+        let bus = PciBus::default();
+        let all: Vec<Bdf> = (0..SLOTS).map(|_| bus.claim().unwrap()).collect();
+        assert_eq!(all[31].to_string(), "0000:00:1f.0");
+        assert!(matches!(bus.claim(), Err(PciError::Full)));
+        bus.remove(all[7]);
+        assert_eq!(bus.claim().unwrap(), all[7]);
+    }
+
+    #[test]
+    fn functions_of_other_numbers_and_buses_answer() {
+        let bus = Arc::new(PciBus::default());
+        let bdf = Bdf { bus: 3, slot: 2, function: 5, ..Bdf::default() };
+        bus.insert(bdf, Arc::new(Mutex::new(HostBridge::default())));
+        let mut ports = ConfigPorts::new(Arc::clone(&bus));
+        ports.write(0, 0, &(ENABLE | 3 << 16 | 2 << 11 | 5 << 8 | 8).to_le_bytes());
+        assert_eq!(read(&mut ports, 4), 0x0600_0000);
+        assert_eq!(read(&mut Ecam::new(bus), 3 << 20 | 2 << 15 | 5 << 12 | 8), 0x0600_0000);
     }
 }

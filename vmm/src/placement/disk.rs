@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use ringvm_backends::block::{BlockDevice, BlockOptions, StorageKind};
 use ringvm_backends::device::{DeviceError, Flusher, Place};
+use ringvm_backends::io::reactor::{ReactorOptions, ReactorPool};
 use ringvm_backends::keyval;
-use ringvm_backends::reactor::{ReactorOptions, ReactorPool};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use super::placed::{Server, Source};
@@ -144,6 +144,6 @@ mod tests {
         );
         disk.start_queue(0, parts).unwrap();
         assert!(matches!(mover.toggle(), Err(PlaceError::Private { .. })));
-        assert_eq!(disk.stop_queue(0), Some(QueueState::default()), "it is served all the same");
+        assert_eq!(disk.drain(0), Some(QueueState::default()), "it is served all the same");
     }
 }

@@ -10,8 +10,8 @@ use std::sync::{Mutex, PoisonError};
 
 use ringvm_backends::block;
 use ringvm_backends::device::DeviceError;
+use ringvm_backends::io::reactor::{ReactorOptions, ReactorPool};
 use ringvm_backends::net as nic;
-use ringvm_backends::reactor::{ReactorOptions, ReactorPool};
 use thiserror::Error;
 
 use crate::vhost_user::ConnectError;
@@ -19,6 +19,7 @@ use crate::vhost_user::ConnectError;
 pub use disk::open_disk;
 pub use net::open_nic;
 pub use placed::{Moved, Mover, PlacedDevice};
+pub use ringvm_backends::device::Place;
 
 /// Where the programs are, if not beside this one.
 const DAEMONS: &str = "RINGVM_DAEMONS";

@@ -6,10 +6,10 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use ringvm_backends::device::Place;
+use ringvm_backends::io::reactor::{ReactorOptions, ReactorPool};
 use ringvm_backends::keyval;
+use ringvm_backends::net::port::{Filter, Offloads, Port};
 use ringvm_backends::net::{Lent, Mac, NetDevice, NetOptions};
-use ringvm_backends::port::{Filter, Offloads, Port};
-use ringvm_backends::reactor::{ReactorOptions, ReactorPool};
 use tracing::warn;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 

@@ -9,11 +9,11 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use ringvm_backends::device::{Device, DeviceError, DeviceInfo, Flusher, Place, QueueParts, QueueState, Suspended};
-use ringvm_backends::event::SharedEvent;
-use ringvm_backends::interrupt::Interrupt;
+use ringvm_backends::device::{Device, DeviceError, DeviceInfo, End, Flusher, Place, QueueParts, Stopping, Suspended};
+use ringvm_backends::host::event::SharedEvent;
 use ringvm_backends::setup::{DriverSetup, RingSetup};
 use ringvm_backends::stats::DeviceStats;
+use ringvm_backends::virtqueue::interrupt::Interrupt;
 use tracing::error;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
@@ -203,8 +203,8 @@ impl Placed {
 impl Mover {
     /// Name of the device.
     #[must_use]
-    pub fn name(&self) -> &str {
-        self.0.source.name()
+    pub fn name(&self) -> String {
+        self.0.source.name().to_owned()
     }
 
     /// Where the device is served.
@@ -281,16 +281,10 @@ impl Device for PlacedDevice {
         Ok(())
     }
 
-    fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
-        let mut placed = self.shared.lock();
-        placed.setup.rings.remove(&index);
-        placed.server.stop_queue(index)
-    }
-
-    fn suspend(&mut self, queues: &[u16]) -> Vec<Option<Suspended>> {
+    fn stop(&mut self, queues: &[u16], end: End) -> Stopping {
         let mut placed = self.shared.lock();
         placed.setup.rings.retain(|index, _| !queues.contains(index));
-        placed.server.suspend(queues)
+        placed.server.stop(queues, end)
     }
 
     fn reset(&mut self) {

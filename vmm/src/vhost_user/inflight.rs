@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 
-use ringvm_backends::inflight::{InflightArea, InflightTable};
+use ringvm_backends::virtqueue::inflight::{InflightArea, InflightTable};
 use vhost::vhost_user::message::VhostUserInflight;
 
 use super::link::LinkError;

@@ -11,10 +11,10 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
 use ringvm_backends::device::{DeviceError, GuestMemory, QueueState, Suspended};
-use ringvm_backends::event::{SharedEvent, borrow, take};
-use ringvm_backends::interrupt::Interrupt;
-use ringvm_backends::queue::used_index;
+use ringvm_backends::host::event::{SharedEvent, borrow, take};
 use ringvm_backends::setup::{DriverSetup, RingSetup};
+use ringvm_backends::virtqueue::interrupt::Interrupt;
+use ringvm_backends::virtqueue::split::used_index;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{Shutdown, shutdown};
 use tracing::{debug, info, warn};

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use ringvm_backends::device::{GuestMemory, QueueState, RingConfig};
-use ringvm_backends::event::is_raised;
+use ringvm_backends::host::event::is_raised;
 use thiserror::Error;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection as Direction, VhostTransferStatePhase as Phase, VhostUserConfigFlags,

@@ -21,19 +21,21 @@ mod transfer;
 use std::io;
 use std::mem;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use ringvm_backends::device::{
-    Device, DeviceError, DeviceInfo, GuestMemory, QueueParts, QueueState, RingConfig, Suspended, read_space,
+    Device, DeviceError, DeviceInfo, End, Ends, GuestMemory, QueueParts, QueueState, RingConfig, Stopping, Suspended,
+    read_space,
 };
-use ringvm_backends::event::SharedEvent;
-use ringvm_backends::interrupt::Interrupt;
-use ringvm_backends::queue::{check_ring, used_index};
+use ringvm_backends::host::event::SharedEvent;
 use ringvm_backends::setup::RingSetup;
 use ringvm_backends::state::MAX_STATE;
 use ringvm_backends::stats::DeviceStats;
+use ringvm_backends::virtqueue::interrupt::Interrupt;
+use ringvm_backends::virtqueue::split::{check_ring, used_index};
 use thiserror::Error;
 use tracing::{debug, warn};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -57,6 +59,8 @@ const AFTERLIFE: Duration = Duration::from_millis(500);
 const TRANSFER: Duration = Duration::from_secs(10);
 /// How long the keeper may take to notice that a connection was ended.
 const NOTICE: Duration = Duration::from_secs(2);
+/// Waiting needs little stack.
+const STACK: usize = 64 << 10;
 
 /// What a device in another process is to be.
 #[derive(Clone, Debug)]
@@ -89,8 +93,8 @@ pub struct VhostUserDevice {
     ended: Receiver<()>,
     /// Rings that run, as far as the driver knows.
     running: Vec<Option<(RingConfig, GuestMemory)>>,
-    /// How long the stops since the last start have taken.
-    spent: Duration,
+    /// How long the stops since the last start have taken, in milliseconds.
+    spent: Arc<AtomicU64>,
 }
 
 fn event() -> io::Result<EventFd> {
@@ -157,7 +161,7 @@ impl VhostUserDevice {
         });
         thread.map_err(|source| host("starting a thread", source))?;
         let running = (0..count).map(|_| None).collect();
-        Ok(Self { info, shared, jobs: Some(jobs), ended, running, spent: Duration::ZERO })
+        Ok(Self { info, shared, jobs: Some(jobs), ended, running, spent: Arc::default() })
     }
 
     /// Whether a daemon is there.
@@ -181,22 +185,20 @@ impl VhostUserDevice {
         }
     }
 
-    /// Has the keeper do something, and waits for the answer. After so long the connection is ended, and with it whatever the
-    /// keeper waits for. `None` if there is no answer even then.
+    /// Has the keeper do something some time. Returns where its answer comes.
+    fn post<T: Send + 'static>(&self, work: impl FnOnce(&mut Keeper) -> T + Send + 'static) -> Receiver<T> {
+        let (reply, answer) = mpsc::channel();
+        self.send(move |keeper| drop(reply.send(work(keeper))));
+        answer
+    }
+
+    /// Has the keeper do something, and waits for the answer as [`await_answer`] does.
     fn ask<T: Send + 'static>(
         &self,
         limit: Duration,
         work: impl FnOnce(&mut Keeper) -> T + Send + 'static,
     ) -> Option<T> {
-        let (reply, answer) = mpsc::channel();
-        self.send(move |keeper| drop(reply.send(work(keeper))));
-        match answer.recv_timeout(limit) {
-            Err(RecvTimeoutError::Timeout) => {
-                self.shared.break_off();
-                answer.recv_timeout(NOTICE).ok()
-            }
-            answer => answer.ok(),
-        }
+        await_answer(&self.shared, &self.post(work), limit)
     }
 
     /// As [`Self::ask`], if a daemon is there to answer; otherwise it is done for the next one that comes.
@@ -206,6 +208,10 @@ impl VhostUserDevice {
         }
         self.send(move |keeper| drop(work(keeper)));
         None
+    }
+
+    fn spent(&self) -> Duration {
+        Duration::from_millis(self.spent.load(Ordering::Relaxed))
     }
 
     /// How long all stops may take that follow each other.
@@ -222,6 +228,18 @@ impl VhostUserDevice {
 
     fn queue_error(&self, index: u16, reason: &'static str) -> DeviceError {
         DeviceError::Queue { device: self.info.name.clone(), index, reason }
+    }
+}
+
+/// Waits for an answer of the keeper. After so long the connection is ended, and with it whatever the keeper waits for. `None` if there
+/// is no answer even then.
+fn await_answer<T>(shared: &Shared, answer: &Receiver<T>, limit: Duration) -> Option<T> {
+    match answer.recv_timeout(limit) {
+        Err(RecvTimeoutError::Timeout) => {
+            shared.break_off();
+            answer.recv_timeout(NOTICE).ok()
+        }
+        answer => answer.ok(),
     }
 }
 
@@ -295,7 +313,7 @@ impl Device for VhostUserDevice {
         let [kick_again, call_again] = again.map(|event| event.map_err(|error| host("duplicating an event", error)));
         let again = [kick_again?, call_again?];
         let run = Ring { call, again, err, faulty: false, from, left };
-        self.spent = Duration::ZERO;
+        self.spent.store(0, Ordering::Relaxed);
         if self.ask_or_send(move |keeper| keeper.add(index, setup, run)) == Some(false) {
             return Err(self.queue_error(index, "is refused by its daemon"));
         }
@@ -303,43 +321,53 @@ impl Device for VhostUserDevice {
         Ok(())
     }
 
-    fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
-        self.running.get(usize::from(index))?.as_ref()?;
-        let start = Instant::now();
-        let limit = self.stop_limit().saturating_sub(self.spent);
-        let ends = self.ask(limit, move |keeper| keeper.stop(&[index]));
-        self.spent += start.elapsed();
-        self.shared.outlast(None);
-        let (_, state) = self.take_running(index)?;
-        // What the table says is left is served first when the ring starts again.
-        Some(ends.and_then(|ends| ends.into_iter().next()?).map_or(state, |end| end.state))
-    }
-
-    fn suspend(&mut self, queues: &[u16]) -> Vec<Option<Suspended>> {
-        let wanted = queues.to_vec();
+    fn stop(&mut self, queues: &[u16], end: End) -> Stopping {
         let running: Vec<_> = queues.iter().map(|&index| self.take_running(index)).collect();
+        let states: Vec<_> = running.iter().map(|ring| ring.as_ref().map(|&(_, state)| state)).collect();
+        let by_memory = move || {
+            // What the table says is left is served first when the ring starts again.
+            let known = |state: &Option<QueueState>| Some(Suspended { state: (*state)?, left: Vec::new() });
+            states.iter().map(known).collect::<Ends>()
+        };
         if running.iter().all(Option::is_none) {
-            return queues.iter().map(|_| None).collect();
+            return Stopping::done(by_memory());
         }
-        let rings: Vec<_> = running.iter().map(|running| running.as_ref().map_or(0, |(ring, _)| ring.size)).collect();
-        let ends = self.ask(self.stop_limit(), move |keeper| {
+        let sizes: Vec<_> = running.iter().map(|running| running.as_ref().map_or(0, |(ring, _)| ring.size)).collect();
+        let wanted = queues.to_vec();
+        let answer = self.post(move |keeper| {
             let ends = keeper.stop(&wanted);
-            let ends = ends.into_iter().zip(wanted).zip(rings);
-            ends.map(|((end, index), size)| Some(keeper.take_left(index, size, end?))).collect::<Vec<_>>()
+            let ends = ends.into_iter().zip(wanted).zip(sizes);
+            ends.map(|((stopped, index), size)| match end {
+                End::Drained => Some(Suspended { state: stopped?.state, left: Vec::new() }),
+                End::Suspended => Some(keeper.take_left(index, size, stopped?)),
+            })
+            .collect::<Ends>()
         });
-        self.shared.outlast(Some(AFTERLIFE));
-        ends.unwrap_or_else(|| {
-            let state = |running: &Option<(RingConfig, QueueState)>| running.as_ref().map(|&(_, state)| state);
-            running.iter().map(|ring| Some(Suspended { state: state(ring)?, left: Vec::new() })).collect()
-        })
+        let (reply, stopping) = Stopping::pending(queues.len());
+        let (shared, spent) = (Arc::clone(&self.shared), Arc::clone(&self.spent));
+        let limit = self.stop_limit().saturating_sub(self.spent());
+        let wait = move || {
+            let start = Instant::now();
+            let ends = await_answer(&shared, &answer, limit);
+            spent.fetch_add(start.elapsed().as_millis() as u64, Ordering::Relaxed);
+            shared.outlast((end == End::Suspended).then_some(AFTERLIFE));
+            // Nobody may be waiting any more.
+            let _ = reply.send(ends.unwrap_or_else(by_memory));
+        };
+        let name = format!("stop-{}", self.info.name);
+        // Without a thread nobody waits, and the ends are those that follow from memory.
+        if let Err(error) = thread::Builder::new().name(name).stack_size(STACK).spawn(wait) {
+            warn!(device = self.info.name, %error, "starting a thread to wait for its daemon");
+        }
+        stopping
     }
 
     fn reset(&mut self) {
         let runs = self.running.iter().any(Option::is_some);
         let limit = if runs { self.stop_limit() } else { ANSWER };
-        self.ask(limit.saturating_sub(self.spent), Keeper::reset);
+        self.ask(limit.saturating_sub(self.spent()), Keeper::reset);
         self.shared.outlast(None);
-        self.spent = Duration::ZERO;
+        self.spent.store(0, Ordering::Relaxed);
         self.running.fill_with(|| None);
     }
 
@@ -387,7 +415,7 @@ impl Device for VhostUserDevice {
 
 impl Drop for VhostUserDevice {
     fn drop(&mut self) {
-        self.ask(ANSWER.saturating_sub(self.spent), Keeper::reset);
+        self.ask(ANSWER.saturating_sub(self.spent()), Keeper::reset);
         // The keeper ends, and a daemon of ours with it.
         drop(mem::take(&mut self.jobs));
         self.shared.wake();

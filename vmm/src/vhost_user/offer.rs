@@ -1,7 +1,7 @@
 //! What of a daemon's device is shown to the driver: features, queues, the configuration space. All that depends on the kind of
 //! device is here.
 
-use ringvm_backends::queue::RING_FEATURES;
+use ringvm_backends::virtqueue::split::RING_FEATURES;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_MQ;
 use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET};
 use virtio_bindings::virtio_net::{

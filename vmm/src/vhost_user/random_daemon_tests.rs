@@ -233,7 +233,7 @@ fn drive(device: &mut VhostUserDevice, memory: &GuestMemory, acts: &[Act]) {
             Act::Stop(queue) => {
                 let index = u16::from(queue) % QUEUES;
                 let was = std::mem::take(&mut running[usize::from(index)]);
-                assert_eq!(device.stop_queue(index).is_some(), was);
+                assert_eq!(device.drain(index).is_some(), was);
             }
             Act::Suspend(queues) => {
                 let asked: Vec<u16> = (0..QUEUES).filter(|queue| queues >> queue & 1 == 1).collect();

@@ -5,8 +5,8 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use ringvm_backends::event::{borrow, take};
-use ringvm_backends::interrupt::Interrupt;
+use ringvm_backends::host::event::{borrow, take};
+use ringvm_backends::virtqueue::interrupt::Interrupt;
 use rustix::event::PollFlags;
 use rustix::net::{Shutdown, shutdown};
 use rustix::process::{Signal, pidfd_send_signal};

@@ -255,7 +255,7 @@ fn a_ring_that_a_daemon_refuses_is_not_its_death() {
     for _ in 0..20 {
         device.ack_features(VERSION_1).unwrap();
         device.start_queue(0, parts(&memory)).unwrap_err();
-        assert_eq!(device.stop_queue(0), None);
+        assert_eq!(device.drain(0), None);
         device.reset();
     }
     assert_eq!(stage.connections(), 1);
@@ -342,7 +342,7 @@ fn all_rings_of_a_hung_daemon_are_stopped_within_one_limit() {
         }
         let start = Instant::now();
         for index in 0..8 {
-            assert_eq!(device.stop_queue(index), Some(QueueState::default()));
+            assert_eq!(device.drain(index), Some(QueueState::default()));
         }
         drop(device);
         assert!(start.elapsed() < LIMIT, "{:?}", start.elapsed());

@@ -10,13 +10,14 @@ mod transport;
 
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
 
 use ringvm_backends::device::{Device, DeviceInfo, GuestMemory};
-use ringvm_backends::stats::DeviceStats;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::arch::x86_64::layout::pci_irq;
 use crate::bus::{BusDevice, Buses, Handler};
-use crate::machine::layout::pci_irq;
+use crate::owner::Questions;
 use crate::pci::{
     Bar, BarWindow, COMMAND_BUS_MASTER, COMMAND_INTX_DISABLE, COMMAND_MEMORY, ConfigSpace, Identity, Msix, PciFunction,
 };
@@ -66,11 +67,12 @@ pub struct VirtioPci {
     bar: Bar,
     /// Where the BAR is on the memory bus now.
     mapped: Option<u64>,
+    /// The function was taken off its bus, for good.
+    unplugged: bool,
     window: u16,
     msix: Msix,
     signals: Arc<Signals>,
-    /// `None` once the device was taken back.
-    transport: Option<Transport>,
+    transport: Transport,
     /// Weak, for the buses hold the function.
     buses: Weak<Buses>,
     platform: Arc<dyn Platform>,
@@ -85,7 +87,12 @@ pub struct Place {
     pub bar: u64,
     /// Where software may move it.
     pub window: BarWindow,
+    /// How long a vCPU lets the device follow its registers before it goes on, usually [`PATIENCE`].
+    pub patience: Duration,
 }
+
+/// What a device does at once takes no longer on a machine that is not overloaded. Longer waits are not a vCPU's.
+pub const PATIENCE: Duration = Duration::from_millis(20);
 
 impl VirtioPci {
     /// Puts a transport around `device`.
@@ -120,16 +127,17 @@ impl VirtioPci {
         let vectors = info.queue_sizes.len() as u16 + 1;
         let msix = Msix::new(platform.as_ref(), &mut space, vectors, MSIX_TABLE as u32, MSIX_PBA as u32)?;
         let signals = Signals::new(&info.name, platform.line(irq));
-        let transport = Transport::new(device, memory, Arc::clone(&signals))?;
+        let transport = Transport::new(device, memory, Arc::clone(&signals), place.patience)?;
         Ok(Arc::new_cyclic(|this| {
             Mutex::new(Self {
                 space,
                 bar,
                 mapped: None,
+                unplugged: false,
                 window,
                 msix,
                 signals,
-                transport: Some(transport),
+                transport,
                 buses: Arc::downgrade(buses),
                 platform: Arc::clone(platform),
                 this: Weak::clone(this),
@@ -137,26 +145,26 @@ impl VirtioPci {
         }))
     }
 
-    /// What the device has done.
+    /// Asks the thread that owns the device.
     #[must_use]
-    pub fn stats(&self) -> DeviceStats {
-        self.transport.as_ref().map(|transport| transport.device().stats()).unwrap_or_default()
+    pub fn questions(&self) -> Questions {
+        self.transport.owner().questions().clone()
     }
 
-    /// Takes the device back out, reset. The guest must not run any more.
-    pub fn take_device(&mut self) -> Option<Box<dyn Device>> {
+    /// Takes the function off the memory bus: neither its registers nor its doorbells answer any more.
+    pub fn unplug(&mut self) {
         self.unmap();
-        self.transport.take().map(Transport::into_device)
+        self.unplugged = true;
     }
 
     fn read_bar(&mut self, offset: u64, data: &mut [u8]) {
         data.fill(0);
-        let Some(transport) = &mut self.transport else { return };
+        self.notice_reset();
         match offset {
-            COMMON..ISR => transport.read_common(offset, data),
+            COMMON..ISR => self.transport.read_common(offset, data),
             // Reading acknowledges: only its first byte does (4.1.4.5).
             ISR if !data.is_empty() => data[0] = self.signals.take_isr(),
-            DEVICE..NOTIFY => transport.read_device(offset - DEVICE, data),
+            DEVICE..NOTIFY => self.transport.read_device(offset - DEVICE, data),
             MSIX_TABLE..MSIX_PBA => self.msix.read_table(offset - MSIX_TABLE, data),
             MSIX_PBA..MSIX_PBA_END => self.msix.read_pba(offset - MSIX_PBA, data),
             _ => {}
@@ -164,24 +172,29 @@ impl VirtioPci {
     }
 
     fn write_bar(&mut self, offset: u64, data: &[u8]) {
-        let Some(transport) = &mut self.transport else { return };
+        self.notice_reset();
         match offset {
             COMMON..ISR => {
-                let reset = transport.write_common(offset, data, &MsixVectors(&self.msix));
-                if reset {
-                    self.msix.clear_pending();
-                }
+                self.transport.write_common(offset, data, &MsixVectors(&self.msix));
+                self.notice_reset();
             }
-            DEVICE..NOTIFY => transport.write_device(offset - DEVICE, data),
-            NOTIFY..NOTIFY_END => transport.kick(((offset - NOTIFY) / u64::from(NOTIFY_MULTIPLIER)) as usize),
+            DEVICE..NOTIFY => self.transport.write_device(offset - DEVICE, data),
+            NOTIFY..NOTIFY_END => self.transport.kick(((offset - NOTIFY) / u64::from(NOTIFY_MULTIPLIER)) as usize),
             MSIX_TABLE..MSIX_PBA => self.msix.write_table(offset - MSIX_TABLE, data),
             _ => {}
         }
     }
 
+    /// What the queues raised last before a reset was complete is forgotten with them.
+    fn notice_reset(&mut self) {
+        if self.transport.has_been_reset() {
+            self.msix.clear_pending();
+        }
+    }
+
     /// Follows what software did to the command register and the BAR.
     fn update_mapping(&mut self) {
-        let wanted = self.bar.decoded(&self.space);
+        let wanted = self.bar.decoded(&self.space).filter(|_| !self.unplugged);
         if wanted == self.mapped {
             return;
         }
@@ -214,11 +227,9 @@ impl VirtioPci {
     }
 
     fn for_each_doorbell(&self, base: u64, act: impl Fn(&dyn Platform, u64, &EventFd)) {
-        if let Some(transport) = &self.transport {
-            let addresses = (base + NOTIFY..).step_by(NOTIFY_MULTIPLIER as usize);
-            for (address, kick) in addresses.zip(transport.kicks()) {
-                act(self.platform.as_ref(), address, kick);
-            }
+        let addresses = (base + NOTIFY..).step_by(NOTIFY_MULTIPLIER as usize);
+        for (address, kick) in addresses.zip(self.transport.kicks()) {
+            act(self.platform.as_ref(), address, kick);
         }
     }
 
@@ -261,13 +272,11 @@ impl PciFunction for VirtioPci {
         let command = self.space.command();
         self.signals.set_intx_disabled(command & COMMAND_INTX_DISABLE != 0);
         let switched = self.msix.update(&self.space);
-        if let Some(transport) = &mut self.transport {
-            let vectors = MsixVectors(&self.msix);
-            if switched {
-                transport.interrupts_switched(&vectors);
-            }
-            transport.set_may_run(command & COMMAND_BUS_MASTER != 0, &vectors);
+        let vectors = MsixVectors(&self.msix);
+        if switched {
+            self.transport.interrupts_switched(&vectors);
         }
+        self.transport.set_may_run(command & COMMAND_BUS_MASTER != 0, &vectors);
     }
 }
 

@@ -4,9 +4,10 @@
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use ringvm_backends::interrupt::Interrupt;
+use ringvm_backends::virtqueue::interrupt::Interrupt;
 use tracing::warn;
 
+use crate::owner::Listener;
 use crate::platform::IrqLine;
 
 /// ISR: a queue has used buffers.
@@ -64,14 +65,6 @@ impl Signals {
         self.status.fetch_or(bits, Ordering::SeqCst);
     }
 
-    /// The device is broken for this reason: sets the status bit, and tells the driver if it listens.
-    pub(super) fn need_reset(&self, reason: &str) {
-        self.warn(format_args!("{reason}; the device needs a reset"));
-        if self.status.fetch_or(NEEDS_RESET, Ordering::SeqCst) & DRIVER_OK != 0 {
-            self.config_changed();
-        }
-    }
-
     /// Logs what the guest did. The log has a budget for what a guest does all the time.
     pub(super) fn warn(&self, what: std::fmt::Arguments<'_>) {
         warn!(device = self.name, "{what}");
@@ -80,14 +73,6 @@ impl Signals {
     /// What `config_generation` reads as.
     pub(super) fn generation(&self) -> u8 {
         self.generation.load(Ordering::SeqCst) as u8
-    }
-
-    /// The device changed its configuration space by itself: the driver is told, if it listens.
-    pub(super) fn space_changed(&self) {
-        self.generation.fetch_add(1, Ordering::SeqCst);
-        if self.status() & DRIVER_OK != 0 {
-            self.config_changed();
-        }
     }
 
     /// Tells the driver that the configuration has changed.
@@ -131,12 +116,28 @@ impl Signals {
         intx.disabled = disabled;
         intx.drive();
     }
+}
 
-    /// Back to the state after power-on. The interrupts handed out must not be raised any more: all queues are stopped.
-    pub(super) fn reset(&self) {
+impl Listener for Signals {
+    fn reset(&self) {
+        // The interrupts handed out are not raised any more: all queues are stopped.
         self.set_config_interrupt(Interrupt::None);
         self.take_isr();
         self.status.store(0, Ordering::SeqCst);
+    }
+
+    fn need_reset(&self, reason: &str) {
+        self.warn(format_args!("{reason}; the device needs a reset"));
+        if self.status.fetch_or(NEEDS_RESET, Ordering::SeqCst) & DRIVER_OK != 0 {
+            self.config_changed();
+        }
+    }
+
+    fn space_changed(&self) {
+        self.generation.fetch_add(1, Ordering::SeqCst);
+        if self.status() & DRIVER_OK != 0 {
+            self.config_changed();
+        }
     }
 }
 

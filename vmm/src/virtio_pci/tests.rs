@@ -2,10 +2,14 @@
 
 use std::collections::BTreeMap;
 
+use std::time::Duration;
+
 use bolero::TypeGenerator;
-use ringvm_backends::device::{DeviceError, QueueParts, QueueState, RingConfig};
-use ringvm_backends::event::{borrow, is_raised};
-use ringvm_backends::interrupt::Interrupt;
+use crossbeam_channel::{Sender, bounded};
+use ringvm_backends::device::{DeviceError, End, Ends, QueueParts, QueueState, RingConfig, Stopping, Suspended};
+use ringvm_backends::host::event::{borrow, is_raised};
+use ringvm_backends::stats::DeviceStats;
+use ringvm_backends::virtqueue::interrupt::Interrupt;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::*;
@@ -21,6 +25,9 @@ const MAX_SIZE: u16 = 256;
 const STATUS: u64 = 0x14;
 const ALL: u8 = 1 | 2 | 8 | 4;
 
+/// A busy machine takes longer than a vCPU would wait.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// What the device was told.
 #[derive(Default)]
 struct Told {
@@ -30,6 +37,9 @@ struct Told {
     resets: usize,
     /// The next start of this queue fails.
     refuse: Option<u16>,
+    /// Queues that are told to stop do so when the test has them.
+    drains_for_ever: bool,
+    draining: Option<Sender<Ends>>,
     config: [u8; 8],
     changed: Option<Interrupt>,
 }
@@ -85,9 +95,19 @@ impl Device for TestDevice {
         Ok(())
     }
 
-    fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
-        self.told.lock().unwrap().running.remove(&index)?;
-        Some(QueueState { next_avail: 7 + index, next_used: 7 + index })
+    fn stop(&mut self, queues: &[u16], _end: End) -> Stopping {
+        let mut told = self.told.lock().unwrap();
+        if told.drains_for_ever {
+            let (end, stopping) = Stopping::pending(queues.len());
+            told.draining = Some(end);
+            return stopping;
+        }
+        let stopped = queues.iter().map(|index| {
+            told.running.remove(index)?;
+            let state = QueueState { next_avail: 7 + index, next_used: 7 + index };
+            Some(Suspended { state, left: Vec::new() })
+        });
+        Stopping::done(stopped.collect())
     }
 
     fn reset(&mut self) {
@@ -125,6 +145,10 @@ struct Bench {
 impl Bench {
     /// A function as software finds it.
     fn cold() -> Self {
+        Self::with_patience(PATIENCE)
+    }
+
+    fn with_patience(patience: Duration) -> Self {
         let told = Arc::new(Mutex::new(Told { config: *b"ringvm!!", ..Default::default() }));
         let info = DeviceInfo {
             device_type: 2,
@@ -138,7 +162,7 @@ impl Bench {
         let buses = Arc::new(Buses::default());
         let platform = Arc::new(FakePlatform::default());
         let window = BarWindow::new(std::slice::from_ref(&(BAR..BAR + 0x1000_0000)));
-        let place = Place { slot: 1, bar: BAR, window };
+        let place = Place { slot: 1, bar: BAR, window, patience };
         let as_platform: Arc<dyn Platform> = Arc::clone(&platform) as _;
         let function = VirtioPci::new(device, memory, place, &buses, &as_platform).unwrap();
         Self { function, buses, platform, told }
@@ -233,6 +257,19 @@ impl Bench {
         assert_eq!(self.status(), ALL);
     }
 
+    /// Waits until the device is where its registers want it.
+    fn settle(&self) {
+        assert!(lock(&self.function).transport.owner().wait(PATIENCE));
+    }
+
+    fn take_device(&self) -> Box<dyn Device> {
+        let mut function = lock(&self.function);
+        function.unplug();
+        let taken = function.questions().take();
+        drop(function);
+        taken.recv().unwrap().device
+    }
+
     fn running(&self) -> Vec<u16> {
         self.told.lock().unwrap().running.keys().copied().collect()
     }
@@ -263,6 +300,7 @@ fn pitfall_18_a_change_of_configuration_is_told_once_and_only_to_a_driver() {
     let event = lock(&bench.function).msix.event(0).unwrap();
     let generation = bench.read(GENERATION, 1);
     changed.raise();
+    bench.settle();
     assert_eq!(bench.read(GENERATION, 1), generation + 1);
     assert!(!is_raised(borrow(&event)), "no driver is there to be interrupted");
     bench.negotiate(VERSION_1);
@@ -272,10 +310,66 @@ fn pitfall_18_a_change_of_configuration_is_told_once_and_only_to_a_driver() {
     assert!(!is_raised(borrow(&event)), "nothing has changed since");
     assert_eq!(bench.read(GENERATION, 1), generation + 1, "reading and starting change nothing");
     changed.raise();
+    bench.settle();
     assert!(is_raised(borrow(&event)));
     assert_eq!(bench.read(GENERATION, 1), generation + 2);
     // The queues' interrupts are others.
     assert!(!is_raised(borrow(&lock(&bench.function).msix.event(1).unwrap())));
+}
+
+#[test]
+fn a_device_that_drains_for_ever_keeps_nobody_waiting() {
+    let bench = Bench::with_patience(Duration::from_millis(1));
+    bench.config_write(reg::COMMAND, &(COMMAND_MEMORY | COMMAND_BUS_MASTER).to_le_bytes());
+    bench.negotiate(VERSION_1);
+    bench.set_queue(0, 1);
+    bench.set_status(ALL);
+    bench.settle();
+    assert_eq!(bench.running(), [0]);
+    bench.told.lock().unwrap().drains_for_ever = true;
+    bench.set_status(0);
+    assert_eq!(bench.status(), ALL, "the reset is not complete");
+    bench.set_status(1);
+    assert_eq!(bench.status(), ALL, "a driver is to wait for that");
+    assert_eq!(bench.read(DEVICE, 8), u64::from_le_bytes(*b"ringvm!!"));
+    let questions = lock(&bench.function).questions();
+    let (reply, answer) = bounded(1);
+    questions.stats(reply);
+    answer.recv_timeout(PATIENCE).expect("questions are answered while it drains");
+    assert_eq!(bench.told.lock().unwrap().resets, 1, "the one before it was driven");
+
+    let end = {
+        let mut told = bench.told.lock().unwrap();
+        told.running.clear();
+        told.draining.take().unwrap()
+    };
+    end.send(vec![Some(Suspended::default())]).unwrap();
+    bench.settle();
+    assert_eq!((bench.status(), bench.told.lock().unwrap().resets), (0, 2));
+    bench.told.lock().unwrap().drains_for_ever = false;
+    bench.negotiate(VERSION_1);
+    bench.settle();
+    assert_eq!(bench.status(), 11);
+}
+
+#[test]
+fn features_that_a_slow_device_refuses_need_a_reset() {
+    let bench = Bench::with_patience(Duration::ZERO);
+    bench.config_write(reg::COMMAND, &(COMMAND_MEMORY | COMMAND_BUS_MASTER).to_le_bytes());
+    bench.settle();
+    // The test holds the lock that the device needs to answer.
+    let told = bench.told.lock().unwrap();
+    bench.set_status(1);
+    bench.set_status(1 | 2);
+    bench.set_features(VERSION_1 | 1 << 5);
+    bench.set_status(1 | 2 | 8);
+    assert_eq!(bench.status(), 11, "a driver looks once");
+    drop(told);
+    bench.settle();
+    assert_eq!(bench.status(), 11 | 0x40);
+    bench.set_status(0);
+    bench.settle();
+    assert_eq!(bench.status(), 0);
 }
 
 #[test]
@@ -470,7 +564,7 @@ fn doorbells_move_with_the_bar() {
     bench.config_write(reg::COMMAND, &[0, 0]);
     assert!(attached().is_empty());
     bench.config_write(reg::COMMAND, &COMMAND_MEMORY.to_le_bytes());
-    let device = lock(&bench.function).take_device().unwrap();
+    let device = bench.take_device();
     assert!(attached().is_empty());
     assert_eq!(device.info().name, "test0");
     assert_eq!(bench.read(0x12, 2), u64::MAX >> 48);
@@ -568,7 +662,6 @@ fn check_rules(bench: &Bench) {
     }
     drop(told);
     let function = lock(&bench.function);
-    assert_eq!(function.transport.as_ref().unwrap().running(), !bench.running().is_empty());
     let command = function.space.command();
     assert!(command & COMMAND_BUS_MASTER != 0 || bench.running().is_empty());
     let doorbells = bench.platform.doorbells.lock().unwrap().keys().copied().collect::<Vec<_>>();
@@ -627,7 +720,7 @@ fn fuzz_a_guest_can_do_anything_and_the_rules_hold() {
             check_rules(&bench);
         }
         bench.set_status(0);
-        lock(&bench.function).take_device().unwrap();
+        drop(bench.take_device());
         assert!(bench.running().is_empty() && bench.platform.doorbells.lock().unwrap().is_empty());
     });
 }

@@ -1,17 +1,21 @@
 //! The common configuration structure and the life of a device behind it (virtio 1.3, 4.1.4.3, 2.1 and 3.1).
 //!
+//! These are registers only: a thread of its own brings the device to what they say ([`Owner`]).
+//!
 //! Nothing a driver writes is trusted to come in order: what comes too early, too late or twice changes nothing. What a
 //! running queue was given is frozen from DRIVER_OK until reset.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use ringvm_backends::device::{Device, GuestMemory, QueueParts, RingConfig, Suspended};
-use ringvm_backends::event::SharedEvent;
-use ringvm_backends::interrupt::Interrupt;
+use ringvm_backends::device::{Device, GuestMemory, RingConfig};
+use ringvm_backends::host::event::SharedEvent;
+use ringvm_backends::virtqueue::interrupt::Interrupt;
 use tracing::debug;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::signals::{ISR_CONFIG, ISR_QUEUE, Signals};
+use crate::owner::{Owner, Setup};
 
 /// Device status bits.
 pub(super) mod status {
@@ -40,43 +44,41 @@ struct Queue {
     ring: RingConfig,
     enabled: bool,
     vector: u16,
-    kick: EventFd,
-    /// Rings the same doorbell: a daemon that serves the queue holds it as well.
+    /// Rings the doorbell that whoever serves the queue waits for: a daemon may hold it as well.
     doorbell: SharedEvent,
-    running: bool,
-    /// Where it goes on, or starts, and what it took and did not give back.
-    from: Suspended,
 }
 
 impl Queue {
-    fn new(max_size: u16) -> std::io::Result<Self> {
-        let kick = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+    fn new(max_size: u16, kick: &EventFd) -> std::io::Result<Self> {
         Ok(Self {
             max_size,
             ring: RingConfig { size: max_size, ..Default::default() },
             enabled: false,
             vector: NO_VECTOR,
-            doorbell: SharedEvent::of(&kick)?,
-            kick,
-            running: false,
-            from: Suspended::default(),
+            doorbell: SharedEvent::of(kick)?,
         })
     }
 
     fn reset(&mut self) {
         // Destructured so that no field is forgotten; the doorbell stays.
-        let Self { max_size, ring, enabled, vector, kick: _, doorbell: _, running, from } = self;
+        let Self { max_size, ring, enabled, vector, doorbell: _ } = self;
         *ring = RingConfig { size: *max_size, ..Default::default() };
-        (*enabled, *vector, *running, *from) = (false, NO_VECTOR, false, Suspended::default());
+        (*enabled, *vector) = (false, NO_VECTOR);
     }
 }
 
 /// The transport's state and the device.
 pub(super) struct Transport {
-    device: Box<dyn Device>,
-    memory: GuestMemory,
+    owner: Owner,
     signals: Arc<Signals>,
     queues: Vec<Queue>,
+    kicks: Arc<[EventFd]>,
+    /// How long a vCPU lets the owner get done before it goes on.
+    patience: Duration,
+    /// Tells one way of interrupting from the next.
+    wiring: u64,
+    /// A reset was under way when the registers were looked at last.
+    resetting: bool,
     device_feature_select: u32,
     driver_feature_select: u32,
     driver_features: u64,
@@ -88,18 +90,25 @@ pub(super) struct Transport {
 
 impl Transport {
     pub(super) fn new(
-        mut device: Box<dyn Device>,
+        device: Box<dyn Device>,
         memory: GuestMemory,
         signals: Arc<Signals>,
+        patience: Duration,
     ) -> std::io::Result<Self> {
-        let queues = device.info().queue_sizes.iter().map(|&size| Queue::new(size)).collect::<std::io::Result<_>>()?;
-        let changed = Arc::clone(&signals);
-        device.on_config_change(Interrupt::Call(Arc::new(move || changed.space_changed())));
+        let sizes = device.info().queue_sizes.clone();
+        let kick = |_| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
+        let kicks: Arc<[EventFd]> = sizes.iter().map(kick).collect::<std::io::Result<_>>()?;
+        let queues = sizes.iter().zip(kicks.iter()).map(|(&size, kick)| Queue::new(size, kick));
+        let queues = queues.collect::<std::io::Result<_>>()?;
+        let owner = Owner::start(device, memory, Arc::clone(&kicks), Arc::clone(&signals) as _)?;
         Ok(Self {
-            device,
-            memory,
+            owner,
             signals,
             queues,
+            kicks,
+            patience,
+            wiring: 0,
+            resetting: false,
             device_feature_select: 0,
             driver_feature_select: 0,
             driver_features: 0,
@@ -109,13 +118,22 @@ impl Transport {
         })
     }
 
-    pub(super) fn device(&self) -> &dyn Device {
-        self.device.as_ref()
+    pub(super) fn owner(&self) -> &Owner {
+        &self.owner
+    }
+
+    /// Whether a reset that was under way is complete now. Says so once.
+    pub(super) fn has_been_reset(&mut self) -> bool {
+        if self.resetting && !self.owner.is_resetting() {
+            self.resetting = false;
+            return true;
+        }
+        false
     }
 
     /// The doorbells, in the order of the queues.
     pub(super) fn kicks(&self) -> impl Iterator<Item = &EventFd> {
-        self.queues.iter().map(|queue| &queue.kick)
+        self.kicks.iter()
     }
 
     /// A doorbell that did not go through the kernel.
@@ -139,7 +157,7 @@ impl Transport {
         let of_queue = |get: fn(&Queue) -> u64| queue.map_or(0, get);
         let value = match (offset, data.len()) {
             (0x00, 4) => u64::from(self.device_feature_select),
-            (0x04, 4) => half(self.device.info().features, self.device_feature_select),
+            (0x04, 4) => half(self.owner.info().features, self.device_feature_select),
             (0x08, 4) => u64::from(self.driver_feature_select),
             (0x0c, 4) => half(self.driver_features, self.driver_feature_select),
             (0x10, 2) => u64::from(self.config_vector),
@@ -164,8 +182,8 @@ impl Transport {
         data[..len].copy_from_slice(&value.to_le_bytes()[..len]);
     }
 
-    /// Writes the common configuration structure. Returns whether the device was reset.
-    pub(super) fn write_common(&mut self, offset: u64, data: &[u8], vectors: &dyn Vectors) -> bool {
+    /// Writes the common configuration structure.
+    pub(super) fn write_common(&mut self, offset: u64, data: &[u8], vectors: &dyn Vectors) {
         let mut bytes = [0; 8];
         let len = data.len().min(8);
         bytes[..len].copy_from_slice(&data[..len]);
@@ -178,11 +196,10 @@ impl Transport {
                 self.config_vector = checked_vector(value as u16, vectors);
                 self.update_config_interrupt(vectors);
             }
-            (0x14, 1) => return self.write_status(value as u8, vectors),
+            (0x14, 1) => self.write_status(value as u8, vectors),
             (0x16, 2) => self.queue_select = value as u16,
             _ => self.write_queue(offset, data.len(), value, vectors),
         }
-        false
     }
 
     fn write_features(&mut self, value: u32) {
@@ -228,11 +245,16 @@ impl Transport {
         }
     }
 
-    /// Writes the device status; returns whether that was a reset.
-    fn write_status(&mut self, value: u8, vectors: &dyn Vectors) -> bool {
+    /// Writes the device status; 0 resets.
+    fn write_status(&mut self, value: u8, vectors: &dyn Vectors) {
         if value == 0 {
             self.reset();
-            return true;
+            return;
+        }
+        if self.owner.is_resetting() {
+            // A driver is to wait until the status reads as 0 (4.1.4.3.2).
+            debug!(device = %self.owner.info().name, "a status written before the reset was complete is ignored");
+            return;
         }
         let old = self.signals.status();
         let driver_bits =
@@ -250,12 +272,11 @@ impl Transport {
             self.update_config_interrupt(vectors);
             self.update_queues(vectors);
         }
-        false
     }
 
     fn accept_features(&mut self) -> bool {
-        let (offered, chosen) = (self.device.info().features, self.driver_features);
-        let name = &self.device.info().name;
+        let (offered, chosen) = (self.owner.info().features, self.driver_features);
+        let name = &self.owner.info().name;
         if chosen & VERSION_1 == 0 {
             debug!(device = %name, features = format_args!("{chosen:#x}"), "a driver without VERSION_1 is refused");
             return false;
@@ -264,13 +285,8 @@ impl Transport {
             debug!(device = %name, features = format_args!("{:#x}", chosen & !offered), "features never offered are refused");
             return false;
         }
-        match self.device.ack_features(chosen) {
-            Ok(()) => true,
-            Err(error) => {
-                debug!(%error, "the device refuses its driver's features");
-                false
-            }
-        }
+        // A driver looks at the bit once, right after it has set it.
+        self.owner.accept(chosen, self.patience)
     }
 
     /// Whether the function may access memory (bus mastering).
@@ -284,7 +300,7 @@ impl Transport {
     /// MSI-X was switched on or off: running queues get their interrupts anew.
     pub(super) fn interrupts_switched(&mut self, vectors: &dyn Vectors) {
         self.update_config_interrupt(vectors);
-        self.stop_queues();
+        self.wiring += 1;
         self.update_queues(vectors);
     }
 
@@ -303,78 +319,33 @@ impl Transport {
         self.signals.set_config_interrupt(interrupt);
     }
 
-    /// Starts or stops the queues, as the driver and the bus have it now.
+    /// Has the queues run that should, as the driver and the bus have it now.
     fn update_queues(&mut self, vectors: &dyn Vectors) {
-        if !self.may_run {
-            self.stop_queues();
-            return;
-        }
-        if !self.has(status::DRIVER_OK) {
-            return;
-        }
-        // Indices are kept as they are, gaps and all (pitfall 16). The last comes first: a control queue is behind those it
-        // is about.
-        for index in (0..self.queues.len()).rev() {
-            let queue = &self.queues[index];
-            if queue.enabled && !queue.running {
-                let call = self.interrupt(queue.vector, ISR_QUEUE, vectors);
-                self.start_queue(index, call);
-            }
-        }
-    }
-
-    fn start_queue(&mut self, index: usize, call: Interrupt) {
-        let queue = &mut self.queues[index];
-        let signals = Arc::clone(&self.signals);
-        let parts = queue.kick.try_clone().map(|kick| QueueParts {
-            call,
-            fault: Interrupt::Call(Arc::new(move || {
-                signals.need_reset(&format!("the driver broke the ring of queue {index}"));
-            })),
-            from: queue.from.state,
-            left: queue.from.left.clone(),
-            ..QueueParts::new(queue.ring, Arc::clone(&self.memory), kick)
-        });
-        let started = match parts {
-            Ok(parts) => self.device.start_queue(index as u16, parts).map_err(|error| error.to_string()),
-            Err(error) => Err(format!("duplicating the doorbell of queue {index}: {error}")),
+        let run = self.may_run && self.has(status::DRIVER_OK);
+        let setup = |queue: &Queue| {
+            let call = self.interrupt(queue.vector, ISR_QUEUE, vectors);
+            (run && queue.enabled).then_some(Setup { ring: queue.ring, call, wiring: self.wiring })
         };
-        match started {
-            Ok(()) => {
-                queue.running = true;
-                queue.from.left.clear();
-            }
-            Err(error) => self.signals.need_reset(&error),
-        }
+        self.owner.set_queues(self.queues.iter().map(setup).collect());
+        self.owner.wait(self.patience);
     }
 
-    /// Suspends what runs, all queues at once, and remembers where each stands: what can be cancelled is not waited for, and is
-    /// served when the queue goes on.
-    pub(super) fn stop_queues(&mut self) {
-        let running: Vec<u16> = (0..)
-            .zip(&mut self.queues)
-            .filter_map(|(index, queue)| std::mem::take(&mut queue.running).then_some(index))
-            .collect();
-        for (&index, end) in running.iter().zip(self.device.suspend(&running)) {
-            if let Some(end) = end {
-                self.queues[usize::from(index)].from = end;
-            }
-        }
-    }
-
-    /// Returns to the state after power-on. What is in flight is cancelled, and waited for where it can't be.
-    pub(super) fn reset(&mut self) {
-        self.stop_queues();
-        self.device.reset();
-        self.signals.reset();
+    /// Returns to the state after power-on. What is in flight is cancelled, and waited for where it can't be: until then the status
+    /// reads as before. Firmware that does not poll it is given a moment.
+    fn reset(&mut self) {
+        self.owner.reset();
+        self.resetting = true;
         for queue in &mut self.queues {
             queue.reset();
         }
         let Self {
-            device: _,
-            memory: _,
+            owner: _,
             signals: _,
             queues: _,
+            kicks: _,
+            patience: _,
+            wiring: _,
+            resetting: _,
             device_feature_select,
             driver_feature_select,
             driver_features,
@@ -384,24 +355,19 @@ impl Transport {
         } = self;
         (*device_feature_select, *driver_feature_select, *driver_features) = (0, 0, 0);
         (*config_vector, *queue_select) = (NO_VECTOR, 0);
+        self.owner.wait(self.patience);
     }
 
     /// Reads the device configuration space.
     pub(super) fn read_device(&self, offset: u64, data: &mut [u8]) {
-        self.device.read_config(offset as u32, data);
+        self.owner.read_config(offset as u32, data);
     }
 
-    /// Writes the device configuration space.
+    /// Writes the device configuration space. A driver that reads it back finds what it wrote, unless the device refuses it or takes
+    /// long.
     pub(super) fn write_device(&mut self, offset: u64, data: &[u8]) {
-        if let Err(error) = self.device.write_config(offset as u32, data) {
-            debug!(%error, "a write to configuration space is ignored");
-        }
-    }
-
-    /// The device without its transport, in its initial state.
-    pub(super) fn into_device(mut self) -> Box<dyn Device> {
-        self.reset();
-        self.device
+        self.owner.write_config(offset as u32, data);
+        self.owner.wait(self.patience);
     }
 
     fn interrupt(&self, vector: u16, isr: u8, vectors: &dyn Vectors) -> Interrupt {
@@ -409,12 +375,6 @@ impl Transport {
             return self.signals.intx(isr);
         }
         vectors.event(vector).map_or(Interrupt::None, Interrupt::Event)
-    }
-
-    /// Whether any queue runs, for tests.
-    #[cfg(test)]
-    pub(super) fn running(&self) -> bool {
-        self.queues.iter().any(|queue| queue.running)
     }
 }
 

@@ -1,0 +1,115 @@
+//! What holds the bytes of a disk, behind one trait with static dispatch.
+//!
+//! A storage is a set of state machines over the data ring: each operation has at most one ring operation outstanding, or waits for
+//! another one of the storage, and keeps its state in [`Storage::Op`], which lives in the request's slot. So a request costs no
+//! allocation and no task, and a format that needs several steps (tables before data) is a longer machine of the same shape.
+
+mod bounce;
+pub mod null;
+pub mod raw;
+mod share;
+mod spot;
+
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use crate::io::ops::Io;
+use crate::virtqueue::buffers::GuestIo;
+
+/// The fixed properties of a storage, sizes in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Geometry {
+    /// Size of the disk, a multiple of `logical_block`.
+    pub capacity: u64,
+    /// Smallest unit that can be addressed without a read-modify-write; a power of two, at least 512.
+    pub logical_block: u32,
+    /// Unit that the storage works in; a power of two, at least `logical_block`.
+    pub physical_block: u32,
+    /// Whether it can't be written.
+    pub readonly: bool,
+    /// Whether it can give space back.
+    pub discard: bool,
+}
+
+/// How far an operation has come.
+#[derive(Debug)]
+#[must_use]
+pub enum Progress {
+    /// A ring operation is outstanding, and its result goes to [`Storage::resume`]; or it waits for others, see
+    /// [`Storage::is_waiting`].
+    Pending,
+    /// The operation has ended.
+    Done(io::Result<()>),
+}
+
+/// The storage of a disk as one queue sees it. Lives on one thread.
+///
+/// Ranges are checked against the capacity by whoever calls and once more here: a storage never reaches beyond its end.
+/// An operation that was started is resumed until it is done, or abandoned, before its `Op` and `data` are used for another.
+/// One that takes long goes in steps of a bounded size ([`Io`] sees to that for reads and writes), between which its queue may be
+/// told to leave: what is pushed then goes nowhere, and the operation is abandoned.
+pub trait Storage {
+    /// The state of an operation in flight.
+    type Op: Default;
+
+    /// The fixed properties.
+    fn geometry(&self) -> &Geometry;
+
+    /// Fills `data` from `offset` on.
+    fn read(&mut self, op: &mut Self::Op, offset: u64, data: &mut GuestIo, io: &mut Io<'_>) -> Progress;
+
+    /// Writes all of `data` at `offset`, through to stable storage if `durable`.
+    fn write(&mut self, op: &mut Self::Op, offset: u64, data: &mut GuestIo, durable: bool, io: &mut Io<'_>)
+    -> Progress;
+
+    /// Makes every write that was completed before durable.
+    fn flush(&mut self, op: &mut Self::Op, io: &mut Io<'_>) -> Progress;
+
+    /// Says that a range is not needed; it reads as anything afterwards.
+    fn discard(&mut self, op: &mut Self::Op, offset: u64, len: u64, durable: bool, io: &mut Io<'_>) -> Progress;
+
+    /// Makes a range read as zeroes; with `unmap`, its space may be given back.
+    fn write_zeroes(
+        &mut self,
+        op: &mut Self::Op,
+        offset: u64,
+        len: u64,
+        unmap: bool,
+        durable: bool,
+        io: &mut Io<'_>,
+    ) -> Progress;
+
+    /// Goes on with an operation whose ring operation has ended with `result`. `data` is that of its start, and not looked
+    /// at for operations without.
+    fn resume(&mut self, op: &mut Self::Op, data: &mut GuestIo, result: i32, io: &mut Io<'_>) -> Progress;
+
+    /// Forgets an operation that is pending, with nothing under way for it in the ring.
+    fn abandon(&mut self, _op: &mut Self::Op) {}
+
+    /// Whether a pending operation waits for others instead of the ring. It is resumed with 0 when [`Self::next_woken`] has named
+    /// its request.
+    fn is_waiting(&self, _op: &Self::Op) -> bool {
+        false
+    }
+
+    /// While any operation of this queue waits for others: what becomes readable when another thread has woken one.
+    fn wakes(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// The next request whose operation need not wait any more, by its number at the queue. Asked whenever one has ended.
+    fn next_woken(&mut self) -> Option<u32> {
+        None
+    }
+
+    /// Calls `with` for every file that its operations name again and again.
+    fn files(&self, _with: &mut dyn FnMut(BorrowedFd<'_>)) {}
+
+    /// Makes everything durable and waits for it, e.g. before the process ends.
+    ///
+    /// # Errors
+    /// What the host says.
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+}

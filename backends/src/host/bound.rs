@@ -1,0 +1,190 @@
+//! Sockets of the Unix domain at paths: bound by one process at a time, for nobody but whom they are for, and removed only by
+//! whoever has bound them.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::net::SocketAddrUnix;
+
+use crate::host::retry::outwait;
+
+/// The path with something behind it.
+#[must_use]
+pub fn suffixed(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
+
+/// The right to look at what is at a path, to remove it and to bind a socket there, which one process has at a time: a path that
+/// is found stale must not be somebody else's by the time it is removed.
+#[derive(Debug)]
+pub struct Claim<'a> {
+    path: &'a Path,
+    _lock: File,
+}
+
+impl<'a> Claim<'a> {
+    /// Waits three seconds for whoever has it. It is a lock of the file beside it whose name ends with `.lock`.
+    ///
+    /// # Errors
+    /// When somebody keeps it, or the file can't be had.
+    pub fn new(path: &'a Path) -> io::Result<Self> {
+        let beside = suffixed(path, ".lock");
+        let failed = |error: io::Error| match error.kind() {
+            io::ErrorKind::NotFound => error,
+            kind => io::Error::new(kind, format!("locking {}: {error}", beside.display())),
+        };
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).mode(0o600).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+        let lock = options.open(&beside).map_err(failed)?;
+        let locked = || Ok(rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)?);
+        outwait(&[libc::EWOULDBLOCK], locked).map_err(failed)?;
+        Ok(Self { path, _lock: lock })
+    }
+
+    /// Removes the socket that an earlier process has left here.
+    ///
+    /// # Errors
+    /// When it is no socket: then it is nobody's leftover.
+    pub fn remove_stale(&self) -> io::Result<()> {
+        match std::fs::symlink_metadata(self.path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+            Ok(found) if found.file_type().is_socket() => std::fs::remove_file(self.path),
+            Ok(_) => Err(io::Error::new(io::ErrorKind::AlreadyExists, "a file that is no socket is there")),
+        }
+    }
+
+    /// Binds a socket to the path with the rights of `mode` for others to connect, whatever the umask is, and never with more.
+    ///
+    /// # Errors
+    /// `AddrInUse` if something is there; else what the host says.
+    pub fn bind(&self, socket: impl AsFd, mode: u32) -> io::Result<BoundPath> {
+        let mode = Mode::from_raw_mode(mode);
+        // The file gets the mode that the socket has when it is bound, less the umask.
+        rustix::fs::fchmod(&socket, mode)?;
+        rustix::net::bind(&socket, &SocketAddrUnix::new(self.path)?)?;
+        let bound = BoundPath::new(self.path)?;
+        // What the umask has taken; by a descriptor, for the path may lead elsewhere by now.
+        let file = rustix::fs::open(self.path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+        let file = File::from(file);
+        if identity(&file.metadata()?) == bound.identity && file.metadata()?.mode() & 0o777 != mode.as_raw_mode() {
+            let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+            std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode.as_raw_mode()))?;
+        }
+        Ok(bound)
+    }
+}
+
+/// A path that a socket of this process is bound to. Dropped, it is removed.
+#[derive(Debug)]
+pub struct BoundPath {
+    path: PathBuf,
+    /// Device and inode.
+    identity: (u64, u64),
+}
+
+fn identity(meta: &std::fs::Metadata) -> (u64, u64) {
+    (meta.dev(), meta.ino())
+}
+
+impl BoundPath {
+    fn new(path: &Path) -> io::Result<Self> {
+        Ok(Self { path: path.to_owned(), identity: identity(&std::fs::symlink_metadata(path)?) })
+    }
+}
+
+impl Drop for BoundPath {
+    /// Somebody else may have removed it, and bound a socket of theirs since.
+    fn drop(&mut self) {
+        let ours = std::fs::symlink_metadata(&self.path).is_ok_and(|found| identity(&found) == self.identity);
+        if ours {
+            // Gone meanwhile, or in a directory that may not be changed any more: nothing can be done about it.
+            drop(std::fs::remove_file(&self.path));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixDatagram;
+
+    use rustix::net::{AddressFamily, SocketType, socket};
+
+    use super::*;
+
+    fn bind(path: &Path, mode: u32) -> io::Result<BoundPath> {
+        Claim::new(path)?.bind(socket(AddressFamily::UNIX, SocketType::DGRAM, None)?, mode)
+    }
+
+    #[test]
+    fn a_socket_has_the_mode_that_it_is_given() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        for mode in [0o600, 0o660, 0o666] {
+            let bound = bind(&path, mode).unwrap();
+            assert_eq!(path.metadata().unwrap().mode() & 0o777, mode);
+            assert_eq!(suffixed(&path, ".lock").metadata().unwrap().mode() & 0o777, 0o600);
+            drop(bound);
+            assert!(!path.exists());
+        }
+    }
+
+    #[test]
+    fn a_lock_that_leads_elsewhere_is_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, precious) = (dir.path().join("s"), dir.path().join("precious"));
+        std::fs::write(&precious, "bytes").unwrap();
+        std::os::unix::fs::symlink(&precious, suffixed(&path, ".lock")).unwrap();
+        let error = Claim::new(&path).unwrap_err();
+        assert_eq!(error.raw_os_error().or(Some(libc::ELOOP)), Some(libc::ELOOP), "{error}");
+        assert_eq!(std::fs::read(&precious).unwrap(), b"bytes");
+        // A lock that is a file keeps what is in it.
+        std::fs::remove_file(suffixed(&path, ".lock")).unwrap();
+        std::fs::write(suffixed(&path, ".lock"), "bytes").unwrap();
+        drop(Claim::new(&path).unwrap());
+        assert_eq!(std::fs::read(suffixed(&path, ".lock")).unwrap(), b"bytes");
+    }
+
+    #[test]
+    fn a_lock_that_somebody_keeps_is_not_waited_for_for_ever() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let claim = Claim::new(&path).unwrap();
+        let error = Claim::new(&path).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock, "{error}");
+        drop(claim);
+        Claim::new(&path).unwrap();
+    }
+
+    #[test]
+    fn only_sockets_are_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        std::fs::write(&path, "bytes").unwrap();
+        let claim = Claim::new(&path).unwrap();
+        claim.remove_stale().unwrap_err();
+        assert_eq!(std::fs::read(&path).unwrap(), b"bytes");
+        std::fs::remove_file(&path).unwrap();
+        drop(UnixDatagram::bind(&path).unwrap());
+        claim.remove_stale().unwrap();
+        assert!(!path.exists());
+        claim.remove_stale().unwrap();
+    }
+
+    #[test]
+    fn a_socket_that_somebody_else_has_bound_meanwhile_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let bound = bind(&path, 0o600).unwrap();
+        std::fs::rename(&path, dir.path().join("kept")).unwrap();
+        let _other = UnixDatagram::bind(&path).unwrap();
+        drop(bound);
+        assert!(path.exists());
+    }
+}

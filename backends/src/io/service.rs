@@ -1,0 +1,146 @@
+//! What every queue that a reactor serves has, whatever its chains wait for: the ring's bookkeeping, statistics, and what
+//! happens when the driver breaks it or it is asked to stop.
+
+use crate::stats::QueueStats;
+use crate::virtqueue::buffers::Chain;
+use crate::virtqueue::interrupt::Interrupt;
+use crate::virtqueue::split::Queue;
+use crate::virtqueue::{End, RingError, Suspended};
+
+/// Most chains taken in one turn, unless a device knows better. A batch shares its system call, its publication and its
+/// interrupt; a bounded one lets the driver go on with what is done while the next is under way, and a driver that refills
+/// faster than its queue is drained can't keep the thread from other queues.
+pub(crate) const BATCH: usize = 16;
+
+#[derive(Debug, PartialEq, Eq)]
+enum State {
+    Running,
+    /// The driver broke the queue: nothing new is taken, what is in flight ends.
+    Broken,
+    /// Asked to leave: likewise.
+    Stopping,
+    /// Asked to leave at once: what can be ended is not waited for.
+    Suspending,
+}
+
+/// One queue in service.
+pub struct Service {
+    name: String,
+    pub(crate) queue: Queue,
+    pub(crate) stats: QueueStats,
+    fault: Interrupt,
+    state: State,
+    task: u32,
+    kicks_wanted: bool,
+}
+
+impl Service {
+    /// A queue that its reactor knows as `task`. `fault` is raised if the driver breaks it; `ops` names what is counted.
+    pub(crate) fn new(name: String, queue: Queue, fault: Interrupt, task: u32, ops: &[&'static str]) -> Self {
+        Self { name, queue, stats: QueueStats::new(ops), fault, state: State::Running, task, kicks_wanted: true }
+    }
+
+    /// Its number on the reactor.
+    pub(crate) fn task(&self) -> u32 {
+        self.task
+    }
+
+    /// Its name in logs.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Whether new chains may be taken.
+    pub(crate) fn is_running(&self) -> bool {
+        self.state == State::Running
+    }
+
+    /// Whether what is in flight is left to somebody else.
+    pub(crate) fn is_suspending(&self) -> bool {
+        self.state == State::Suspending
+    }
+
+    /// Whether chains may be taken: new ones, or while it stops what a predecessor has left. Nobody else knows of those: a
+    /// position says how far the driver's ring was looked at, and all before it counts as answered.
+    pub(crate) fn may_take(&self) -> bool {
+        match self.state {
+            State::Running => true,
+            State::Stopping => self.queue.has_replay(),
+            State::Broken | State::Suspending => false,
+        }
+    }
+
+    /// Whether it could be left now, with nothing in flight.
+    pub(crate) fn owes_nothing(&self) -> bool {
+        self.state != State::Stopping || !self.queue.has_replay()
+    }
+
+    /// Takes the next chain, if there is one and it is sound.
+    pub(crate) fn pop(&mut self, chain: &mut Chain) -> bool {
+        self.may_take()
+            && self.queue.pop(chain).unwrap_or_else(|error| {
+                self.break_off(&error);
+                false
+            })
+    }
+
+    /// The driver broke the queue beyond what can be answered.
+    pub(crate) fn break_off(&mut self, error: &RingError) {
+        self.stats.bad_chains += 1;
+        if self.state == State::Running {
+            // A driver can do this at will, so it is the transport, told by the fault line, that warns, as often as it likes.
+            tracing::info!(queue = %self.name, %error, "the driver broke the queue, the device needs a reset");
+            self.state = State::Broken;
+            self.fault.raise();
+        }
+    }
+
+    /// Asks the driver for kicks; returns whether something came meanwhile.
+    pub(crate) fn enable_kicks(&mut self) -> bool {
+        if self.state != State::Running {
+            return false;
+        }
+        self.kicks_wanted = true;
+        self.queue.enable_kicks()
+    }
+
+    /// Asks the driver for no kicks, if it was asked for some.
+    pub(crate) fn disable_kicks(&mut self) {
+        if std::mem::take(&mut self.kicks_wanted) {
+            self.queue.disable_kicks();
+        }
+    }
+
+    /// Publishes what has completed since the last call, with at most one interrupt.
+    pub(crate) fn publish(&mut self) {
+        self.stats.settle();
+        match self.queue.notify() {
+            Some(true) => self.stats.interrupts += 1,
+            Some(false) => self.stats.interrupts_suppressed += 1,
+            None => {}
+        }
+    }
+
+    /// Takes nothing new from now on.
+    pub(crate) fn stop(&mut self, end: End) {
+        self.state = match end {
+            End::Drained => State::Stopping,
+            End::Suspended => State::Suspending,
+        };
+    }
+
+    /// Where the queue stands, with nothing under way.
+    pub(crate) fn end(&self) -> Suspended {
+        let left = if self.is_suspending() { self.queue.left() } else { Vec::new() };
+        Suspended { state: self.queue.state(), left }
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        // The reactor died under it; the driver would wait for ever.
+        if self.state == State::Running {
+            self.fault.raise();
+        }
+    }
+}

@@ -1,0 +1,294 @@
+//! A queue whose chains are requests: each is looked at as it comes, becomes operations of the data ring, and is given back
+//! when they have ended.
+//!
+//! A device brings a [`Handler`], which turns a chain into operations and says when it is done; the worker owns the request
+//! slots, and [`Service`] what every queue has. A queue whose chains wait for what comes from outside is served by a
+//! [`crate::io::receiver::Receiver`] instead.
+
+use std::os::fd::BorrowedFd;
+use std::time::Instant;
+
+use crate::io::ops::Io;
+use crate::io::reactor::Task;
+use crate::io::ring::{Ring, Token};
+use crate::io::service::{BATCH, Service};
+use crate::virtqueue::RingError;
+use crate::virtqueue::buffers::Chain;
+
+/// What a kind of device does with the chains of one queue. Lives on one thread.
+pub trait Handler {
+    /// What is remembered of a request in flight. Reused, so that a request costs no allocation.
+    type Request: Default;
+
+    /// Names of the kinds of request, for statistics; [`Outcome::op`] is an index into it.
+    const OPS: &'static [&'static str];
+
+    /// Most chains taken in one turn. More suits operations that end at once, where the system call is what a batch shares;
+    /// fewer lets the driver go on with what is done while the next are under way.
+    const BATCH: usize = BATCH;
+
+    /// Whether requests may wait for another side, such as room at a port.
+    const MAY_WAIT: bool = false;
+
+    /// Looks at a new chain, and pushes its first operation if it needs one.
+    fn start(&mut self, chain: &mut Chain, request: &mut Self::Request, io: &mut Io<'_>) -> Step;
+
+    /// Goes on after the operation pushed last has ended with `result` (as of io_uring: a count or a negated errno).
+    fn resume(&mut self, chain: &mut Chain, request: &mut Self::Request, result: i32, io: &mut Io<'_>) -> Step;
+
+    /// Forgets a request that has come as far as [`Step::Pending`], with nothing under way for it. Somebody else starts it anew.
+    fn abandon(&mut self, _request: &mut Self::Request) {}
+
+    /// Whether a pending request waits for others instead of an operation. It is resumed with 0 when [`Self::next_woken`] has
+    /// named it.
+    fn is_waiting(&self, _request: &Self::Request) -> bool {
+        false
+    }
+
+    /// While any request waits for others: what becomes readable when another thread has woken one.
+    fn wakes(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// The next request that need not wait any more, by its number ([`Token::slot`]). Asked whenever one has ended.
+    fn next_woken(&mut self) -> Option<u32> {
+        None
+    }
+
+    /// Calls `with` for every file that its operations name again and again.
+    fn files(&self, _with: &mut dyn FnMut(BorrowedFd<'_>)) {}
+
+    /// How many requests may be in flight at once. One keeps them in order where an operation may have to be repeated.
+    fn window(&self) -> usize {
+        usize::MAX
+    }
+}
+
+/// How far a request has come.
+#[derive(Debug)]
+pub enum Step {
+    /// One operation was pushed, and its result comes to [`Handler::resume`]; or it waits for others, see [`Handler::is_waiting`].
+    Pending,
+    /// The chain can be given back.
+    Done(Outcome),
+    /// The chain can't be answered, so the driver must reset the device.
+    Fault(&'static str),
+}
+
+/// A request that ended.
+#[derive(Clone, Copy, Debug)]
+pub struct Outcome {
+    /// Its kind, an index into [`Handler::OPS`].
+    pub op: usize,
+    /// Bytes written to the chain, for the used ring.
+    pub written: u32,
+    /// Payload bytes, for statistics.
+    pub bytes: u64,
+    /// Whether it succeeded.
+    pub ok: bool,
+}
+
+struct Slot<R> {
+    chain: Chain,
+    request: R,
+    seen: Instant,
+}
+
+/// A queue and the handler that serves it.
+pub struct Worker<H: Handler> {
+    service: Service,
+    handler: H,
+    slots: Vec<Slot<H::Request>>,
+    free: Vec<u32>,
+    /// Taken in this turn and not begun.
+    taken: Vec<u32>,
+    /// Whether [`Handler::wakes`] is polled.
+    listening: bool,
+}
+
+/// The slot of that poll, beyond those of requests.
+const WAKES: u32 = u32::MAX;
+
+impl<H: Handler> Worker<H> {
+    /// A worker for the queue of `service`.
+    pub(crate) fn new(service: Service, handler: H) -> Self {
+        Self { service, handler, slots: Vec::new(), free: Vec::new(), taken: Vec::new(), listening: false }
+    }
+
+    fn in_flight(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
+    fn free_slot(&mut self, now: Instant) -> u32 {
+        self.free.pop().unwrap_or_else(|| {
+            self.slots.push(Slot { chain: Chain::default(), request: H::Request::default(), seen: now });
+            self.slots.len() as u32 - 1
+        })
+    }
+
+    /// Requests end by themselves, but for those that may wait for another side, which may never come. Nobody waits for those of a
+    /// queue that is suspended, if it can be helped.
+    fn end_waiting(&mut self, index: u32, ring: &mut Ring) {
+        if self.service.is_suspending() && self.handler.is_waiting(&self.slots[index as usize].request) {
+            self.leave(index);
+        } else if H::MAY_WAIT || self.service.is_suspending() {
+            ring.cancel(Token { task: self.service.task(), slot: index });
+        }
+    }
+
+    /// Goes on with those that others need not wait for any more, and sees to it that those to come are heard of.
+    #[cold]
+    fn wake(&mut self, now: Instant, ring: &mut Ring) {
+        while let Some(index) = self.handler.next_woken() {
+            self.resume(index, 0, now, ring);
+        }
+        if let (false, Some(event)) = (self.listening, self.handler.wakes()) {
+            #[allow(unsafe_code)]
+            // SAFETY: the handler keeps its event, and goes only when nothing is in flight or the ring has gone.
+            unsafe {
+                ring.poll(Token { task: self.service.task(), slot: WAKES }, event, libc::POLLIN as u32);
+            }
+            self.listening = true;
+        }
+        self.end_listening(ring);
+    }
+
+    /// Ends the poll of a queue that is being left, once nobody is there to be woken.
+    fn end_listening(&mut self, ring: &mut Ring) {
+        if self.listening && !self.service.is_running() && self.in_flight() == 0 {
+            ring.cancel(Token { task: self.service.task(), slot: WAKES });
+        }
+    }
+
+    /// Lets go of a request of a suspended queue, with nothing under way for it: its head is among those that are left.
+    fn leave(&mut self, index: u32) {
+        let slot = &mut self.slots[index as usize];
+        self.handler.abandon(&mut slot.request);
+        slot.chain.trim();
+        self.free.push(index);
+    }
+
+    /// An operation of a suspended queue has ended. If that ends the request it is answered; for a further step it would need
+    /// there is no time, however many were to come.
+    #[cold]
+    fn completed_last(&mut self, index: u32, result: i32, now: Instant) {
+        if matches!(-result, libc::ECANCELED | libc::EINTR) {
+            return self.leave(index);
+        }
+        let slot = &mut self.slots[index as usize];
+        let mut io = Io::nowhere(Token { task: self.service.task(), slot: index });
+        match self.handler.resume(&mut slot.chain, &mut slot.request, result, &mut io) {
+            Step::Pending => self.leave(index),
+            step => self.settle(index, step, now),
+        }
+    }
+
+    #[inline(always)]
+    fn resume(&mut self, index: u32, result: i32, now: Instant, ring: &mut Ring) {
+        if self.service.is_suspending() {
+            return self.completed_last(index, result, now);
+        }
+        let slot = &mut self.slots[index as usize];
+        let mut io = Io::new(ring, Token { task: self.service.task(), slot: index });
+        let step = self.handler.resume(&mut slot.chain, &mut slot.request, result, &mut io);
+        if matches!(step, Step::Pending) && !self.service.is_running() {
+            self.end_waiting(index, ring);
+        }
+        self.settle(index, step, now);
+    }
+
+    #[inline]
+    fn settle(&mut self, index: u32, step: Step, now: Instant) {
+        let slot = &mut self.slots[index as usize];
+        match step {
+            Step::Pending => return,
+            Step::Done(outcome) => {
+                self.service.queue.complete(slot.chain.head, outcome.written);
+                self.service.stats.record(outcome.op, outcome.bytes, outcome.ok, slot.seen, now);
+            }
+            Step::Fault(what) => {
+                let head = slot.chain.head;
+                self.service.break_off(&RingError::Content { head, what });
+            }
+        }
+        slot.chain.trim();
+        self.free.push(index);
+    }
+}
+
+impl<H: Handler> Task for Worker<H> {
+    fn service(&mut self) -> &mut Service {
+        &mut self.service
+    }
+
+    fn turn(&mut self, ring: &mut Ring) -> bool {
+        if !self.ready() {
+            return false;
+        }
+        self.service.disable_kicks();
+        let now = Instant::now();
+        let room = self.handler.window().saturating_sub(self.in_flight());
+        // All are taken before the first is looked at: so what the driver has written comes from its CPU meanwhile. If one of
+        // them breaks the queue, those taken with it end as all that is in flight does.
+        for _ in 0..H::BATCH.min(room) {
+            let index = self.free_slot(now);
+            let slot = &mut self.slots[index as usize];
+            if !self.service.pop(&mut slot.chain) {
+                self.free.push(index);
+                break;
+            }
+            slot.seen = now;
+            slot.chain.fetch();
+            self.taken.push(index);
+        }
+        let mut taken = std::mem::take(&mut self.taken);
+        for index in taken.drain(..) {
+            let slot = &mut self.slots[index as usize];
+            let mut io = Io::new(ring, Token { task: self.service.task(), slot: index });
+            let step = self.handler.start(&mut slot.chain, &mut slot.request, &mut io);
+            self.settle(index, step, now);
+        }
+        self.taken = taken;
+        if self.handler.wakes().is_some() {
+            self.wake(now, ring);
+        }
+        true
+    }
+
+    fn completed(&mut self, index: u32, result: i32, now: Instant, ring: &mut Ring) {
+        if index == WAKES {
+            self.listening = false;
+        } else {
+            self.resume(index, result, now, ring);
+        }
+        if self.listening || self.handler.wakes().is_some() {
+            self.wake(now, ring);
+        }
+    }
+
+    fn ready(&self) -> bool {
+        self.service.may_take() && self.in_flight() < self.handler.window() && self.service.queue.has_avail()
+    }
+
+    fn arm(&mut self) -> bool {
+        // With a full window the next completion brings the thread back, not a kick.
+        self.in_flight() < self.handler.window() && self.service.enable_kicks()
+    }
+
+    fn files(&self, with: &mut dyn FnMut(BorrowedFd<'_>)) {
+        self.handler.files(with);
+    }
+
+    fn stop(&mut self, ring: &mut Ring) {
+        let mut busy = vec![true; self.slots.len()];
+        self.free.iter().for_each(|&index| busy[index as usize] = false);
+        for (index, _) in (0..).zip(busy).filter(|(_, busy)| *busy) {
+            self.end_waiting(index, ring);
+        }
+        self.end_listening(ring);
+    }
+
+    fn is_idle(&self) -> bool {
+        self.in_flight() == 0 && !self.listening && self.service.owes_nothing()
+    }
+}

@@ -1,0 +1,614 @@
+//! The device's side of a split virtqueue (virtio 1.3, section 2.7), with EVENT_IDX and INDIRECT_DESC.
+//!
+//! The guest may write anything at any moment, so: the layout is checked once and frozen, the three areas are reached
+//! through host pointers made then; every index and descriptor is read once and its copy checked; a chain is bounded in
+//! length. What can't be answered breaks the queue ([`RingError`]), which then stays broken until the driver resets.
+//! `virtio-queue` is the oracle of the tests; this one exists because it sits on the request path (17 ns a
+//! chain of three descriptors against 59, see `docs/performance.md`).
+#![allow(unsafe_code, reason = "ring areas are reached through host pointers that were checked at creation")]
+
+mod suppression;
+
+use std::cell::Cell;
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
+
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::{
+    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+    VRING_USED_F_NO_NOTIFY,
+};
+use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+
+use crate::virtqueue::buffers::{Chain, GuestIo, MAX_PIECES, read_once};
+use crate::virtqueue::dirty::{QueueLog, Writes};
+use crate::virtqueue::inflight::{InflightTable, crash_point};
+use crate::virtqueue::interrupt::Interrupt;
+use crate::virtqueue::{GuestMemory, QueueState, RingConfig, RingError};
+use suppression::{Words, ask_for_kick, wants_interrupt};
+
+/// Feature bits that this ring implements; every device offers them.
+pub const RING_FEATURES: u64 =
+    1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+
+/// Most descriptors followed in an indirect table, if the queue itself has no more: as many segments as the kernel takes in one
+/// vector, and a header and a status. A driver may make a chain as long as the queue (2.7.5.3.1), which bounds the work that one
+/// available entry can cause.
+pub const MAX_INDIRECT: u32 = 1024 + 2;
+
+/// Most pieces of a list that has buffers across several regions of guest memory: as many regions as a buffer touches, it has
+/// pieces, and 256 regions of a page each would make a quarter of a million of a chain. This is two for each segment of the longest
+/// request.
+const MAX_SPREAD: usize = 2 * MAX_PIECES;
+
+const DESC_LEN: u64 = 16;
+
+/// A descriptor as it was when it was read.
+struct Descriptor {
+    addr: u64,
+    len: u32,
+    flags: u16,
+    next: u16,
+}
+
+impl Descriptor {
+    /// Copies a descriptor out of guest memory.
+    ///
+    /// # Safety
+    /// It must be mapped.
+    #[inline(always)]
+    unsafe fn read(from: *const [u8; DESC_LEN as usize]) -> Self {
+        // SAFETY: promised by the caller.
+        let bytes = u128::from_le_bytes(unsafe { read_once(from.cast()) });
+        Self { addr: bytes as u64, len: (bytes >> 64) as u32, flags: (bytes >> 96) as u16, next: (bytes >> 112) as u16 }
+    }
+}
+
+/// The device's side of one virtqueue.
+pub struct Queue {
+    mem: GuestMemory,
+    near: Cell<Near>,
+    size: u16,
+    desc: *const [u8; DESC_LEN as usize],
+    /// `flags`, `idx`, `ring[size]`, `used_event`.
+    avail: *const AtomicU16,
+    /// `flags`, `idx`, `ring[size]` of (id, len), `avail_event`.
+    used: *const AtomicU16,
+    event_idx: bool,
+    indirect: bool,
+    next_avail: u16,
+    next_used: u16,
+    /// The used index that the driver knows of.
+    published: u16,
+    /// The available index as last read.
+    seen_avail: u16,
+    /// One bit per head that was popped and not completed.
+    in_flight: Vec<u64>,
+    /// Where the same is noted for a successor.
+    table: Option<InflightTable>,
+    /// Buffers are to be used in the order in which they came.
+    pub(crate) in_order: bool,
+    /// Heads that a predecessor has left in flight, the oldest last.
+    replay: Vec<u16>,
+    /// What is written is noted here, if anybody wants to know.
+    writes: Option<Box<Writes>>,
+    call: Interrupt,
+}
+
+// SAFETY: the pointers go into `mem`, which is shared and moves along; nothing in here is bound to a thread.
+unsafe impl Send for Queue {}
+
+impl Queue {
+    /// Checks the layout and resolves its addresses. `features` are those that the driver accepted.
+    ///
+    /// # Errors
+    /// A size, alignment or address that can't be served.
+    pub fn new(
+        mem: GuestMemory,
+        ring: &RingConfig,
+        features: u64,
+        from: QueueState,
+        call: Interrupt,
+    ) -> Result<Self, RingError> {
+        let [desc, avail, used] = areas(&mem, ring)?;
+        Ok(Self {
+            mem,
+            near: Cell::new(Near::NOWHERE),
+            size: ring.size,
+            desc: desc.cast(),
+            avail: avail.cast(),
+            used: used.cast(),
+            event_idx: features & 1 << VIRTIO_RING_F_EVENT_IDX != 0,
+            indirect: features & 1 << VIRTIO_RING_F_INDIRECT_DESC != 0,
+            next_avail: from.next_avail,
+            next_used: from.next_used,
+            published: from.next_used,
+            seen_avail: from.next_avail,
+            in_flight: vec![0; usize::from(ring.size).div_ceil(64)],
+            table: None,
+            in_order: false,
+            replay: Vec::new(),
+            writes: None,
+            call,
+        })
+    }
+
+    /// Notes from now on which pages are written. Before the first `pop`.
+    pub(crate) fn log_writes(&mut self, to: QueueLog) {
+        self.writes = Some(Box::new(Writes::new(to, &self.mem, self.size)));
+    }
+
+    /// What is served writes no more than so many bytes to the front of a chain, and to its last byte, whatever it offers.
+    pub(crate) fn writes_at_most(&mut self, bytes: u64) {
+        if let Some(writes) = &mut self.writes {
+            writes.at_most(bytes);
+        }
+    }
+
+    /// Goes on after a predecessor that may have ended at any moment: whatever it popped is either published or in the table,
+    /// which is kept from now on. Before the first `pop`.
+    ///
+    /// # Errors
+    /// A table that can't be this queue's.
+    pub fn take_over(&mut self, mut table: InflightTable) -> Result<(), RingError> {
+        let used = self.used_word(1).load(Ordering::Acquire);
+        self.replay = table.take_over(self.size, used).map_err(RingError::Inflight)?;
+        if !self.replay.is_empty() {
+            self.replay.reverse();
+            (self.next_used, self.published) = (used, used);
+            self.next_avail = used.wrapping_add(self.replay.len() as u16);
+            self.seen_avail = self.next_avail;
+        }
+        self.table = Some(table);
+        Ok(())
+    }
+
+    /// Goes on where a predecessor was suspended: these heads it has taken and not given back. Before the first `pop`.
+    ///
+    /// # Errors
+    /// Heads that can't be this queue's.
+    pub fn take_left(&mut self, heads: &[u16]) -> Result<(), RingError> {
+        for &head in heads.iter().rev() {
+            if head >= self.size {
+                return Err(RingError::Index(head));
+            }
+            if self.replay.contains(&head) {
+                return Err(RingError::Twice(head));
+            }
+            self.replay.push(head);
+        }
+        if let Some(table) = &mut self.table {
+            heads.iter().for_each(|&head| table.popped(head));
+        }
+        Ok(())
+    }
+
+    /// The heads that were taken and not given back, those of a predecessor included.
+    #[must_use]
+    pub fn left(&self) -> Vec<u16> {
+        let taken = (0..self.size).filter(|head| self.in_flight[usize::from(head / 64)] & 1 << (head % 64) != 0);
+        taken.chain(self.replay.iter().rev().copied()).collect()
+    }
+
+    /// The memory that it lies in, and its buffers.
+    pub(crate) fn memory(&self) -> &GuestMemory {
+        &self.mem
+    }
+
+    /// The number of descriptors.
+    #[must_use]
+    pub fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// Where the queue stands. Only of use to others once nothing is in flight, or with what is [`Self::left`].
+    #[must_use]
+    pub fn state(&self) -> QueueState {
+        QueueState { next_avail: self.next_avail, next_used: self.next_used }
+    }
+
+    /// Whether the driver has made something available that was not popped.
+    #[must_use]
+    pub fn has_avail(&self) -> bool {
+        self.has_replay() || self.avail_index() != self.next_avail
+    }
+
+    /// Whether a predecessor has left anything that was not taken again.
+    pub(crate) fn has_replay(&self) -> bool {
+        !self.replay.is_empty()
+    }
+
+    /// Takes the next head that a predecessor has left, without a look at its chain.
+    pub(crate) fn take_replay(&mut self) -> Option<u16> {
+        let head = self.replay.pop()?;
+        self.in_flight[usize::from(head / 64)] |= 1 << (head % 64);
+        Some(head)
+    }
+
+    /// Takes the next chain into `chain`; `false` if there is none.
+    ///
+    /// # Errors
+    /// When the ring or the chain can't be followed. Nothing of it can be answered; the queue must not be used further.
+    pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
+        if let Some(head) = self.replay.pop() {
+            self.follow(head, chain)?;
+            self.in_flight[usize::from(head / 64)] |= 1 << (head % 64);
+            if let Some(writes) = &mut self.writes {
+                writes.taken(head, &chain.writable);
+            }
+            return Ok(true);
+        }
+        if self.seen_avail == self.next_avail {
+            // Pairs with the driver's barrier between filling ring entries and publishing the index.
+            self.seen_avail = self.avail_word(1).load(Ordering::Acquire);
+            if self.seen_avail == self.next_avail {
+                return Ok(false);
+            }
+            if self.seen_avail.wrapping_sub(self.next_avail) > self.size {
+                return Err(RingError::AvailIndex { avail: self.seen_avail, next: self.next_avail });
+            }
+        }
+        let head = self.avail_word(2 + usize::from(self.next_avail & (self.size - 1))).load(Ordering::Relaxed);
+        if head >= self.size {
+            return Err(RingError::Index(head));
+        }
+        let (word, bit) = (usize::from(head / 64), 1 << (head % 64));
+        if self.in_flight[word] & bit != 0 {
+            return Err(RingError::Twice(head));
+        }
+        self.follow(head, chain)?;
+        self.in_flight[word] |= bit;
+        self.next_avail = self.next_avail.wrapping_add(1);
+        if let Some(table) = &mut self.table {
+            table.popped(head);
+        }
+        if let Some(writes) = &mut self.writes {
+            writes.taken(head, &chain.writable);
+        }
+        Ok(true)
+    }
+
+    /// Takes back the last `pop`, if it was of `head` and the driver has not rewritten the entry since: the chain is
+    /// available again, as if never seen.
+    pub(crate) fn unpop(&mut self, head: u16) -> bool {
+        let last = self.next_avail.wrapping_sub(1);
+        if self.avail_word(2 + usize::from(last & (self.size - 1))).load(Ordering::Relaxed) != head {
+            return false;
+        }
+        self.in_flight[usize::from(head / 64)] &= !(1 << (head % 64));
+        self.next_avail = last;
+        if let Some(table) = &mut self.table {
+            table.returned(head);
+        }
+        if let Some(writes) = &mut self.writes {
+            // A frame that was dropped may have come into it.
+            writes.returned(head);
+        }
+        true
+    }
+
+    /// Gives a chain back with the number of bytes written into it. The driver learns of it at the next [`Self::notify`].
+    #[inline]
+    pub fn complete(&mut self, head: u16, len: u32) {
+        let (word, bit) = (usize::from(head / 64), 1 << (head % 64));
+        debug_assert!(self.in_flight[word] & bit != 0, "completing a chain that was not popped");
+        self.in_flight[word] &= !bit;
+        if let Some(writes) = &mut self.writes {
+            writes.returned(head);
+        }
+        let slot = 2 + usize::from(self.next_used & (self.size - 1)) * 4;
+        // SAFETY: the slot index is below the queue size, so both words lie in the used ring, which `new` checked to be
+        // mapped for its whole length and aligned to 4 bytes.
+        unsafe {
+            let entry = self.used.add(slot).cast::<AtomicU32>();
+            (*entry).store(u32::from(head), Ordering::Relaxed);
+            (*entry.add(1)).store(len, Ordering::Relaxed);
+        }
+        self.next_used = self.next_used.wrapping_add(1);
+        if let Some(table) = &mut self.table {
+            crash_point();
+            table.completed(head);
+        }
+    }
+
+    /// Publishes what was completed, and raises the interrupt if the driver asks for one. Returns `Some(raised)` if there
+    /// was anything to publish.
+    pub fn notify(&mut self) -> Option<bool> {
+        if self.published == self.next_used {
+            return None;
+        }
+        let old = self.published;
+        self.published = self.next_used;
+        if let Some(writes) = &self.writes {
+            self.log_entries(writes, old);
+        }
+        self.used_word(1).store(self.next_used, Ordering::Release);
+        if let Some(writes) = &self.writes {
+            writes.used_written(2, 2);
+            writes.tell();
+        }
+        if let Some(table) = &mut self.table {
+            crash_point();
+            table.published(self.next_used);
+        }
+        let wanted = wants_interrupt(self, self.event_idx, old, self.next_used);
+        if wanted {
+            self.call.raise();
+        }
+        Some(wanted)
+    }
+
+    /// Asks the driver not to kick, as far as it can be asked: with EVENT_IDX a stale event index says so by itself.
+    pub fn disable_kicks(&mut self) {
+        if !self.event_idx {
+            self.used_word(0).store(VRING_USED_F_NO_NOTIFY as u16, Ordering::Relaxed);
+            if let Some(writes) = &self.writes {
+                writes.used_written(0, 2);
+            }
+        }
+    }
+
+    /// Asks for a kick at the next available entry. Returns whether one has appeared meanwhile; then look again.
+    pub fn enable_kicks(&mut self) -> bool {
+        let came = ask_for_kick(self, self.event_idx, self.next_avail);
+        if let Some(writes) = &self.writes {
+            // Either of the two that it was.
+            writes.used_written(0, 2);
+            writes.used_written(4 + 8 * u64::from(self.size), 2);
+        }
+        came || self.has_replay()
+    }
+
+    /// Raises the interrupt whatever the driver wishes: after a change of place it may have missed one.
+    pub fn force_interrupt(&self) {
+        self.call.raise();
+    }
+
+    /// Marks the entries of the used ring from `old` on: in one piece, or in two around its end.
+    #[cold]
+    fn log_entries(&self, writes: &Writes, old: u16) {
+        let (size, count) = (u64::from(self.size), u64::from(self.next_used.wrapping_sub(old)));
+        let from = u64::from(old & (self.size - 1));
+        let behind = count.min(size - from);
+        writes.used_written(4 + 8 * from, 8 * behind);
+        writes.used_written(4, 8 * (count - behind).min(from));
+    }
+
+    fn avail_word(&self, index: usize) -> &AtomicU16 {
+        // SAFETY: callers pass at most `size + 2`; `new` checked that the ring is mapped for `size + 3` aligned words,
+        // and the mapping lives as long as `self.mem`.
+        unsafe { &*self.avail.add(index) }
+    }
+
+    fn used_word(&self, index: usize) -> &AtomicU16 {
+        // SAFETY: callers pass at most `4 * size + 2`; `new` checked that the ring is mapped for `4 * size + 3` aligned
+        // words, and the mapping lives as long as `self.mem`.
+        unsafe { &*self.used.add(index) }
+    }
+
+    #[inline]
+    fn follow(&self, head: u16, chain: &mut Chain) -> Result<(), RingError> {
+        chain.head = head;
+        chain.readable.reset(&self.mem);
+        chain.writable.reset(&self.mem);
+        chain.unmapped = false;
+        let mut walk = Walk { chain, mem: &self.mem, near: &self.near, broken_piece: false };
+        let mut index = head;
+        for _ in 0..self.size {
+            // SAFETY: `index` is below the size (checked below and by `pop`), the table is mapped and aligned.
+            let desc = unsafe { Descriptor::read(self.desc.add(usize::from(index))) };
+            if has(&desc, VRING_DESC_F_INDIRECT) {
+                if !self.indirect || has(&desc, VRING_DESC_F_NEXT) {
+                    return Err(RingError::Indirect(head));
+                }
+                return self.follow_table(&mut walk, &desc);
+            }
+            walk.add(&desc)?;
+            if !has(&desc, VRING_DESC_F_NEXT) {
+                return Ok(());
+            }
+            if desc.next >= self.size {
+                return Err(RingError::Index(desc.next));
+            }
+            index = desc.next;
+        }
+        Err(RingError::TooLong(head))
+    }
+
+    fn follow_table(&self, walk: &mut Walk<'_>, table: &Descriptor) -> Result<(), RingError> {
+        let head = walk.chain.head;
+        let bad = RingError::Table { addr: table.addr, len: table.len };
+        let count = table.len / DESC_LEN as u32;
+        if count == 0 || !u64::from(table.len).is_multiple_of(DESC_LEN) {
+            return Err(bad);
+        }
+        let base = host_range(&self.mem, table.addr, u64::from(table.len)).ok_or(bad)?;
+        let mut index = 0;
+        for _ in 0..count.min(MAX_INDIRECT.max(self.size.into())) {
+            // SAFETY: `index` is below `count`, and the whole table is mapped. The driver may have placed it at any
+            // address, hence unaligned; the guest may write to it meanwhile, so it is copied once and the copy used.
+            let desc = unsafe { Descriptor::read(base.cast::<[u8; DESC_LEN as usize]>().add(index as usize)) };
+            if has(&desc, VRING_DESC_F_INDIRECT) {
+                return Err(RingError::Indirect(head));
+            }
+            walk.add(&desc)?;
+            if !has(&desc, VRING_DESC_F_NEXT) {
+                return Ok(());
+            }
+            index = u32::from(desc.next);
+            if index >= count {
+                return Err(RingError::Index(desc.next));
+            }
+        }
+        Err(RingError::TooLong(head))
+    }
+}
+
+impl Words for Queue {
+    #[inline(always)]
+    fn avail_flags(&self) -> u16 {
+        self.avail_word(0).load(Ordering::Relaxed)
+    }
+
+    #[inline(always)]
+    fn avail_index(&self) -> u16 {
+        self.avail_word(1).load(Ordering::Acquire)
+    }
+
+    #[inline(always)]
+    fn used_event(&self) -> u16 {
+        self.avail_word(2 + usize::from(self.size)).load(Ordering::Relaxed)
+    }
+
+    #[inline(always)]
+    fn set_used_flags(&self, flags: u16) {
+        self.used_word(0).store(flags, Ordering::Relaxed);
+    }
+
+    #[inline(always)]
+    fn set_avail_event(&self, index: u16) {
+        self.used_word(2 + usize::from(self.size) * 4).store(index, Ordering::Relaxed);
+    }
+
+    #[inline(always)]
+    fn fence(&self) {
+        fence(Ordering::SeqCst);
+    }
+}
+
+/// The region of guest memory that a buffer was found in last: the next one is most likely in it too.
+#[derive(Clone, Copy)]
+struct Near {
+    start: u64,
+    len: u64,
+    host: *mut u8,
+}
+
+impl Near {
+    const NOWHERE: Self = Self { start: 0, len: 0, host: std::ptr::null_mut() };
+
+    /// Where a guest range is mapped that lies in the region and is not empty.
+    #[inline]
+    fn host(&self, addr: u64, len: u64) -> Option<*mut u8> {
+        let offset = addr.wrapping_sub(self.start);
+        let inside = offset < self.len && len <= self.len - offset && len > 0;
+        // SAFETY: the region is mapped from `host` on for all of its length.
+        inside.then(|| unsafe { self.host.add(offset as usize) })
+    }
+}
+
+/// Collects the descriptors of one chain.
+struct Walk<'a> {
+    chain: &'a mut Chain,
+    mem: &'a GuestMemory,
+    near: &'a Cell<Near>,
+    broken_piece: bool,
+}
+
+impl Walk<'_> {
+    #[inline(always)]
+    fn add(&mut self, desc: &Descriptor) -> Result<(), RingError> {
+        let writable = has(desc, VRING_DESC_F_WRITE);
+        if !writable && !self.chain.writable.is_empty() {
+            return Err(RingError::Order(self.chain.head));
+        }
+        let io = if writable { &mut self.chain.writable } else { &mut self.chain.readable };
+        // A chain with a hole is answered with an error: what counts then is the header in front and the status at the
+        // end, so of the buffers behind the first hole only the last is kept.
+        if self.broken_piece && writable {
+            io.clear();
+        }
+        let (addr, len) = (desc.addr, u64::from(desc.len));
+        if let Some(host) = self.near.get().host(addr, len) {
+            // SAFETY: the region is mapped from there on for so many bytes, for as long as the queue lives.
+            unsafe { io.push(host, len as usize) };
+        } else if translate(self.mem, self.near, addr, len, io).is_none() {
+            io.clear();
+            self.broken_piece = true;
+            self.chain.unmapped = true;
+        }
+        Ok(())
+    }
+}
+
+fn has(desc: &Descriptor, flag: u32) -> bool {
+    u32::from(desc.flags) & flag != 0
+}
+
+/// The host address of a guest range that lies in one region.
+fn host_range(mem: &GuestMemory, addr: u64, len: u64) -> Option<*mut u8> {
+    let region = mem.find_region(GuestAddress(addr))?;
+    let offset = addr - region.start_addr().raw_value();
+    if len > region.len() - offset {
+        return None;
+    }
+    region.get_host_address(MemoryRegionAddress(offset)).ok()
+}
+
+/// Appends a guest range, which may span regions, to an I/O vector. `None` if any of it is not memory, or there are too many pieces.
+fn translate(mem: &GuestMemory, near: &Cell<Near>, mut addr: u64, mut len: u64, io: &mut GuestIo) -> Option<()> {
+    while len > 0 {
+        if io.pieces().len() >= MAX_SPREAD {
+            return None;
+        }
+        let region = mem.find_region(GuestAddress(addr))?;
+        let offset = addr - region.start_addr().raw_value();
+        let count = len.min(region.len() - offset);
+        let host = region.get_host_address(MemoryRegionAddress(offset)).ok()?;
+        let start = region.get_host_address(MemoryRegionAddress(0)).ok()?;
+        near.set(Near { start: region.start_addr().raw_value(), len: region.len(), host: start });
+        // SAFETY: the region is mapped from `host` on for at least `count` bytes, for as long as the queue lives.
+        unsafe { io.push(host, count as usize) };
+        len -= count;
+        addr = addr.checked_add(count).or((len == 0).then_some(0))?;
+    }
+    Some(())
+}
+
+/// The used index of a ring that nobody serves, or `None` if the ring does not lie in memory.
+#[must_use]
+pub fn used_index(mem: &GuestMemory, ring: &RingConfig) -> Option<u16> {
+    let used = host_range(mem, ring.used, 6 + 8 * u64::from(ring.size)).filter(|_| ring.used.is_multiple_of(4))?;
+    // SAFETY: the ring is mapped for as long as `mem` lives, its index lies behind the flags, on an even address.
+    Some(unsafe { &*used.cast::<AtomicU16>().add(1) }.load(Ordering::Acquire))
+}
+
+/// The available index of a ring, or `None` if the ring does not lie in memory.
+#[must_use]
+pub fn avail_index(mem: &GuestMemory, ring: &RingConfig) -> Option<u16> {
+    let avail = host_range(mem, ring.avail, 6 + 2 * u64::from(ring.size)).filter(|_| ring.avail.is_multiple_of(2))?;
+    // SAFETY: as above.
+    Some(unsafe { &*avail.cast::<AtomicU16>().add(1) }.load(Ordering::Acquire))
+}
+
+/// Checks the layout of a ring that somebody else will serve: all three areas lie in memory as a whole.
+///
+/// # Errors
+/// A size, alignment or address that can't be served.
+pub fn check_ring(mem: &GuestMemory, ring: &RingConfig) -> Result<(), RingError> {
+    areas(mem, ring).map(drop)
+}
+
+/// The descriptor table, the available ring and the used ring of a checked layout.
+fn areas(mem: &GuestMemory, ring: &RingConfig) -> Result<[*mut u8; 3], RingError> {
+    if !ring.size.is_power_of_two() || ring.size > 1 << 15 {
+        return Err(RingError::Size(ring.size));
+    }
+    let size = u64::from(ring.size);
+    // The two event words are part of the areas whether or not they are negotiated; a driver that leaves them out
+    // at the very end of memory is one nobody has met.
+    Ok([
+        area(mem, "descriptor table", ring.desc, DESC_LEN * size, 16)?,
+        area(mem, "available ring", ring.avail, 6 + 2 * size, 2)?,
+        area(mem, "used ring", ring.used, 6 + 8 * size, 4)?,
+    ])
+}
+
+fn area(mem: &GuestMemory, area: &'static str, addr: u64, len: u64, align: u64) -> Result<*mut u8, RingError> {
+    if !addr.is_multiple_of(align) {
+        return Err(RingError::Misaligned { area, addr });
+    }
+    host_range(mem, addr, len).ok_or(RingError::Unmapped { area, addr, len })
+}
+
+#[cfg(test)]
+mod tests;

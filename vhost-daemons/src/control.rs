@@ -1,0 +1,126 @@
+//! A device's control thread: it serves one client after another, and tells the main thread when nobody is left to serve.
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Duration;
+
+use ringvm_backends::device::{Device, DeviceError, Flusher};
+use tracing::{error, info, warn};
+
+use crate::mailbox::Mailbox;
+use crate::message::Connection;
+use crate::session::{End, Session};
+use crate::source::{Next, Source};
+
+/// Between two attempts to accept, when the host has no descriptor left.
+const HOST_PAUSE: Duration = Duration::from_millis(200);
+
+/// What the main thread is told.
+pub(crate) enum Told {
+    /// A signal asks for statistics.
+    Statistics,
+    /// A signal asks for the end.
+    End,
+    /// A second one does not wait for what the end takes.
+    AtOnce,
+    /// The I/O thread of this number has panicked.
+    Died(usize),
+    /// The control thread of this number has nobody to serve any more.
+    Ended(usize, Report),
+    /// The device of this number was flushed without its control thread.
+    Flushed(usize, Result<(), DeviceError>),
+}
+
+/// What a control thread leaves behind.
+pub(crate) struct Report {
+    /// The device, unless the thread has died.
+    pub(crate) device: Option<Box<dyn Device>>,
+    /// Whether nothing is in flight.
+    pub(crate) idle: bool,
+    pub(crate) flushed: Result<(), DeviceError>,
+}
+
+/// A device and the thread that controls it.
+pub(crate) struct Control {
+    pub(crate) name: String,
+    pub(crate) mailbox: Arc<Mailbox>,
+    /// For when the thread does not come to its end.
+    pub(crate) flusher: Option<Flusher>,
+    pub(crate) report: Option<Report>,
+}
+
+impl Control {
+    pub(crate) fn start(
+        mut device: Box<dyn Device>,
+        mut source: Source,
+        tell: impl FnOnce(Report) + Send + 'static,
+        grace: Duration,
+    ) -> io::Result<Self> {
+        let mailbox = Arc::new(Mailbox::new()?);
+        let (name, flusher) = (device.info().name.clone(), Some(device.flusher()));
+        let theirs = Arc::clone(&mailbox);
+        std::thread::Builder::new().name(name.clone()).spawn(move || {
+            let served = catch_unwind(AssertUnwindSafe(|| serve_clients(device.as_mut(), &mut source, &theirs, grace)));
+            // Nobody may connect to what is not served any more.
+            drop(source);
+            let flushed = device.flush();
+            let (idle, device) = match served {
+                Ok(idle) => (idle, Some(device)),
+                Err(_) => {
+                    // Waits for what is in flight.
+                    drop(device);
+                    (true, None)
+                }
+            };
+            tell(Report { device, idle, flushed });
+        })?;
+        Ok(Self { name, mailbox, flusher, report: None })
+    }
+}
+
+/// Serves one client after another. Returns whether nothing is in flight in the end.
+fn serve_clients(device: &mut dyn Device, source: &mut Source, mailbox: &Mailbox, grace: Duration) -> bool {
+    let mut idle = true;
+    while !mailbox.stopped() {
+        match source.next(mailbox) {
+            Ok(Next::Client(stream)) => idle = serve_client(device, stream, mailbox, grace),
+            Ok(Next::Mail) => mailbox.serve(device),
+            Ok(Next::End) => break,
+            Err(error) => {
+                error!(device = %device.info().name, %error, "accepting a client");
+                std::thread::sleep(HOST_PAUSE);
+            }
+        }
+    }
+    idle
+}
+
+/// Serves a client until it has gone, and all that it asked for has ended. Returns whether it has.
+fn serve_client(device: &mut dyn Device, stream: UnixStream, mailbox: &Mailbox, grace: Duration) -> bool {
+    let name = device.info().name.clone();
+    info!(device = %name, "a client has connected");
+    let session = stream.try_clone().and_then(|peer| {
+        mailbox.serves(Some(peer));
+        Session::new(device, Connection::new(stream), mailbox)
+    });
+    let mut session = match session {
+        Ok(session) => session,
+        Err(error) => {
+            mailbox.serves(None);
+            warn!(device = %name, "dropping the client: making a descriptor: {error}");
+            return true;
+        }
+    };
+    let result = session.run();
+    mailbox.serves(None);
+    match result {
+        // What the end of the daemon does to the connection is not the client's fault.
+        _ if mailbox.stopped() => {}
+        Ok(End::Disconnected) => info!(device = %name, "the client has gone"),
+        Ok(End::Stopped) => {}
+        Err(error) => warn!(device = %name, "dropping the client: {error}"),
+    }
+    session.end(grace)
+}

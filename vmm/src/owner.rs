@@ -1,0 +1,486 @@
+//! The thread that owns a device.
+//!
+//! A vCPU never waits for a device: what its driver sets up is noted as what is [`Wanted`], and the thread brings the device there.
+//! Only the last word counts, so a driver that changes its mind in a loop piles up nothing. What the driver reads comes from copies.
+//! Questions are answered while the device drains, for the thread waits for both at once.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, select, unbounded};
+use ringvm_backends::device::{Device, DeviceInfo, GuestMemory, QueueParts, RingConfig, Suspended, read_space};
+use ringvm_backends::stats::DeviceStats;
+use ringvm_backends::virtqueue::End;
+use ringvm_backends::virtqueue::interrupt::Interrupt;
+use ringvm_backends::virtqueue::stopping::{Ends, Stopping};
+use tracing::debug;
+use vmm_sys_util::eventfd::EventFd;
+
+/// Control operations need little stack.
+const STACK: usize = 256 << 10;
+/// Most different places of the configuration space that a driver may have written before the device takes note.
+const MAX_WRITES: usize = 64;
+
+/// What the owner tells the transport, from its own thread.
+pub trait Listener: Send + Sync {
+    /// A reset that the driver asked for is complete.
+    fn reset(&self);
+    /// The device can't go on for this reason.
+    fn need_reset(&self, reason: &str);
+    /// The device has changed its configuration space by itself.
+    fn space_changed(&self);
+}
+
+/// A queue as its driver has set it up.
+#[derive(Clone)]
+pub struct Setup {
+    /// Where the ring lies.
+    pub ring: RingConfig,
+    /// Raised for used buffers.
+    pub call: Interrupt,
+    /// Differs from one way of interrupting to the next: the queue is started anew for it.
+    pub wiring: u64,
+}
+
+/// What the driver wants of its device.
+#[derive(Default)]
+struct Wanted {
+    /// How often it has reset the device.
+    resets: u64,
+    /// What it has accepted since.
+    features: Option<u64>,
+    /// What it has written to the configuration space and the device has not seen.
+    writes: BTreeMap<u32, Vec<u8>>,
+    /// The queues that run.
+    queues: Vec<Option<Setup>>,
+    /// The device says that its configuration space has changed.
+    space_changed: bool,
+    /// Raised by each change, so that the owner knows whether it has seen the last.
+    version: u64,
+    /// The version that the device is at.
+    settled: u64,
+    /// Resets that are complete.
+    resets_done: u64,
+    /// The device has refused the features.
+    refused: bool,
+    /// The driver was told that its features are accepted without waiting for the device.
+    assumed: bool,
+}
+
+struct Shared {
+    wanted: Mutex<Wanted>,
+    settled: Condvar,
+    wake: Sender<()>,
+    /// What the driver reads as the configuration space.
+    space: RwLock<Vec<u8>>,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Wanted> {
+        self.wanted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Wanted)) {
+        let mut wanted = self.lock();
+        change(&mut wanted);
+        wanted.version += 1;
+        drop(wanted);
+        match self.wake.try_send(()) {
+            // Full: the owner has not looked yet, and will see this too. Disconnected: the device was taken back.
+            Ok(()) | Err(TrySendError::Full(()) | TrySendError::Disconnected(())) => {}
+        }
+    }
+
+    fn read_space(&self, device: &dyn Device) {
+        let mut space = vec![0; device.info().config_len as usize];
+        device.read_config(0, &mut space);
+        *self.space.write().unwrap_or_else(PoisonError::into_inner) = space;
+    }
+}
+
+/// What the thread is asked.
+enum Question {
+    /// What has the device done?
+    Stats(Sender<DeviceStats>),
+    /// The device is wanted back, reset.
+    Take(Sender<Taken>),
+}
+
+/// A device that was taken back from its owner.
+pub struct Taken {
+    /// The device, reset.
+    pub device: Box<dyn Device>,
+    /// What it has done.
+    pub stats: DeviceStats,
+}
+
+/// A handle on a device that a thread of its own owns.
+pub struct Owner {
+    info: DeviceInfo,
+    shared: Arc<Shared>,
+    questions: Questions,
+}
+
+/// Asks the owner of a device, from any thread. No call waits; answers come over channels.
+#[derive(Clone)]
+pub struct Questions(Sender<Question>);
+
+impl Questions {
+    /// Asks for what the device has done. The sender is dropped if there is no answer to come.
+    pub fn stats(&self, answer: Sender<DeviceStats>) {
+        // Without an owner the sender is gone, which is the answer.
+        drop(self.0.send(Question::Stats(answer)));
+    }
+
+    /// Asks for the device. Its queues are suspended, and it comes once nothing of them is in flight.
+    #[must_use]
+    pub fn take(&self) -> Receiver<Taken> {
+        let (answer, taken) = bounded(1);
+        drop(self.0.send(Question::Take(answer)));
+        taken
+    }
+}
+
+impl Owner {
+    /// Gives `device` to a thread of its own. `kicks` are the doorbells of its queues.
+    ///
+    /// # Errors
+    /// When the host has no thread left; the device is gone then.
+    pub fn start(
+        mut device: Box<dyn Device>,
+        memory: GuestMemory,
+        kicks: Arc<[EventFd]>,
+        listener: Arc<dyn Listener>,
+    ) -> std::io::Result<Self> {
+        let info = device.info().clone();
+        let (wake, woken) = bounded(1);
+        let (questions, asked) = unbounded();
+        let queues = info.queue_sizes.len();
+        let wanted = Wanted { queues: vec![None; queues], ..Wanted::default() };
+        let shared = Arc::new(Shared {
+            wanted: Mutex::new(wanted),
+            settled: Condvar::new(),
+            wake,
+            space: RwLock::new(Vec::new()),
+        });
+        shared.read_space(device.as_ref());
+        let told = Arc::downgrade(&shared);
+        device.on_config_change(Interrupt::Call(Arc::new(move || {
+            if let Some(shared) = told.upgrade() {
+                shared.change(|wanted| wanted.space_changed = true);
+            }
+        })));
+        let keeper = Keeper {
+            device,
+            memory,
+            kicks,
+            listener,
+            shared: Arc::clone(&shared),
+            features: None,
+            queues: (0..queues).map(|_| Queue::default()).collect(),
+            taker: None,
+        };
+        let name = format!("dev-{}", info.name);
+        thread::Builder::new().name(name).stack_size(STACK).spawn(move || keeper.run(&woken, &asked))?;
+        Ok(Self { info, shared, questions: Questions(questions) })
+    }
+
+    /// What the device is.
+    #[must_use]
+    pub fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    /// Asks the owner.
+    #[must_use]
+    pub fn questions(&self) -> &Questions {
+        &self.questions
+    }
+
+    /// Waits until the device is where its driver wants it, for so long at most. Returns whether it is.
+    pub fn wait(&self, limit: Duration) -> bool {
+        let deadline = Instant::now() + limit;
+        let mut wanted = self.shared.lock();
+        while wanted.settled != wanted.version {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            let (again, _) = self.shared.settled.wait_timeout(wanted, left).unwrap_or_else(PoisonError::into_inner);
+            wanted = again;
+        }
+        true
+    }
+
+    /// The driver resets its device. What it has set up is forgotten.
+    pub fn reset(&self) {
+        self.shared.change(|wanted| {
+            wanted.resets += 1;
+            (wanted.features, wanted.refused, wanted.assumed) = (None, false, false);
+            wanted.writes.clear();
+            wanted.queues.fill(None);
+        });
+    }
+
+    /// Whether a reset is under way.
+    #[must_use]
+    pub fn is_resetting(&self) -> bool {
+        let wanted = self.shared.lock();
+        wanted.resets != wanted.resets_done
+    }
+
+    /// The driver accepts features. Returns whether the device does so too; one that does not answer within `limit` is taken to, and
+    /// needs a reset if it does not after all.
+    pub fn accept(&self, features: u64, limit: Duration) -> bool {
+        self.shared.change(|wanted| {
+            wanted.features = Some(features);
+            (wanted.refused, wanted.assumed) = (false, false);
+        });
+        self.wait(limit);
+        let mut wanted = self.shared.lock();
+        wanted.assumed = !wanted.refused;
+        !wanted.refused
+    }
+
+    /// The driver has these queues run from now on, and no others.
+    pub fn set_queues(&self, queues: Vec<Option<Setup>>) {
+        self.shared.change(|wanted| wanted.queues = queues);
+    }
+
+    /// Reads the configuration space as the device had it last; bytes beyond its end are zero.
+    pub fn read_config(&self, offset: u32, data: &mut [u8]) {
+        read_space(&self.shared.space.read().unwrap_or_else(PoisonError::into_inner), offset, data);
+    }
+
+    /// The driver writes to the configuration space.
+    pub fn write_config(&self, offset: u32, data: &[u8]) {
+        self.shared.change(|wanted| {
+            if wanted.writes.len() < MAX_WRITES {
+                wanted.writes.insert(offset, data.to_vec());
+            }
+        });
+    }
+}
+
+/// One queue, as far as the device has it.
+#[derive(Default)]
+struct Queue {
+    /// The wiring that it runs with.
+    runs: Option<u64>,
+    /// The wiring that it could not be started with.
+    failed: Option<u64>,
+    /// Where it goes on, or starts, and what it took and did not give back.
+    from: Suspended,
+}
+
+/// The thread's own.
+struct Keeper {
+    device: Box<dyn Device>,
+    memory: GuestMemory,
+    kicks: Arc<[EventFd]>,
+    listener: Arc<dyn Listener>,
+    shared: Arc<Shared>,
+    features: Option<u64>,
+    queues: Vec<Queue>,
+    /// Who wants the device back.
+    taker: Option<Sender<Taken>>,
+}
+
+impl Keeper {
+    fn run(mut self, woken: &Receiver<()>, asked: &Receiver<Question>) {
+        while self.taker.is_none() {
+            select! {
+                recv(woken) -> _ => self.settle(asked),
+                recv(asked) -> question => match question {
+                    Ok(question) => self.answer(question),
+                    // Nobody can ask for the device any more: it goes with the machine.
+                    Err(_) => return,
+                },
+            }
+        }
+        let running = self.running(|_, _| true);
+        self.stop(&running, asked);
+        let stats = self.device.stats();
+        self.device.reset();
+        if let Some(taker) = self.taker.take() {
+            // If nobody waits any more, the device goes here.
+            drop(taker.send(Taken { device: self.device, stats }));
+        }
+    }
+
+    fn answer(&mut self, question: Question) {
+        match question {
+            Question::Stats(answer) => drop(answer.send(self.device.stats())),
+            Question::Take(taker) => self.taker = Some(taker),
+        }
+    }
+
+    /// Brings the device to where its driver wants it.
+    fn settle(&mut self, asked: &Receiver<Question>) {
+        while self.taker.is_none() {
+            let (version, reset) = {
+                let wanted = self.shared.lock();
+                (wanted.version, (wanted.resets != wanted.resets_done).then_some(wanted.resets))
+            };
+            if let Some(resets) = reset {
+                self.reset(resets, asked);
+            }
+            self.accept_features();
+            self.write_config();
+            self.settle_queues(asked);
+            self.follow_space();
+            let mut wanted = self.shared.lock();
+            if wanted.version == version {
+                wanted.settled = version;
+                drop(wanted);
+                self.shared.settled.notify_all();
+                return;
+            }
+        }
+    }
+
+    fn reset(&mut self, resets: u64, asked: &Receiver<Question>) {
+        let running = self.running(|_, _| true);
+        self.stop(&running, asked);
+        if self.taker.is_some() {
+            return;
+        }
+        self.device.reset();
+        self.shared.read_space(self.device.as_ref());
+        self.features = None;
+        self.queues.fill_with(Queue::default);
+        // Under the lock, so that what the driver does next comes after this.
+        let mut wanted = self.shared.lock();
+        wanted.resets_done = resets;
+        if wanted.resets == resets {
+            self.listener.reset();
+        }
+    }
+
+    fn accept_features(&mut self) {
+        let Some(features) = self.shared.lock().features else { return };
+        if self.features == Some(features) {
+            return;
+        }
+        let result = self.device.ack_features(features);
+        // The configuration space may depend on them.
+        self.shared.read_space(self.device.as_ref());
+        let mut wanted = self.shared.lock();
+        if wanted.features != Some(features) {
+            return;
+        }
+        match result {
+            Ok(()) => self.features = Some(features),
+            Err(error) => {
+                debug!(%error, "the device refuses its driver's features");
+                (wanted.features, wanted.refused) = (None, true);
+                if wanted.assumed {
+                    self.listener.need_reset(&error.to_string());
+                }
+            }
+        }
+    }
+
+    fn write_config(&mut self) {
+        let writes = std::mem::take(&mut self.shared.lock().writes);
+        if writes.is_empty() {
+            return;
+        }
+        for (offset, data) in writes {
+            if let Err(error) = self.device.write_config(offset, &data) {
+                debug!(%error, "a write to configuration space is ignored");
+            }
+        }
+        self.shared.read_space(self.device.as_ref());
+    }
+
+    fn follow_space(&mut self) {
+        if std::mem::take(&mut self.shared.lock().space_changed) {
+            self.shared.read_space(self.device.as_ref());
+            self.listener.space_changed();
+        }
+    }
+
+    /// The queues that run and for which this holds.
+    fn running(&self, with: impl Fn(usize, u64) -> bool) -> Vec<u16> {
+        let queues = self.queues.iter().enumerate();
+        queues
+            .filter(|(index, queue)| queue.runs.is_some_and(|wiring| with(*index, wiring)))
+            .map(|(i, _)| i as u16)
+            .collect()
+    }
+
+    fn settle_queues(&mut self, asked: &Receiver<Question>) {
+        let wanted = self.shared.lock().queues.clone();
+        let wiring = |index: usize| wanted.get(index)?.as_ref().map(|setup| setup.wiring);
+        let unwanted = self.running(|index, runs| wiring(index) != Some(runs));
+        self.stop(&unwanted, asked);
+        if self.features.is_none() || self.taker.is_some() {
+            return;
+        }
+        // Indices are kept as they are, gaps and all (pitfall 16). The last comes first: a control queue is behind those it is about.
+        for (index, setup) in wanted.iter().enumerate().rev() {
+            let queue = &mut self.queues[index];
+            match setup {
+                None => queue.failed = None,
+                Some(setup) if queue.runs.is_none() && queue.failed != Some(setup.wiring) => self.start(index, setup),
+                Some(_) => {}
+            }
+        }
+    }
+
+    fn start(&mut self, index: usize, setup: &Setup) {
+        let queue = &mut self.queues[index];
+        let listener = Arc::clone(&self.listener);
+        let parts = self.kicks[index].try_clone().map(|kick| QueueParts {
+            call: setup.call.clone(),
+            fault: Interrupt::Call(Arc::new(move || {
+                listener.need_reset(&format!("the driver broke the ring of queue {index}"));
+            })),
+            from: queue.from.state,
+            left: queue.from.left.clone(),
+            ..QueueParts::new(setup.ring, Arc::clone(&self.memory), kick)
+        });
+        let started = match parts {
+            Ok(parts) => self.device.start_queue(index as u16, parts).map_err(|error| error.to_string()),
+            Err(error) => Err(format!("duplicating the doorbell of queue {index}: {error}")),
+        };
+        match started {
+            Ok(()) => {
+                queue.runs = Some(setup.wiring);
+                queue.from.left.clear();
+            }
+            Err(error) => {
+                queue.failed = Some(setup.wiring);
+                self.listener.need_reset(&error);
+            }
+        }
+    }
+
+    /// Suspends queues, all at once, and remembers where each stands: what can be cancelled is not waited for, and is served when
+    /// the queue goes on. Questions are answered meanwhile.
+    fn stop(&mut self, running: &[u16], asked: &Receiver<Question>) {
+        if running.is_empty() {
+            return;
+        }
+        let stopping: Stopping = self.device.stop(running, End::Suspended);
+        let ends: Ends = loop {
+            select! {
+                recv(stopping.receiver()) -> ends => break ends.unwrap_or_else(|_| vec![None; running.len()]),
+                recv(asked) -> question => match question {
+                    Ok(question) => self.answer(question),
+                    Err(_) => break stopping.wait(),
+                },
+            }
+        };
+        for (&index, end) in running.iter().zip(ends) {
+            let queue = &mut self.queues[usize::from(index)];
+            queue.runs = None;
+            if let Some(end) = end {
+                queue.from = end;
+            }
+        }
+    }
+}
