@@ -104,6 +104,14 @@ pub enum DeviceError {
         /// What is wrong with them.
         reason: &'static str,
     },
+    /// The state of the device can't be had.
+    #[error("{device}: its state can't be saved: {reason}")]
+    Save {
+        /// Name of the device.
+        device: String,
+        /// Why not.
+        reason: String,
+    },
     /// The host failed the device.
     #[error("{device}: {what}: {source}")]
     Host {
@@ -137,6 +145,12 @@ pub trait Device: Send {
 
     /// Fills `data` from the device-specific configuration space; bytes beyond its end read as zero.
     fn read_config(&self, offset: u32, data: &mut [u8]);
+
+    /// Bytes of the configuration space that are the driver's: they read back as it has written them, also before the device has
+    /// taken note.
+    fn driver_fields(&self) -> Vec<std::ops::Range<u32>> {
+        Vec::new()
+    }
 
     /// Writes the device-specific configuration space.
     ///
@@ -189,23 +203,20 @@ pub trait Device: Send {
     }
 
     /// What the device remembers of its driver besides features and the positions of queues, for [`Self::load_state`] of
-    /// another of its kind: at most [`MAX_STATE`](crate::state::MAX_STATE) bytes. No queue runs.
-    fn save_state(&self) -> Vec<u8> {
-        Vec::new()
-    }
+    /// another of its kind: at most [`MAX_STATE`](crate::state::MAX_STATE) bytes. No queue runs. A device that remembers nothing
+    /// answers the empty state.
+    ///
+    /// # Errors
+    /// [`DeviceError::Save`] when the state is where it can't be had from.
+    fn save_state(&self) -> Result<Vec<u8>, DeviceError>;
 
     /// Goes on with the state of another device, which may have come from anywhere. No queue runs. Before `ack_features` it is
     /// only known whether it could be taken over: `reset` forgets it, so that it is then loaded once more behind them.
     ///
     /// # Errors
     /// [`DeviceError::State`] for what can't be such a state; nothing was changed then. [`DeviceError::Host`] when the host
-    /// refuses.
-    fn load_state(&mut self, state: &[u8]) -> Result<(), DeviceError> {
-        if state.is_empty() {
-            return Ok(());
-        }
-        Err(DeviceError::State { device: self.info().name.clone(), reason: "this device has none" })
-    }
+    /// refuses. A device that remembers nothing takes the empty state alone ([`check_empty`](crate::state::check_empty)).
+    fn load_state(&mut self, state: &[u8]) -> Result<(), DeviceError>;
 
     /// What the device has done since its creation.
     fn stats(&self) -> DeviceStats;

@@ -12,6 +12,7 @@ pub mod io;
 pub mod net;
 pub mod options;
 pub mod rng;
+pub mod setup;
 pub mod state;
 pub mod stats;
 #[cfg(any(test, feature = "testing"))]

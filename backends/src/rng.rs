@@ -7,6 +7,7 @@ use crate::io::ops::Io;
 use crate::io::queues::Queues;
 use crate::io::reactor::ReactorPool;
 use crate::io::worker::{Handler, Outcome, Step};
+use crate::state::check_empty;
 use crate::stats::DeviceStats;
 use crate::virtqueue::End;
 use crate::virtqueue::buffers::Chain;
@@ -97,6 +98,14 @@ impl Device for RngDevice {
     fn reset(&mut self) {
         self.queues.reset();
         self.features = 0;
+    }
+
+    fn save_state(&self) -> Result<Vec<u8>, DeviceError> {
+        Ok(Vec::new())
+    }
+
+    fn load_state(&mut self, state: &[u8]) -> Result<(), DeviceError> {
+        check_empty(&self.info.name, state)
     }
 
     fn stats(&self) -> DeviceStats {

@@ -4,8 +4,21 @@
 //! They may come from anywhere: the kind of device and the version stand in front, every field is checked before any is
 //! applied, and nothing may be missing or left over. Numbers are little-endian.
 
+use crate::device::DeviceError;
+
 /// Longest state of a device in bytes.
 pub const MAX_STATE: usize = 64 << 10;
+
+/// Checks the state for a device that has none of its own.
+///
+/// # Errors
+/// [`DeviceError::State`] for any but the empty one.
+pub fn check_empty(device: &str, state: &[u8]) -> Result<(), DeviceError> {
+    if state.is_empty() {
+        return Ok(());
+    }
+    Err(DeviceError::State { device: device.to_owned(), reason: "this device has none" })
+}
 
 const MAGIC: [u8; 4] = *b"RVds";
 

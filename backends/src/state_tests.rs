@@ -87,21 +87,21 @@ fn pool() -> ReactorPool {
 fn load(device: &Mutex<impl Device>, features: u64, state: &[u8]) {
     let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
     device.reset();
-    let fresh = device.save_state();
+    let fresh = device.save_state().unwrap();
     if device.ack_features(features | 1 << VIRTIO_F_VERSION_1).is_err() {
         return;
     }
-    let before = device.save_state();
+    let before = device.save_state().unwrap();
     match device.load_state(state) {
-        Ok(()) => assert_eq!(device.save_state(), state),
-        Err(DeviceError::State { .. }) => assert_eq!(device.save_state(), before),
+        Ok(()) => assert_eq!(device.save_state().unwrap(), state),
+        Err(DeviceError::State { .. }) => assert_eq!(device.save_state().unwrap(), before),
         Err(other) => panic!("{other}"),
     }
     // Before a driver has come it is only known whether it could be taken over.
     device.reset();
     let _ = device.load_state(state);
     device.reset();
-    assert_eq!(device.save_state(), fresh, "a reset forgets it");
+    assert_eq!(device.save_state().unwrap(), fresh, "a reset forgets it");
 }
 
 #[test]
@@ -141,14 +141,14 @@ fn a_reset_nic_has_no_offloads_of_the_driver_before() {
     let options = NetOptions { loopback: true, ..NetOptions::default() };
     let mut nic = NetDevice::open("nic", &options, &pool()).unwrap();
     let offloads = |nic: &NetDevice| {
-        let state = nic.save_state();
+        let state = nic.save_state().unwrap();
         u64::from_le_bytes(state[20..28].try_into().unwrap())
     };
     nic.ack_features(nic.info().features).unwrap();
     assert_ne!(offloads(&nic), 0);
     nic.reset();
     assert_eq!(offloads(&nic), 0);
-    let state = nic.save_state();
+    let state = nic.save_state().unwrap();
     nic.ack_features(1 << VIRTIO_F_VERSION_1).unwrap();
     nic.load_state(&state).unwrap();
 }

@@ -93,12 +93,12 @@ fn a_disk_goes_on_with_the_cache_mode_that_was_chosen() {
         let features = from.info().features;
         from.ack_features(features).unwrap();
         from.write_config(32, &[choice]).unwrap();
-        let state = from.save_state();
+        let state = from.save_state().unwrap();
         let mut to = disk(false);
         to.ack_features(features).unwrap();
         to.load_state(&state).unwrap();
         assert_eq!(config::<1>(&to, 32), [choice]);
-        assert_eq!(to.save_state(), state);
+        assert_eq!(to.save_state().unwrap(), state);
         to.reset();
         assert_eq!(config::<1>(&to, 32), [1], "a reset forgets it");
         let refused = disk(true).load_state(&state);
@@ -110,13 +110,13 @@ fn a_disk_goes_on_with_the_cache_mode_that_was_chosen() {
 #[test]
 fn a_nic_goes_on_with_all_that_its_driver_has_said() {
     let from = used_nic();
-    let state = from.save_state();
+    let state = from.save_state().unwrap();
     assert!((6 * 1024..MAX_STATE).contains(&state.len()));
     let features = from.info().features;
     // Behind the features, and before them as well.
     for early in [false, true] {
         let mut to = nic(2);
-        assert_ne!(to.save_state(), state);
+        assert_ne!(to.save_state().unwrap(), state);
         if early {
             to.load_state(&state).unwrap();
             to.reset();
@@ -124,29 +124,29 @@ fn a_nic_goes_on_with_all_that_its_driver_has_said() {
         to.ack_features(features).unwrap();
         to.load_state(&state).unwrap();
         assert_eq!(config::<6>(&to, 0), [2, 0x11, 0x22, 0x33, 0x44, 0x55]);
-        assert_eq!(to.save_state(), state);
+        assert_eq!(to.save_state().unwrap(), state);
         assert_eq!(command(&mut to, &[vec![4, 0, 1, 0]]), [0], "and takes commands");
-        assert_ne!(to.save_state(), state);
+        assert_ne!(to.save_state().unwrap(), state);
     }
     let fresh = nic(2);
     let mut to = used_nic();
-    to.load_state(&fresh.save_state()).unwrap();
-    assert_eq!(to.save_state(), fresh.save_state(), "nothing of before is left");
+    to.load_state(&fresh.save_state().unwrap()).unwrap();
+    assert_eq!(to.save_state().unwrap(), fresh.save_state().unwrap(), "nothing of before is left");
 }
 
 fn refuses(device: &mut dyn Device, state: &[u8], what: &str) {
-    let before = device.save_state();
+    let before = device.save_state().unwrap();
     let refused = device.load_state(state).unwrap_err();
     assert!(matches!(refused, DeviceError::State { .. }), "{refused}");
     assert!(refused.to_string().contains(what), "{refused}: {what}");
-    assert_eq!(device.save_state(), before, "nothing was changed");
+    assert_eq!(device.save_state().unwrap(), before, "nothing was changed");
 }
 
 #[test]
 fn pitfall_59_a_state_from_elsewhere_is_checked() {
     let (mut disk, mut nic) = (disk(false), nic(2));
     let features = nic.info().features;
-    let (disks, nics) = (disk.save_state(), used_nic().save_state());
+    let (disks, nics) = (disk.save_state().unwrap(), used_nic().save_state().unwrap());
     for (without, what) in [(F_MQ, "more queue pairs than there are"), (F_GUEST_TSO4 | F_GUEST_ECN, "not negotiated")] {
         nic.ack_features(features & !without).unwrap();
         refuses(&mut nic, &nics, what);

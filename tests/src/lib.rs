@@ -8,6 +8,7 @@ pub mod error;
 pub mod host;
 pub mod interposer;
 pub mod lab;
+pub mod moves;
 pub mod native;
 pub mod ongoing;
 pub mod paths;

@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 
 use ringvm::boot::{BootSource, Kernel};
 use ringvm::config::{BootProtocol, CpuConfig, MemoryConfig};
+use ringvm::console::{Console, Streams};
 use ringvm::events::Events;
 use ringvm::kvm::Kvm;
-use ringvm::legacy::console::{Console, Streams};
 use ringvm::machine::ending::Limits;
 use ringvm::machine::{Blueprint, Machine, MachineError, Running};
 use ringvm_backends::block::{BlockDevice, BlockOptions};

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use ringvm_tests::embedded::{assert_success, disk, figure, guest, image, ready};
 use ringvm_tests::host::say;
+use ringvm_tests::moves::{pauses, tell};
 use ringvm_tests::native::{Ended, Place, Running, children, random, send};
 use rustix::process::Signal;
 
@@ -30,19 +31,6 @@ fn end_well(mut running: Running) -> Ended {
     assert_success(&ended);
     assert!(figure(&ended.stdout, "sectors_checked") > 0, "{}", ended.stdout);
     ended
-}
-
-/// The pauses of the moves to a place, in microseconds.
-fn pauses(said: &str, place: &str) -> Vec<u64> {
-    let moves = said.lines().filter_map(|line| line.split_once(&format!(": moved to {place}, nobody served it for ")));
-    let pauses = moves.map(|(_, rest)| rest.strip_suffix(" us").and_then(|number| number.parse().ok()));
-    pauses.map(|pause| pause.unwrap_or_else(|| panic!("a pause that is no number in {said}"))).collect()
-}
-
-fn tell(place: &str, mut pauses: Vec<u64>) {
-    say(&format!("pauses of {} moves to {place}, us: {pauses:?}", pauses.len()));
-    pauses.sort_unstable();
-    say(&format!("  median {}, longest {}", pauses[pauses.len() / 2], pauses[pauses.len() - 1]));
 }
 
 #[test]

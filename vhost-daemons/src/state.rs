@@ -74,7 +74,7 @@ impl State {
             return Err(StateError::RingsRun);
         }
         let transfer = match Direction::try_from(direction) {
-            Ok(Direction::SAVE) => Transfer::save(pipe, device.save_state()),
+            Ok(Direction::SAVE) => Transfer::save(pipe, device.save_state()?),
             Ok(Direction::LOAD) => Transfer::load(pipe),
             Err(_) => return Err(StateError::Direction(direction)),
         };

@@ -11,6 +11,7 @@ pub mod bus_error;
 pub mod check;
 pub mod cli;
 pub mod config;
+pub mod console;
 pub mod control;
 pub mod events;
 pub mod exit;

@@ -75,6 +75,8 @@ struct Shared {
     wake: Sender<()>,
     /// What the driver reads as the configuration space.
     space: RwLock<Vec<u8>>,
+    /// What in it is the driver's own.
+    driver_fields: Vec<std::ops::Range<u32>>,
 }
 
 impl Shared {
@@ -96,7 +98,20 @@ impl Shared {
     fn read_space(&self, device: &dyn Device) {
         let mut space = vec![0; device.info().config_len as usize];
         device.read_config(0, &mut space);
+        // Under the lock: what the driver has written meanwhile is kept.
+        let wanted = self.lock();
+        wanted.writes.iter().for_each(|(&offset, data)| self.write_own(&mut space, offset, data));
         *self.space.write().unwrap_or_else(PoisonError::into_inner) = space;
+    }
+
+    /// Writes those bytes to a configuration space that are the driver's own.
+    fn write_own(&self, space: &mut [u8], offset: u32, data: &[u8]) {
+        let own = |at: u32| self.driver_fields.iter().any(|field| field.contains(&at));
+        for (at, &value) in (offset..).zip(data) {
+            if let Some(byte) = space.get_mut(at as usize).filter(|_| own(at)) {
+                *byte = value;
+            }
+        }
     }
 }
 
@@ -164,6 +179,7 @@ impl Owner {
             settled: Condvar::new(),
             wake,
             space: RwLock::new(Vec::new()),
+            driver_fields: device.driver_fields(),
         });
         shared.read_space(device.as_ref());
         let told = Arc::downgrade(&shared);
@@ -254,11 +270,14 @@ impl Owner {
         read_space(&self.shared.space.read().unwrap_or_else(PoisonError::into_inner), offset, data);
     }
 
-    /// The driver writes to the configuration space.
+    /// The driver writes to the configuration space. What is its own there it reads back at once; a device that refuses it has the
+    /// last word.
     pub fn write_config(&self, offset: u32, data: &[u8]) {
         self.shared.change(|wanted| {
             if wanted.writes.len() < MAX_WRITES {
                 wanted.writes.insert(offset, data.to_vec());
+                let mut space = self.shared.space.write().unwrap_or_else(PoisonError::into_inner);
+                self.shared.write_own(&mut space, offset, data);
             }
         });
     }

@@ -12,7 +12,7 @@ use crossbeam_channel::{Receiver, select};
 use ringvm_backends::block::OpenError;
 use ringvm_backends::device::Device;
 use ringvm_backends::io::reactor::{OnPanic, ReactorOptions, ReactorPool};
-use ringvm_backends::net::{self, NetDevice};
+use ringvm_backends::net;
 use ringvm_backends::rng::RngDevice;
 use ringvm_cli::summary::summary;
 use rustix::stdio::{stdin, stdout};
@@ -24,18 +24,18 @@ use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET};
 
 use crate::advice::advice;
 use crate::boot::{BootError, BootSource, Initramfs, Kernel};
-use crate::config::{Backend, Config, Place, RNG, Serial, TripleFault};
+use crate::config::{Backend, Config, RNG, Serial, TripleFault};
+use crate::console::serial_file::SerialFile;
+use crate::console::terminal::{RawMode, is_interactive};
+use crate::console::{Console, Streams};
 use crate::control::{self, Control, Request};
 use crate::events::{Ending, Events};
 use crate::exit::Exit;
 use crate::kvm::{Kvm, KvmError};
-use crate::legacy::console::{Console, Streams};
-use crate::legacy::serial_file::SerialFile;
-use crate::legacy::terminal::{RawMode, is_interactive};
 use crate::machine::ending::{Limits, Stopped, flush, let_go};
 use crate::machine::{Blueprint, Machine, MachineError, Running};
 use crate::operator::Operator;
-use crate::placement::{Mover, PlaceError, PlacedDisk, nic_in_daemon};
+use crate::placement::{Mover, PlaceError, open_disk, open_nic};
 use crate::vhost_user::peer::Peer;
 use crate::vhost_user::{ConnectError, VhostUserDevice, Wanted};
 use crate::{bus_error, signals};
@@ -353,7 +353,7 @@ fn open_devices(config: &Config, events: &Events) -> Result<(Devices, Vec<Mover>
                 devices.push(daemon(&name, path, wanted)?);
             }
             Backend::Own { place, options } => {
-                let (disk, mover) = PlacedDisk::open(&name, *place, options, &reactors, pool.as_ref(), config.stats)?;
+                let (disk, mover) = open_disk(&name, *place, options, &reactors, pool.as_ref(), config.stats)?;
                 devices.push(Box::new(disk));
                 movers.push(mover);
             }
@@ -366,11 +366,10 @@ fn open_devices(config: &Config, events: &Events) -> Result<(Devices, Vec<Mover>
                 let wanted = Wanted { device_type: VIRTIO_ID_NET, queues: None, queue_size: *queue_size };
                 devices.push(daemon(&name, path, wanted)?);
             }
-            Backend::Own { place: Place::Daemon, options } => {
-                devices.push(Box::new(nic_in_daemon(&name, options, &reactors, config.stats)?));
-            }
-            Backend::Own { place: Place::Process, options } => {
-                devices.push(Box::new(NetDevice::open_checked(&name, options, here()?)?));
+            Backend::Own { place, options } => {
+                let (nic, mover) = open_nic(&name, *place, options, &reactors, pool.as_ref(), config.stats)?;
+                devices.push(Box::new(nic));
+                movers.push(mover);
             }
         }
     }
@@ -401,7 +400,7 @@ fn open_console(config: &Config, events: &Events) -> Result<Option<Console>, Run
                 source,
                 advice: "open standard output, or use --serial file=PATH or --serial null",
             };
-            crate::legacy::stdio::check_output().map_err(serial)?;
+            crate::console::stdio::check_output().map_err(serial)?;
             let output: OwnedFd = dup(&stdout()).map_err(serial)?;
             let interactive = is_interactive();
             // Without a standard input, or in the background of a terminal, there is just no input.

@@ -5,9 +5,9 @@ use std::io;
 use ringvm_cli::program::{Endings, SignalThread};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 
+use crate::console::terminal;
 use crate::events::{Ending, Events};
 use crate::exit::Exit;
-use crate::legacy::terminal;
 use crate::operator::{Wish, Wishes};
 
 /// Starts to listen: SIGTERM, SIGINT, SIGQUIT and SIGHUP end the machine, and the second of them, unless it is SIGHUP, the process at

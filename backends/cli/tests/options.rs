@@ -3,7 +3,7 @@
 
 use proptest::prelude::*;
 use ringvm_backends::block::{BlockOptions, StorageKind};
-use ringvm_backends::net::{Mac, NetOptions};
+use ringvm_backends::net::{Lent, Mac, NetOptions};
 use ringvm_backends::options;
 use ringvm_backends::options::{Check, Checked, Options};
 use ringvm_cli::{help, keyval};
@@ -137,10 +137,11 @@ fn block() -> impl Strategy<Value = BlockOptions> {
 
 fn net() -> impl Strategy<Value = NetOptions> {
     let port = (proptest::option::of(text()), any::<Vec<i32>>(), proptest::option::of(text()), any::<bool>());
-    let rest = (any::<Option<[u8; 6]>>(), any::<(u16, u16)>(), any::<Option<u16>>());
-    (port, rest).prop_map(|((tap, fds, link, loopback), (mac, (queues, queue_size), mtu))| {
+    let lent = proptest::option::of(prop_oneof![Just(Lent::Plain), Just(Lent::Tcp), Just(Lent::All)]);
+    let rest = (any::<Option<[u8; 6]>>(), any::<(u16, u16)>(), any::<Option<u16>>(), lent);
+    (port, rest).prop_map(|((tap, fds, link, loopback), (mac, (queues, queue_size), mtu, lent))| {
         let mac = mac.map(|mac| Mac([mac[0] & !1 | 2, mac[1], mac[2], mac[3], mac[4], mac[5]]));
-        NetOptions { tap, fds, link: link.map(Into::into), loopback, mac, queues, queue_size, mtu }
+        NetOptions { tap, fds, link: link.map(Into::into), loopback, lent, mac, queues, queue_size, mtu }
     })
 }
 

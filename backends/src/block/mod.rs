@@ -211,6 +211,12 @@ impl Device for BlockDevice {
         crate::device::read_space(&self.config, offset, data);
     }
 
+    fn driver_fields(&self) -> Vec<std::ops::Range<u32>> {
+        let offered = self.info.features & 1 << VIRTIO_BLK_F_CONFIG_WCE != 0;
+        let writeback = WRITEBACK as u32..WRITEBACK as u32 + 1;
+        offered.then_some(writeback).into_iter().collect()
+    }
+
     fn write_config(&mut self, offset: u32, data: &[u8]) -> Result<(), DeviceError> {
         let (WRITEBACK, &[value @ (0 | 1)], true) = (offset as usize, data, self.has(VIRTIO_BLK_F_CONFIG_WCE)) else {
             return Err(DeviceError::Config { device: self.info.name.clone(), offset, len: data.len() });
@@ -252,10 +258,10 @@ impl Device for BlockDevice {
         })
     }
 
-    fn save_state(&self) -> Vec<u8> {
+    fn save_state(&self) -> Result<Vec<u8>, DeviceError> {
         let mut state = StateWriter::new(VIRTIO_ID_BLOCK, STATE_VERSION);
         state.flag(self.config[WRITEBACK] != 0);
-        state.finish()
+        Ok(state.finish())
     }
 
     fn load_state(&mut self, state: &[u8]) -> Result<(), DeviceError> {

@@ -130,6 +130,14 @@ impl Queues {
         self.places.fill_with(|| None);
     }
 
+    /// Whether any queue runs, or has something in flight still.
+    pub(crate) fn any_run(&self) -> bool {
+        self.places.iter().flatten().any(|place| match place {
+            Place::Runs { .. } => true,
+            Place::Leaves(leaving) => !leaving.departure.has_ended(),
+        })
+    }
+
     /// What the queues have counted.
     pub(crate) fn stats(&self) -> DeviceStats {
         let queues = (0..).zip(self.ended.iter().zip(&self.places)).filter_map(|(index, (ended, place))| {

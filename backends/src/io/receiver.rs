@@ -449,9 +449,10 @@ impl<S: Source> Task for Receiver<S> {
             self.stock.held.push_back(Chain { head, ..Chain::default() });
         }
         while let Some(chain) = self.stock.held.pop_back() {
-            // A frame may have overtaken an empty read, so that later chains are used already; drivers take an empty
-            // buffer for a frame too short.
-            if !self.stock.service.queue.unpop(chain.head) {
+            // A frame may have overtaken an empty read, so that later chains are used already. Whoever goes on with a suspended
+            // queue is told of the chain and reads into it first; else it is given back empty, which drivers take for a frame
+            // too short.
+            if !self.stock.service.queue.unpop(chain.head) && !self.stock.service.is_suspending() {
                 self.stock.service.queue.complete(chain.head, 0);
             }
         }

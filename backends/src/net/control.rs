@@ -72,20 +72,32 @@ impl Control {
         Ok(())
     }
 
-    /// Back to what a driver finds: everything is received.
-    pub(super) fn reset_filter(&self) {
+    /// Back to what a driver finds: everything is received, on one pair.
+    pub(super) fn forget_rx(&self) {
         *self.rx.lock().unwrap_or_else(PoisonError::into_inner) = RxMode { promiscuous: true, ..RxMode::default() };
-        drop(self.port.set_filter(&Filter { promiscuous: true, ..Filter::default() }));
+        self.active.store(1, Ordering::Release);
+    }
+
+    /// Brings the port in line with all that was asked for.
+    pub(super) fn settle_port(&self) -> std::io::Result<()> {
+        self.filter_port();
+        self.port.set_pairs(usize::from(self.active.load(Ordering::Acquire)))?;
+        self.port.set_offloads(features::guest_offloads(self.guest_offloads.load(Ordering::Relaxed)))
     }
 
     /// Changes what is received, and brings the port in line with that and with the address.
     pub(super) fn change_rx(&self, change: impl FnOnce(&mut RxMode)) {
+        change(&mut self.rx.lock().unwrap_or_else(PoisonError::into_inner));
+        self.filter_port();
+    }
+
+    fn filter_port(&self) {
         let mut rx = self.rx.lock().unwrap_or_else(PoisonError::into_inner);
-        change(&mut rx);
         let mut addresses = vec![*self.mac.lock().unwrap_or_else(PoisonError::into_inner)];
         addresses.extend(rx.unicast.iter().chain(&rx.multicast));
         let filter = Filter { promiscuous: rx.promiscuous, all_multicast: rx.all_multicast, addresses };
         if let Err(error) = self.port.set_filter(&filter)
+            && !rx.promiscuous
             && !std::mem::replace(&mut rx.told, true)
         {
             // More than was asked for is received, which drivers have to live with (5.1.6.5.1).

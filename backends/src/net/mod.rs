@@ -28,7 +28,7 @@ use crate::virtqueue::split::{RING_FEATURES, avail_index};
 use crate::virtqueue::stopping::Stopping;
 use control::{Control, ControlHandler, RxMode};
 use frame::{HEADER_LEN, MAX_FRAME};
-pub use options::{MAX_QUEUE_SIZE, Mac, NetOptions, OpenError};
+pub use options::{Lent, MAX_QUEUE_SIZE, Mac, NetOptions, OpenError};
 use receive::ReceiveSource;
 use state::NetState;
 use transmit::TransmitHandler;
@@ -59,6 +59,10 @@ pub struct NetDevice {
     queues: Queues,
     /// Whether the control queue is served here.
     control_runs: bool,
+    /// What the control queue has said elsewhere has come with the state of another device, so that nothing is inferred.
+    knows_pairs: bool,
+    /// The port serves others while no queue runs here, so that it is changed only while one does.
+    lent: bool,
     /// The port is gone for good.
     down: Arc<AtomicBool>,
     config_changed: Arc<Mutex<Interrupt>>,
@@ -93,11 +97,23 @@ impl NetDevice {
             what: "making a MAC address",
             source,
         })?;
+        if options.lent.is_some() {
+            return Ok(Self::over_lent(name, port, mac, options, pool));
+        }
         Ok(Self::over(name, port, mac, options, pool))
     }
 
     /// A NIC over a port of any kind. Of the options, the MTU and the queue size are looked at.
     pub fn over(name: &str, port: Arc<dyn Port>, mac: [u8; 6], options: &NetOptions, pool: &ReactorPool) -> Self {
+        let mut device = Self::over_lent(name, port, mac, options, pool);
+        device.lent = false;
+        device.reset();
+        device
+    }
+
+    /// A NIC over a port that may be served by others, here and in other processes, while no queue runs here: until the first
+    /// starts the port stays as it is, then it becomes as the driver wants it, and when all have stopped it stays so.
+    pub fn over_lent(name: &str, port: Arc<dyn Port>, mac: [u8; 6], options: &NetOptions, pool: &ReactorPool) -> Self {
         let pairs = port.pairs() as u16;
         let mtu = options.mtu.or(port.mtu());
         let mut features = RING_FEATURES | features::offered(port.offloads());
@@ -144,6 +160,8 @@ impl NetDevice {
             features: 0,
             queues: Queues::new(name, count, pool.clone()),
             control_runs: false,
+            knows_pairs: false,
+            lent: true,
             down: Arc::new(AtomicBool::new(false)),
             config_changed: Arc::new(Mutex::new(Interrupt::None)),
         };
@@ -256,6 +274,11 @@ impl NetDevice {
         space
     }
 
+    /// Whether the port is this device's now, and there.
+    fn may_change_port(&self) -> bool {
+        (!self.lent || self.queues.any_run()) && !self.down.load(Ordering::Acquire)
+    }
+
     fn host_error(&self, what: &'static str, source: std::io::Error) -> DeviceError {
         DeviceError::Host { device: self.info.name.clone(), what, source }
     }
@@ -272,7 +295,7 @@ impl Device for NetDevice {
             return Err(DeviceError::Features { device: self.info.name.clone(), features, reason });
         }
         // Nothing is given to the guest unfinished that it did not agree to.
-        if !self.down.load(Ordering::Acquire) {
+        if self.may_change_port() {
             self.port
                 .set_offloads(features::guest_offloads(features))
                 .map_err(|source| self.host_error("setting the port's offloads", source))?;
@@ -295,12 +318,17 @@ impl Device for NetDevice {
         let reason = "is none of those that go with the negotiated features";
         let role = self.role(index);
         let role = role.ok_or_else(|| DeviceError::Queue { device: self.info.name.clone(), index, reason })?;
+        if self.lent && !self.queues.any_run() && !self.down.load(Ordering::Acquire) {
+            let settled = self.control.settle_port();
+            settled.map_err(|source| self.host_error("setting up the port", source))?;
+        }
         match role {
             Role::Receive(pair) => {
                 let kick = SharedEvent::of(&parts.kick);
                 let kick = kick.map_err(|source| self.host_error("duplicating a doorbell", source))?;
                 let source = self.receive_source(pair);
-                let in_use = !self.control_runs || avail_index(&parts.mem, &parts.ring).is_some_and(|index| index != 0);
+                let has_buffers = || avail_index(&parts.mem, &parts.ring).is_some_and(|index| index != 0);
+                let in_use = !self.control_runs || !self.knows_pairs && has_buffers();
                 self.queues.start_receiver(index, parts, self.features, move || source)?;
                 let mut receivers = self.control.receivers.lock().unwrap_or_else(PoisonError::into_inner);
                 receivers[usize::from(pair)] = Some(kick);
@@ -334,16 +362,14 @@ impl Device for NetDevice {
         self.features = 0;
         *self.control.mac.lock().unwrap_or_else(PoisonError::into_inner) = self.mac;
         self.control.receivers.lock().unwrap_or_else(PoisonError::into_inner).fill_with(|| None);
-        self.control.reset_filter();
+        self.control.forget_rx();
         self.control.announce.store(false, Ordering::Release);
         self.control.guest_offloads.store(0, Ordering::Relaxed);
         self.control.pairs_said.store(false, Ordering::Release);
-        self.control_runs = false;
+        (self.control_runs, self.knows_pairs) = (false, false);
         // A driver serves one pair until it says otherwise; frames spread over others would be lost.
-        let single =
-            self.control.set_pairs(1).and_then(|()| self.port.set_offloads(crate::net::port::Offloads::default()));
-        if let Err(error) = single
-            && !self.down.load(Ordering::Acquire)
+        if self.may_change_port()
+            && let Err(error) = self.control.settle_port()
         {
             tracing::warn!(device = %self.info.name, %error, "bringing the port back to its first state");
         }
@@ -353,8 +379,8 @@ impl Device for NetDevice {
         *self.config_changed.lock().unwrap_or_else(PoisonError::into_inner) = notify;
     }
 
-    fn save_state(&self) -> Vec<u8> {
-        NetState::of(&self.control).to_bytes()
+    fn save_state(&self) -> Result<Vec<u8>, DeviceError> {
+        Ok(NetState::of(&self.control).to_bytes())
     }
 
     fn load_state(&mut self, state: &[u8]) -> Result<(), DeviceError> {
@@ -363,7 +389,8 @@ impl Device for NetDevice {
         let accepted = if negotiated { self.features } else { self.info.features };
         let state = NetState::from_bytes(state, self.max_pairs, accepted);
         let state = state.map_err(|reason| DeviceError::State { device: self.info.name.clone(), reason })?;
-        if negotiated && !self.down.load(Ordering::Acquire) {
+        let settles = negotiated && self.may_change_port();
+        if settles {
             self.port
                 .set_offloads(features::guest_offloads(state.guest_offloads))
                 .map_err(|source| self.host_error("setting the port's offloads", source))?;
@@ -371,12 +398,20 @@ impl Device for NetDevice {
                 let done = self.control.set_pairs(pairs);
                 done.map_err(|source| self.host_error("changing the number of queue pairs", source))?;
             }
+        } else if let (true, Some(pairs)) = (negotiated, state.pairs) {
+            self.control.active.store(pairs, Ordering::Release);
         }
+        self.knows_pairs = negotiated;
         self.control.pairs_said.store(state.pairs.is_some(), Ordering::Release);
         self.control.guest_offloads.store(state.guest_offloads, Ordering::Relaxed);
         self.control.announce.store(state.announce, Ordering::Release);
         *self.control.mac.lock().unwrap_or_else(PoisonError::into_inner) = state.mac;
-        self.control.change_rx(|rx| *rx = state.rx);
+        let rx = |rx: &mut RxMode| *rx = state.rx;
+        if settles {
+            self.control.change_rx(rx);
+        } else {
+            rx(&mut self.control.rx.lock().unwrap_or_else(PoisonError::into_inner));
+        }
         Ok(())
     }
 

@@ -10,10 +10,10 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::net::port::Port;
 use crate::net::port::link::Link;
 use crate::net::port::loopback::Loopback;
 use crate::net::port::tap::{self, Tap, TapError};
+use crate::net::port::{Offloads, Port};
 use crate::options::{Check, Checked};
 
 /// Most queue pairs of a NIC.
@@ -71,6 +71,38 @@ impl fmt::Display for Mac {
     }
 }
 
+/// What a port can do whose descriptors another process has lent: asking the port itself would change it.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Lent {
+    /// Whole frames with their checksums.
+    Plain,
+    /// Offloads of TCP too.
+    Tcp,
+    /// All there are.
+    All,
+}
+
+impl Lent {
+    /// As the process that lends a port has found it.
+    #[must_use]
+    pub fn of(offloads: Offloads) -> Self {
+        match offloads {
+            Offloads::ALL => Self::All,
+            Offloads::TCP => Self::Tcp,
+            _ => Self::Plain,
+        }
+    }
+
+    fn offloads(self) -> Offloads {
+        match self {
+            Self::Plain => Offloads::default(),
+            Self::Tcp => Offloads::TCP,
+            Self::All => Offloads::ALL,
+        }
+    }
+}
+
 crate::options! {
     /// A NIC as the command line, a configuration file or a daemon's arguments describe it. One of `tap`, `fds`, `link` and
     /// `loopback` says where its frames go.
@@ -86,6 +118,11 @@ crate::options! {
         pub link: Option<PathBuf>,
         /// Receive whatever is transmitted.
         pub loopback: bool,
+        /// The descriptors of `fds` are lent by a process that has opened the port, a link or loopback too (two for each pair
+        /// then), and that serves the NIC at other times: the port is changed only while queues run here. `ringvm` says so to its
+        /// daemons.
+        #[key(value("plain|tcp|all"))]
+        pub lent: Option<Lent>,
         /// Address of the NIC. Without it, a random one.
         #[key(value("ADDRESS"))]
         pub mac: Option<Mac>,
@@ -129,7 +166,12 @@ pub enum OpenError {
 impl Check for NetOptions {
     fn check(&self) -> Result<(), String> {
         const PORTS: &str = "give one of tap=, fds=, link= and loopback=on";
-        let ports = [self.tap.is_some(), !self.fds.is_empty(), self.link.is_some(), self.loopback];
+        if self.lent.is_some() && (self.fds.is_empty() || self.tap.is_some()) {
+            return Err("lent= goes with fds=, the descriptors that are lent, and without tap=".into());
+        }
+        let lends_sockets = self.lent.is_some() && (self.link.is_some() || self.loopback);
+        let fds = !self.fds.is_empty() && !lends_sockets;
+        let ports = [self.tap.is_some(), fds, self.link.is_some(), self.loopback];
         match ports.iter().filter(|named| **named).count() {
             1 => {}
             0 => return Err(format!("no port is named: {PORTS}")),
@@ -144,8 +186,13 @@ impl Check for NetOptions {
         if !(1..=MAX_PAIRS).contains(&self.queues) {
             return Err(format!("queues={} is not from 1 to {MAX_PAIRS}", self.queues));
         }
-        if !self.fds.is_empty() && self.fds.len() != usize::from(self.queues) {
-            return Err(format!("{} descriptors for queues={}, one for each is needed", self.fds.len(), self.queues));
+        let (each, word) = if lends_sockets { (2, "two") } else { (1, "one") };
+        if !self.fds.is_empty() && self.fds.len() != each * usize::from(self.queues) {
+            return Err(format!(
+                "{} descriptors for queues={}, {word} for each is needed",
+                self.fds.len(),
+                self.queues
+            ));
         }
         self.check_queue_size()?;
         if let Some(mtu) = self.mtu
@@ -165,6 +212,15 @@ impl Checked<NetOptions> {
     pub fn open(&self) -> Result<Arc<dyn Port>, OpenError> {
         let pairs = usize::from(self.queues);
         let host = |what, source| OpenError::Host { net: self.name(), what, source };
+        if let Some(lent) = self.lent {
+            return Ok(match &self.link {
+                Some(link) => Arc::new(Link::lent(link, &self.fds).map_err(|e| host("using the lent sockets", e))?),
+                None if self.loopback => {
+                    Arc::new(Loopback::lent(&self.fds).map_err(|e| host("using the lent sockets", e))?)
+                }
+                None => Arc::new(Tap::lent(&self.fds, lent.offloads())?),
+            });
+        }
         Ok(match (&self.tap, &self.link) {
             (Some(tap), _) => Arc::new(Tap::open(tap, pairs, self.mtu)?),
             (_, Some(link)) => Arc::new(Link::new(link, pairs).map_err(|e| host("taking a side of the link", e))?),

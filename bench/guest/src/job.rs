@@ -106,7 +106,7 @@ pub struct Options {
     /// How many operations are done, or frames sent.
     pub ops: Option<u64>,
     /// Whether the operations, rounds or time are a minimum, and the job goes on until a byte comes in over the serial port:
-    /// verify, beside, net-tx, and reset, whose rounds are limited to some thousands by the memory of their rings.
+    /// verify, beside, net-tx, net-echo, and reset, whose rounds are limited to some thousands by the memory of their rings.
     pub until_told: bool,
     /// How long is run before a measurement.
     pub warm_ms: u64,
@@ -353,8 +353,12 @@ pub fn parse(command_line: &str) -> Vec<Options> {
         jobs.push(common);
     }
     for job in jobs.iter().filter(|job| job.until_told) {
-        if !matches!(job.kind, Kind::Verify | Kind::Reset | Kind::Beside | Kind::Net(Traffic::Transmit)) {
-            fail(format_args!("command-line where=until expected=verify,reset,beside,net-tx got={}", job.name));
+        if !matches!(job.kind, Kind::Verify | Kind::Reset | Kind::Beside | Kind::Net(Traffic::Transmit | Traffic::Echo))
+        {
+            fail(format_args!(
+                "command-line where=until expected=verify,reset,beside,net-tx,net-echo got={}",
+                job.name
+            ));
         }
     }
     jobs

@@ -14,27 +14,14 @@ use acpi_tables::xsdt::XSDT;
 use ringvm_backends::device::GuestMemory;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{BootError, dsdt, memory_error};
+use super::{BootError, OEM_ID, OEM_REVISION, OEM_TABLE_ID, Platform, dsdt, memory_error};
 use crate::arch::x86_64::layout::{ACPI_TABLES, AddressMap, ECAM, IOAPIC, LAPIC};
 use crate::legacy::acpi::{PORT_RESET, PORT_SLEEP_CONTROL, PORT_SLEEP_STATUS, RESET_VALUE};
-
-pub(super) const OEM_ID: [u8; 6] = *b"RINGVM";
-pub(super) const OEM_TABLE_ID: [u8; 8] = *b"RINGVM  ";
-pub(super) const OEM_REVISION: u32 = 1;
 
 /// IA-PC boot architecture flags: no VGA to be probed. The CMOS clock is there, the i8042 keyboard is not.
 const BOOT_ARCH_NO_VGA: u16 = 1 << 2;
 /// An NMI of every local APIC arrives at LINT1 (MADT structure type 4).
 const LAPIC_NMI: [u8; 6] = [4, 6, 0xff, 0, 0, 1];
-
-/// What the tables tell of.
-#[derive(Clone, Copy, Debug)]
-pub struct Platform {
-    /// Number of vCPUs.
-    pub cpus: u32,
-    /// Whether there is a serial port.
-    pub serial: bool,
-}
 
 /// Writes all tables and returns the address of the RSDP.
 pub(super) fn write(memory: &GuestMemory, map: &AddressMap, platform: &Platform) -> Result<u64, BootError> {

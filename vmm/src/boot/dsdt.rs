@@ -8,7 +8,7 @@ use acpi_tables::aml::{
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
-use super::acpi::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, Platform};
+use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, Platform};
 use crate::arch::x86_64::layout::{AddressMap, ECAM, IRQ_COM1, MMIO32, PORT_CMOS, PORT_COM1, PORT_PCI, pci_irq};
 use crate::legacy::acpi::SLEEP_TYPE_S5;
 use crate::pci::SLOTS;

@@ -7,8 +7,7 @@ use bolero::TypeGenerator;
 use rustix::fs::MemfdFlags;
 use vm_memory::GuestMemoryMmap;
 
-use super::super::acpi::Platform;
-use super::super::{BootSource, load};
+use super::super::{BootSource, Platform, load};
 use super::*;
 use crate::arch::x86_64::regs::Entry;
 

@@ -17,6 +17,20 @@ pub use kernel::{Initramfs, Kernel, Protocol};
 use crate::arch::x86_64::layout::AddressMap;
 use crate::arch::x86_64::regs::Entry;
 
+/// Who made the ACPI tables.
+const OEM_ID: [u8; 6] = *b"RINGVM";
+const OEM_TABLE_ID: [u8; 8] = *b"RINGVM  ";
+const OEM_REVISION: u32 = 1;
+
+/// What the tables tell of.
+#[derive(Clone, Copy, Debug)]
+pub struct Platform {
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// Whether there is a serial port.
+    pub serial: bool,
+}
+
 /// A kernel can't be booted. Each tells which file, what of it, and what to do.
 #[derive(Debug, Error)]
 pub enum BootError {
@@ -117,7 +131,7 @@ pub fn load(
     source: &BootSource<'_>,
     memory: &GuestMemory,
     map: &AddressMap,
-    platform: &acpi::Platform,
+    platform: &Platform,
 ) -> Result<Entry, BootError> {
     let loaded = source.kernel.load(memory, map)?;
     kernel::write_cmdline(memory, source.cmdline, loaded.cmdline_limit)?;

@@ -1,10 +1,6 @@
 //! What a PC has had since 1981 and guests still look for: serial port, clock, reset.
 
 pub mod acpi;
-pub mod console;
 pub mod i8042;
 pub mod rtc;
 pub mod serial;
-pub mod serial_file;
-pub mod stdio;
-pub mod terminal;

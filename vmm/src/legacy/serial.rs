@@ -7,9 +7,9 @@ use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::console::{Console, Shared};
 use crate::arch::x86_64::layout::IRQ_COM1;
 use crate::bus::BusDevice;
+use crate::console::{Console, InputPort, Shared};
 use crate::platform::Platform;
 
 /// The UART.
@@ -68,13 +68,14 @@ impl SerialPort {
         let edge = Edge(platform.edge(IRQ_COM1)?);
         let port = Arc::new(Mutex::new(Self { uart: Serial::with_events(edge, host.clone(), host) }));
         if let Some(console) = console {
-            console.attach(&port);
+            console.attach(&(Arc::clone(&port) as _));
         }
         Ok(port)
     }
+}
 
-    /// Takes input for the guest, as much as there is room for, and says how much that was.
-    pub(super) fn receive(&mut self, input: &[u8]) -> usize {
+impl InputPort for SerialPort {
+    fn receive(&mut self, input: &[u8]) -> usize {
         // The errors are a full FIFO and an interrupt event that is pending anyway.
         self.uart.enqueue_raw_bytes(input).unwrap_or(0)
     }

@@ -21,13 +21,13 @@ use crate::advice::advice;
 use crate::arch::x86_64::layout::{
     AddressMap, ECAM, LayoutError, MMIO32, PORT_ACPI, PORT_CMOS, PORT_COM1, PORT_I8042, PORT_PCI, PORT_POST,
 };
-use crate::boot::{self, BootError, BootSource, acpi};
+use crate::boot::{self, BootError, BootSource};
 use crate::bus::{BusError, Buses, Handler};
 use crate::config::{CpuConfig, MemoryConfig};
+use crate::console::Console;
 use crate::events::Events;
 use crate::kvm::{Kvm, KvmError, VcpuThread, Vcpus, Vm};
 use crate::legacy::acpi::{AcpiRegisters, PostPort};
-use crate::legacy::console::Console;
 use crate::legacy::i8042::I8042;
 use crate::legacy::rtc::Rtc;
 use crate::legacy::serial::SerialPort;
@@ -113,7 +113,7 @@ impl Machine {
     pub fn build(blueprint: &Blueprint<'_>, devices: &mut Vec<Box<dyn Device>>) -> Result<Self, MachineError> {
         let map = AddressMap::new(blueprint.memory.size, blueprint.memory.page(), blueprint.kvm.physical_bits())?;
         let memory = memory::allocate(blueprint.memory, &map.ram)?;
-        let tables = acpi::Platform { cpus: blueprint.cpus.count, serial: true };
+        let tables = boot::Platform { cpus: blueprint.cpus.count, serial: true };
         let entry = boot::load(&blueprint.boot, &memory, &map, &tables)?;
         let vm = Arc::new(Vm::new(blueprint.kvm, Arc::clone(&memory))?);
         let vcpus = Vcpus::new(blueprint.kvm, &vm, blueprint.cpus, entry)?;

@@ -2,13 +2,15 @@
 
 mod disk;
 mod net;
+mod placed;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 
 use ringvm_backends::block;
 use ringvm_backends::device::DeviceError;
-use ringvm_backends::io::reactor::ReactorOptions;
+use ringvm_backends::io::reactor::{ReactorOptions, ReactorPool};
 use ringvm_backends::net as nic;
 use ringvm_cli::io_options::IoOptions;
 use thiserror::Error;
@@ -16,8 +18,9 @@ use thiserror::Error;
 use crate::vhost_user::ConnectError;
 
 pub use crate::config::Place;
-pub use disk::{Moved, Mover, PlacedDisk};
-pub use net::nic_in_daemon;
+pub use disk::open_disk;
+pub use net::open_nic;
+pub use placed::{Moved, Mover, PlacedDevice};
 
 /// Where the programs are, if not beside this one.
 const DAEMONS: &str = "RINGVM_DAEMONS";
@@ -59,6 +62,30 @@ pub enum PlaceError {
         /// Name of the device.
         device: String,
     },
+}
+
+/// I/O threads of this process for one device, started when it is served here first.
+struct Threads {
+    reactors: ReactorOptions,
+    pool: Mutex<Option<ReactorPool>>,
+}
+
+impl Threads {
+    /// Those of `pool`, or threads of the device's own.
+    fn new(reactors: &ReactorOptions, pool: Option<&ReactorPool>) -> Self {
+        Self { reactors: reactors.clone(), pool: Mutex::new(pool.cloned()) }
+    }
+
+    fn pool(&self, device: &str) -> Result<ReactorPool, PlaceError> {
+        let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(pool) = &*pool {
+            return Ok(pool.clone());
+        }
+        let what = "starting I/O threads";
+        let new = ReactorPool::new(&self.reactors);
+        let new = new.map_err(|source| PlaceError::Host { device: device.to_owned(), what, source })?;
+        Ok(pool.insert(new).clone())
+    }
 }
 
 /// The path of a program of ours: beside this one, or where the environment says.

@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use ringvm_backends::virtqueue::inflight::{InflightArea, InflightTable};
 use vhost::vhost_user::message::VhostUserInflight;
 
-use super::link::LinkError;
+use super::error::LinkError;
 
 /// The memory with the tables of all queues.
 pub(super) struct Inflight {
@@ -81,7 +81,7 @@ impl Inflight {
 }
 
 /// Closes a file whose file system may never answer, on a thread that has nothing else to do.
-fn close_elsewhere(file: File) {
+pub(super) fn close_elsewhere(file: File) {
     // Without a thread it is left open: that costs a descriptor, and nobody waits.
     let file = std::mem::ManuallyDrop::new(file);
     let closed = std::thread::Builder::new()

@@ -10,8 +10,9 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
-use ringvm_backends::device::{GuestMemory, QueueState, RingConfig, Suspended};
+use ringvm_backends::device::{DeviceError, GuestMemory, QueueState, Suspended};
 use ringvm_backends::host::event::{SharedEvent, borrow, take};
+use ringvm_backends::setup::{DriverSetup, RingSetup};
 use ringvm_backends::virtqueue::interrupt::Interrupt;
 use ringvm_backends::virtqueue::split::used_index;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -19,8 +20,9 @@ use rustix::net::{Shutdown, shutdown};
 use tracing::{debug, info, warn};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::error::LinkError;
 use super::inflight::Inflight;
-use super::link::{Link, LinkError, Vring};
+use super::link::{Link, Vring};
 use super::peer::Peer;
 use super::sentinel::timespec;
 use super::shared::{Breaker, Shared};
@@ -40,17 +42,13 @@ const EVENT_PAUSE: Duration = Duration::from_millis(100);
 /// What the keeper is asked to do.
 pub(super) type Job = Box<dyn FnOnce(&mut Keeper) + Send>;
 
-/// A ring that runs, as far as the driver knows.
+/// What a ring of a daemon has beside its setup.
 pub(super) struct Ring {
-    pub(super) ring: RingConfig,
-    pub(super) kick: EventFd,
+    /// What the daemon raises: the driver's own interrupt, or an event of ours where that can't be given away.
     pub(super) call: Arc<EventFd>,
-    /// Raises the two, which every daemon that was here holds as well.
+    /// Raises doorbell and call, which every daemon that was here holds as well.
     pub(super) again: [SharedEvent; 2],
-    /// Where calls go that can't go straight.
-    pub(super) relay: Option<Interrupt>,
     pub(super) err: EventFd,
-    pub(super) fault: Interrupt,
     /// The fault was raised, which is the end until a reset.
     pub(super) faulty: bool,
     pub(super) from: QueueState,
@@ -58,12 +56,9 @@ pub(super) struct Ring {
     pub(super) left: Vec<u16>,
 }
 
-impl Ring {
-    fn fail(&mut self) {
-        if !mem::replace(&mut self.faulty, true) {
-            self.fault.raise();
-        }
-    }
+/// Where calls go that can't go straight.
+fn relay(call: &Interrupt) -> Option<&Interrupt> {
+    (!matches!(call, Interrupt::Event(_) | Interrupt::None)).then_some(call)
 }
 
 /// What the driver has set up, and the daemon that is told.
@@ -78,17 +73,19 @@ pub(super) struct Keeper {
     next_attempt: Instant,
     next_event: Instant,
     queue_size: u16,
-    /// Accepted by the driver.
-    features: Option<u64>,
-    /// The daemon refuses them.
+    /// Rings that the device has.
+    queues: u16,
+    pub(super) setup: DriverSetup,
+    /// Beside those of the setup: the same rings, always.
+    rings: BTreeMap<u16, Ring>,
+    /// The state that another device has left for this one, which every daemon that comes is given. What the driver has changed
+    /// since through the daemon's queues is lost with the daemon.
+    state: Option<Vec<u8>>,
+    /// The daemon refuses the features.
     refused: bool,
-    pub(super) memory: Option<GuestMemory>,
-    /// Shown to the daemon of this connection.
-    shown: bool,
-    pub(super) rings: Vec<Option<Ring>>,
+    /// The memory that the daemon of this connection was shown.
+    shown: Option<GuestMemory>,
     inflight: Option<Inflight>,
-    /// What the driver has written to the configuration space, by offset.
-    pub(super) written: BTreeMap<u32, Vec<u8>>,
     /// Said once that the daemon is away.
     told_away: bool,
     /// What was wrong with the last one that came, said once.
@@ -99,7 +96,7 @@ pub(super) struct Keeper {
 
 impl Keeper {
     /// The keeper of a device that was connected just now.
-    pub(super) fn new(shared: Arc<Shared>, peer: Peer, link: Link, rings: u16, queue_size: u16) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, peer: Peer, link: Link, queues: u16, queue_size: u16) -> Self {
         let now = Instant::now();
         let mut keeper = Self {
             shared,
@@ -110,13 +107,13 @@ impl Keeper {
             next_attempt: now,
             next_event: now,
             queue_size,
-            features: None,
+            queues,
+            setup: DriverSetup::default(),
+            rings: BTreeMap::new(),
+            state: None,
             refused: false,
-            memory: None,
-            shown: false,
-            rings: (0..rings).map(|_| None).collect(),
+            shown: None,
             inflight: None,
-            written: BTreeMap::new(),
             told_away: false,
             told_reason: String::new(),
             waiting: None,
@@ -150,6 +147,7 @@ impl Keeper {
         let mut view = self.shared.view();
         view.connected = true;
         (view.keeps_table, view.suspends, view.has_config) = (link.keeps_table(), link.suspends(), link.has_config());
+        view.has_state = link.has_state();
         view.afterlife = None;
         if let (Some(breaker), Some(events)) = (&mut view.breaker, link.events()) {
             breaker.events = events.try_clone_to_owned().ok();
@@ -181,7 +179,7 @@ impl Keeper {
         // Taken already, if it was broken off from outside.
         view.breaker = None;
         view.afterlife = afterlife;
-        self.shown = false;
+        self.shown = None;
     }
 
     /// Does `work` over the connection. What fails it ends it; a refusal is returned.
@@ -262,7 +260,7 @@ impl Keeper {
         self.arm(socket.as_fd());
         // How many queues it has does not matter any more.
         let (mut link, about) = Link::open(socket, false).map_err(|error| (false, error.to_string()))?;
-        let accepted = self.features.unwrap_or(0);
+        let accepted = self.setup.features.unwrap_or(0);
         if accepted & !about.features != 0 {
             let missing = accepted & !about.features;
             return Err((false, format!("it lacks features that the driver has accepted: {missing:#x}")));
@@ -274,14 +272,14 @@ impl Keeper {
     }
 
     fn replay(&mut self, link: &mut Link) -> Result<(), LinkError> {
-        (self.shown, self.refused) = (false, false);
-        let Some(features) = self.features else { return Ok(()) };
+        (self.shown, self.refused) = (None, false);
+        let Some(features) = self.setup.features else { return Ok(()) };
         if let Err(error) = link.set_features(features) {
             return self.refuse(error);
         }
         let len = self.shared.view().config.len() as u32;
         if link.has_config() && len > 0 {
-            for (&offset, data) in &self.written {
+            for (offset, data) in self.setup.config_writes() {
                 match link.write_config(offset, data) {
                     // A daemon that refuses what the one before took says so by what it is read to hold.
                     Err(error) if error.ends_connection() => return Err(error),
@@ -294,15 +292,23 @@ impl Keeper {
                 self.take_config(now);
             }
         }
+        if let Some(state) = &self.state {
+            match link.load_state(state) {
+                Err(error) if error.ends_connection() => return Err(error),
+                Err(error) => self.say_refusal(&error),
+                Ok(()) => {}
+            }
+        }
         // As the transport starts them.
-        for index in (0..self.rings.len()).rev() {
-            let Some(ring) = &mut self.rings[index] else { continue };
+        let running: Vec<u16> = self.rings.keys().rev().copied().collect();
+        for index in running {
+            let Some((setup, ring)) = self.ring(index) else { continue };
             // All that is known of a ring whose server is gone; the table knows more.
-            if let Some(used) = self.memory.as_ref().and_then(|memory| used_index(memory, &ring.ring)) {
+            if let Some(used) = used_index(&setup.mem, &setup.ring) {
                 ring.from = QueueState { next_avail: used, next_used: used };
             }
-            self.start_over(link, index as u16)?;
-            if let Some(ring) = &self.rings[index] {
+            self.start_over(link, index)?;
+            if let Some((_, ring)) = self.ring(index) {
                 // Whatever was said while nobody listened is said again (pitfall 48).
                 ring.again.iter().for_each(SharedEvent::raise);
             }
@@ -310,12 +316,25 @@ impl Keeper {
         Ok(())
     }
 
+    fn ring(&mut self, index: u16) -> Option<(&RingSetup, &mut Ring)> {
+        Some((self.setup.rings.get(&index)?, self.rings.get_mut(&index)?))
+    }
+
+    /// Tells the driver that a ring does not run any more, once.
+    fn fail(&mut self, index: u16) {
+        if let Some((setup, ring)) = self.ring(index)
+            && !mem::replace(&mut ring.faulty, true)
+        {
+            setup.fault.raise();
+        }
+    }
+
     /// Starts a ring that runs as far as the driver knows; one that is refused needs a reset.
     fn start_over(&mut self, link: &mut Link, index: u16) -> Result<(), LinkError> {
         match self.start(link, index) {
             Err(error) if !error.ends_connection() => {
                 self.say_refusal(&error);
-                self.rings[usize::from(index)].iter_mut().for_each(Ring::fail);
+                self.fail(index);
                 Ok(())
             }
             other => other,
@@ -329,7 +348,7 @@ impl Keeper {
         }
         self.say_refusal(&error);
         self.refused = true;
-        self.rings.iter_mut().flatten().for_each(Ring::fail);
+        (0..self.queues).for_each(|index| self.fail(index));
         Ok(())
     }
 
@@ -340,32 +359,32 @@ impl Keeper {
 
     /// Starts a ring over there, with what has to be said before the first of them.
     fn start(&mut self, link: &mut Link, index: u16) -> Result<(), LinkError> {
-        let Self { memory, rings, inflight, shown, queue_size, .. } = self;
-        let count = rings.len() as u16;
-        let (Some(memory), Some(ring)) = (memory, &mut rings[usize::from(index)]) else { return Ok(()) };
+        let Self { setup, rings, inflight, shown, queues, queue_size, .. } = self;
+        let (Some(setup), Some(beside)) = (setup.rings.get(&index), rings.get_mut(&index)) else { return Ok(()) };
+        let RingSetup { ring, mem, kick, .. } = setup;
         if self.refused {
             return Err(LinkError::ours("starting a ring", "its daemon has refused the features"));
         }
-        if !*shown {
-            link.set_inflight(inflight, count, *queue_size)?;
-            link.set_memory(memory)?;
-            *shown = true;
+        if shown.as_ref().is_none_or(|shown| !Arc::ptr_eq(shown, mem)) {
+            link.set_inflight(inflight, *queues, *queue_size)?;
+            link.set_memory(mem)?;
+            *shown = Some(Arc::clone(mem));
         }
-        let Ring { ring, kick, call, err, from, left, .. } = ring;
+        let Ring { call, err, from, left, .. } = beside;
         if !left.is_empty() {
             Inflight::put_in(inflight.as_ref(), index, ring.size, from.next_used, left)?;
             left.clear();
         }
-        link.start(index, memory, &Vring { ring, from: *from, kick, call, err })
+        link.start(index, mem, &Vring { ring, from: *from, kick, call, err })
     }
 
     /// Takes what the driver has accepted. Returns whether the daemon, if there is one, does so too.
     pub(super) fn accept(&mut self, features: u64) -> bool {
-        (self.features, self.refused) = (Some(features), false);
+        (self.setup.features, self.refused) = (Some(features), false);
         match self.try_with(|_, link| link.set_features(features)) {
             Some(Err(error)) => {
                 self.say_refusal(&error);
-                (self.features, self.refused) = (None, false);
+                (self.setup.features, self.refused) = (None, false);
                 false
             }
             None | Some(Ok(())) => true,
@@ -373,15 +392,14 @@ impl Keeper {
     }
 
     /// Has a ring served from now on, if the daemon that is there does so.
-    pub(super) fn add(&mut self, index: u16, memory: GuestMemory, ring: Ring) -> bool {
-        if self.memory.as_ref().is_none_or(|known| !Arc::ptr_eq(known, &memory)) {
-            (self.shown, self.memory) = (false, Some(memory));
-        }
-        self.rings[usize::from(index)] = Some(ring);
+    pub(super) fn add(&mut self, index: u16, setup: RingSetup, ring: Ring) -> bool {
+        self.setup.rings.insert(index, setup);
+        self.rings.insert(index, ring);
         match self.try_with(|keeper, link| keeper.start(link, index)) {
             Some(Err(error)) => {
                 self.say_refusal(&error);
-                self.rings[usize::from(index)] = None;
+                self.setup.rings.remove(&index);
+                self.rings.remove(&index);
                 false
             }
             None | Some(Ok(())) => true,
@@ -413,13 +431,13 @@ impl Keeper {
     }
 
     fn runs(&self, index: u16) -> bool {
-        self.rings.get(usize::from(index)).is_some_and(Option::is_some)
+        self.rings.contains_key(&index)
     }
 
     /// Where a ring stands that nobody serves any more.
     fn take_ring(&mut self, index: u16) -> Option<Suspended> {
-        let Ring { ring, left: unsaid, .. } = self.rings.get_mut(usize::from(index))?.take()?;
-        let used = self.memory.as_ref().and_then(|memory| used_index(memory, &ring)).unwrap_or_default();
+        let (setup, Ring { left: unsaid, .. }) = (self.setup.rings.remove(&index)?, self.rings.remove(&index)?);
+        let used = used_index(&setup.mem, &setup.ring).unwrap_or_default();
         Some(Suspended { state: QueueState { next_avail: used, next_used: used }, left: unsaid })
     }
 
@@ -437,11 +455,11 @@ impl Keeper {
 
     /// Forgets what the driver has set up.
     pub(super) fn reset(&mut self) {
-        let all: Vec<u16> = (0..self.rings.len() as u16).collect();
+        let all: Vec<u16> = (0..self.queues).collect();
         self.stop(&all);
-        (self.features, self.memory, self.inflight) = (None, None, None);
-        (self.shown, self.refused) = (false, false);
-        self.written.clear();
+        self.setup = DriverSetup::default();
+        (self.state, self.inflight) = (None, None);
+        (self.shown, self.refused) = (None, false);
         let config = self.try_with(|keeper, link| {
             match link.reset() {
                 Err(error) if error.ends_connection() => return Err(error),
@@ -471,8 +489,33 @@ impl Keeper {
         })?;
         let Ok(Some(config)) = config else { return Some(false) };
         self.shared.view().config = config;
-        self.written.insert(offset, data.to_vec());
+        self.setup.wrote_config(offset, data);
         Some(true)
+    }
+
+    /// Has the daemon say its state. Nothing if there is none.
+    pub(super) fn save_state(&mut self) -> Option<Result<Vec<u8>, DeviceError>> {
+        let device = self.shared.name().to_owned();
+        let saved = self.try_with(|_, link| link.save_state())?;
+        Some(saved.map_err(|error| DeviceError::Save { device, reason: error.to_string() }))
+    }
+
+    /// Gives the daemon the state of another, and every daemon that comes. Returns whether the one that is there takes it.
+    pub(super) fn load_state(&mut self, state: Vec<u8>) -> bool {
+        let result = self.try_with(|keeper, link| {
+            link.load_state(&state)?;
+            keeper.read_config(link)
+        });
+        match result {
+            Some(Err(error)) => {
+                self.say_refusal(&error);
+                return false;
+            }
+            Some(Ok(Some(config))) => self.shared.view().config = config,
+            None | Some(Ok(None)) => {}
+        }
+        self.state = Some(state);
+        true
     }
 
     fn take_config(&self, config: Vec<u8>) {
@@ -499,13 +542,12 @@ impl Keeper {
         let hears = events.is_some();
         fds.extend(events.map(|events| PollFd::from_borrowed_fd(events, PollFlags::IN)));
         let mut watched = Vec::new();
-        for (index, ring) in self.rings.iter().enumerate() {
-            let Some(ring) = ring else { continue };
+        for ((&index, ring), setup) in self.rings.iter().zip(self.setup.rings.values()) {
             if !ring.faulty {
                 watched.push((index, false));
                 fds.push(PollFd::from_borrowed_fd(borrow(&ring.err), PollFlags::IN));
             }
-            if ring.relay.is_some() {
+            if relay(&setup.call).is_some() {
                 watched.push((index, true));
                 fds.push(PollFd::from_borrowed_fd(borrow(&ring.call), PollFlags::IN));
             }
@@ -528,14 +570,14 @@ impl Keeper {
             self.hear();
         }
         for (index, is_call) in watched {
-            let (true, Some(ring)) = (next(), &mut self.rings[index]) else { continue };
+            let (true, Some((setup, ring))) = (next(), self.ring(index)) else { continue };
             let event = if is_call { &*ring.call } else { &ring.err };
             if !take(borrow(event)) {
                 continue;
             }
-            match &ring.relay {
+            match relay(&setup.call) {
                 Some(relay) if is_call => relay.raise(),
-                _ => ring.fail(),
+                _ => self.fail(index),
             }
         }
     }

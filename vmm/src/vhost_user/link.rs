@@ -1,9 +1,8 @@
 //! One connection to a daemon: the messages that bring it to where the device is. Whatever fails ends the connection, never
 //! more than that.
 
-use std::error::Error;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -11,10 +10,9 @@ use std::time::Duration;
 
 use ringvm_backends::device::{GuestMemory, QueueState, RingConfig};
 use ringvm_backends::host::event::is_raised;
-use thiserror::Error;
 use vhost::vhost_user::message::{
-    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures as Protocol,
-    VhostUserVirtioFeatures,
+    VhostTransferStateDirection as Direction, VhostTransferStatePhase as Phase, VhostUserConfigFlags,
+    VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures as Protocol, VhostUserVirtioFeatures,
 };
 use vhost::vhost_user::{
     Frontend, FrontendReqHandler, HandlerResult, VhostUserFrontend, VhostUserFrontendReqHandlerMut,
@@ -23,8 +21,10 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::inflight::Inflight;
+use super::error::{Context, LinkError};
+use super::inflight::{Inflight, close_elsewhere};
 use super::patience::Patience;
+use super::transfer::{Transfer, state_pipe};
 
 /// Longest wait for what is done in one go: a greeting, a message with its answer, all rings of a device.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -34,7 +34,8 @@ const WANTED: Protocol = Protocol::MQ
     .union(Protocol::CONFIG)
     .union(Protocol::BACKEND_REQ)
     .union(Protocol::RESET_DEVICE)
-    .union(Protocol::INFLIGHT_SHMFD);
+    .union(Protocol::INFLIGHT_SHMFD)
+    .union(Protocol::DEVICE_STATE);
 /// What the crate has no names for, wanted both or not at all: a ring may leave requests in the table when it stops, and does
 /// so if it is asked to.
 const SUSPENDING: Protocol = Protocol::from_bits_retain(1 << 20 | 1 << 23);
@@ -52,57 +53,6 @@ const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
 const MOST_EVENTS: usize = 64;
 /// More queues than this have no index in the messages that carry descriptors.
 const MAX_QUEUES: u64 = 256;
-
-/// A message that was not obeyed.
-#[derive(Debug, Error)]
-#[error("{what}: {source}")]
-pub(super) struct LinkError {
-    what: &'static str,
-    source: io::Error,
-    /// The daemon has refused, or nothing was sent: the connection is as good as before.
-    harmless: bool,
-}
-
-impl LinkError {
-    /// The daemon did what can't be gone on with.
-    pub(super) fn broken(what: &'static str, message: impl Into<String>) -> Self {
-        Self { what, source: io::Error::other(message.into()), harmless: false }
-    }
-
-    /// There was nothing to send.
-    pub(super) fn ours(what: &'static str, message: impl Into<String>) -> Self {
-        Self { what, source: io::Error::other(message.into()), harmless: true }
-    }
-
-    /// Whether the connection can't be used any more.
-    pub(super) fn ends_connection(&self) -> bool {
-        !self.harmless
-    }
-}
-
-trait Context<T> {
-    fn context(self, what: &'static str) -> Result<T, LinkError>;
-}
-
-impl<T, E: Error + Send + Sync + 'static> Context<T> for Result<T, E> {
-    fn context(self, what: &'static str) -> Result<T, LinkError> {
-        self.map_err(|error| {
-            let harmless = is_harmless(&error);
-            LinkError { what, source: io::Error::other(error), harmless }
-        })
-    }
-}
-
-/// Whether an error of the crate's leaves the connection as it was: the daemon has refused, or the crate did.
-fn is_harmless(error: &(dyn Error + 'static)) -> bool {
-    use vhost::vhost_user::Error as Protocol;
-    matches!(
-        error.downcast_ref(),
-        Some(vhost::Error::VhostUserProtocol(
-            Protocol::BackendInternalError | Protocol::InvalidParam | Protocol::InactiveFeature(_)
-        ))
-    )
-}
 
 /// What one ring needs over there.
 pub(super) struct Vring<'a> {
@@ -354,6 +304,44 @@ impl Link {
                 .ok_or_else(|| LinkError::broken(what, format!("the answer for ring {index} is {base} of ring {ring}")))
         };
         indices.iter().map(position).collect()
+    }
+
+    /// Whether the daemon hands the state of its device over.
+    pub(super) fn has_state(&self) -> bool {
+        self.protocol.contains(Protocol::DEVICE_STATE)
+    }
+
+    /// Has the daemon say the state of its device. All rings are stopped.
+    pub(super) fn save_state(&mut self) -> Result<Vec<u8>, LinkError> {
+        let what = "saving the state of its device";
+        let (out, into) = state_pipe().context(what)?;
+        self.begin_transfer(Direction::SAVE, into)?;
+        // A daemon that fails closes its end, and says why when it is asked.
+        let state = Transfer::new(out).read();
+        self.frontend.check_device_state().context("CHECK_DEVICE_STATE")?;
+        state.map_err(|error| LinkError::ours(what, error.to_string()))
+    }
+
+    /// Gives the daemon the state of another device. All rings are stopped.
+    pub(super) fn load_state(&mut self, state: &[u8]) -> Result<(), LinkError> {
+        let what = "loading the state of another device";
+        let (out, into) = state_pipe().context(what)?;
+        self.begin_transfer(Direction::LOAD, out)?;
+        let written = Transfer::new(into).write(state);
+        self.frontend.check_device_state().context("CHECK_DEVICE_STATE")?;
+        written.map_err(|error| LinkError::ours(what, error.to_string()))
+    }
+
+    /// Gives the daemon its end of a pipe.
+    fn begin_transfer(&mut self, direction: Direction, theirs: OwnedFd) -> Result<(), LinkError> {
+        let what = "SET_DEVICE_STATE_FD";
+        match self.frontend.set_device_state_fd(direction, Phase::STOPPED, theirs).context(what)? {
+            None => Ok(()),
+            Some(file) => {
+                close_elsewhere(file);
+                Err(LinkError::ours(what, "it wants another descriptor than the pipe that it was given"))
+            }
+        }
     }
 
     /// Back to the state before the features were accepted, where the daemon knows of such a thing.

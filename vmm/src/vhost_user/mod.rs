@@ -5,6 +5,7 @@
 //! While nobody is there, the driver just waits. Requests in flight are in a table that outlives the daemon, and its successor
 //! serves them again.
 
+mod error;
 mod inflight;
 mod keeper;
 mod link;
@@ -16,6 +17,7 @@ mod sentinel;
 mod shared;
 #[cfg(test)]
 mod tests;
+mod transfer;
 
 use std::io;
 use std::mem;
@@ -30,6 +32,8 @@ use ringvm_backends::device::{
     read_space,
 };
 use ringvm_backends::host::event::SharedEvent;
+use ringvm_backends::setup::RingSetup;
+use ringvm_backends::state::MAX_STATE;
 use ringvm_backends::stats::DeviceStats;
 use ringvm_backends::virtqueue::interrupt::Interrupt;
 use ringvm_backends::virtqueue::split::{check_ring, used_index};
@@ -37,8 +41,9 @@ use thiserror::Error;
 use tracing::{debug, warn};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use error::LinkError;
 use keeper::{Job, Keeper, Ring};
-use link::{Link, LinkError};
+use link::Link;
 use offer::Field;
 use peer::Peer;
 use shared::Shared;
@@ -52,6 +57,8 @@ const DRAIN: Duration = Duration::from_secs(10);
 /// Longest wait for what a dead daemon has in flight in the kernel, where rings are suspended. A reset waits for as long as it
 /// takes: the guest uses its memory for something else then.
 const AFTERLIFE: Duration = Duration::from_millis(500);
+/// Longest wait for a state that goes to a daemon or comes from it.
+const TRANSFER: Duration = Duration::from_secs(10);
 /// How long the keeper may take to notice that a connection was ended.
 const NOTICE: Duration = Duration::from_secs(2);
 /// Waiting needs little stack.
@@ -256,6 +263,12 @@ impl Device for VhostUserDevice {
         read_space(&self.shared.view().config, offset, data);
     }
 
+    fn driver_fields(&self) -> Vec<std::ops::Range<u32>> {
+        let all = 0..self.info.config_len;
+        let field = |offset: &u32| offer::field(self.info.device_type, *offset, 1) == Field::Drivers;
+        all.filter(field).map(|offset| offset..offset + 1).collect()
+    }
+
     fn write_config(&mut self, offset: u32, data: &[u8]) -> Result<(), DeviceError> {
         let refused = || DeviceError::Config { device: self.info.name.clone(), offset, len: data.len() };
         let field = offer::field(self.info.device_type, offset, data.len());
@@ -272,7 +285,7 @@ impl Device for VhostUserDevice {
             None if field == Field::Drivers => {
                 self.shared.view().config[offset as usize..end].copy_from_slice(data);
                 let bytes = data.to_vec();
-                self.send(move |keeper| drop(keeper.written.insert(offset, bytes)));
+                self.send(move |keeper| keeper.setup.wrote_config(offset, &bytes));
                 Ok(())
             }
             _ => Err(refused()),
@@ -282,7 +295,8 @@ impl Device for VhostUserDevice {
     fn start_queue(&mut self, index: u16, parts: QueueParts) -> Result<(), DeviceError> {
         let name = || self.info.name.clone();
         let host = |what, source| DeviceError::Host { device: name(), what, source };
-        let QueueParts { ring, mem, kick, call, fault, from, left, inflight: _, log: _, in_order: _ } = parts;
+        let setup = RingSetup::of(&parts).map_err(|error| host("duplicating a doorbell", error))?;
+        let QueueParts { ring, mem, kick, call, from, left, .. } = parts;
         match (self.running.get(usize::from(index)), self.info.queue_sizes.get(usize::from(index))) {
             (Some(None), Some(&size)) if ring.size <= size => {}
             (Some(None), _) => return Err(self.queue_error(index, "is longer than its daemon serves")),
@@ -298,19 +312,17 @@ impl Device for VhostUserDevice {
         }
         // What the driver got wrong is its own fault, and nothing to try a daemon with.
         check_ring(&mem, &ring).map_err(|source| DeviceError::Ring { device: name(), index, source })?;
-        let (call, relay) = match call {
-            Interrupt::Event(call) => (call, None),
-            Interrupt::None => (Arc::new(event().map_err(|error| host("making an event", error))?), None),
-            other => (Arc::new(event().map_err(|error| host("making an event", error))?), Some(other)),
+        let call = match call {
+            Interrupt::Event(call) => call,
+            _ => Arc::new(event().map_err(|error| host("making an event", error))?),
         };
         let err = event().map_err(|error| host("making an event", error))?;
         let again = [SharedEvent::of(&kick), SharedEvent::of(&call)];
         let [kick_again, call_again] = again.map(|event| event.map_err(|error| host("duplicating an event", error)));
         let again = [kick_again?, call_again?];
-        let memory = Arc::clone(&mem);
-        let run = Ring { ring, kick, call, again, relay, err, fault, faulty: false, from, left };
+        let run = Ring { call, again, err, faulty: false, from, left };
         self.spent.store(0, Ordering::Relaxed);
-        if self.ask_or_send(move |keeper| keeper.add(index, memory, run)) == Some(false) {
+        if self.ask_or_send(move |keeper| keeper.add(index, setup, run)) == Some(false) {
             return Err(self.queue_error(index, "is refused by its daemon"));
         }
         self.running[usize::from(index)] = Some((ring, mem));
@@ -369,6 +381,38 @@ impl Device for VhostUserDevice {
 
     fn on_config_change(&mut self, notify: Interrupt) {
         self.shared.view().config_changed = notify;
+    }
+
+    fn save_state(&self) -> Result<Vec<u8>, DeviceError> {
+        let refused = |reason: &str| DeviceError::Save { device: self.info.name.clone(), reason: reason.to_owned() };
+        if !self.shared.view().has_state {
+            return Err(refused(
+                "its daemon does not hand it over (VHOST_USER_PROTOCOL_F_DEVICE_STATE); use one that does, such as ringvm-net",
+            ));
+        }
+        let away = "its daemon is away, which alone has it; it comes back by itself";
+        self.ask(TRANSFER, Keeper::save_state).flatten().unwrap_or_else(|| Err(refused(away)))
+    }
+
+    fn load_state(&mut self, state: &[u8]) -> Result<(), DeviceError> {
+        let refused = |reason| DeviceError::State { device: self.info.name.clone(), reason };
+        if !self.shared.view().has_state {
+            return match state {
+                [] => Ok(()),
+                _ => Err(refused(
+                    "its daemon does not take one over (VHOST_USER_PROTOCOL_F_DEVICE_STATE); use one that does, such as ringvm-net",
+                )),
+            };
+        }
+        if state.len() > MAX_STATE {
+            return Err(refused("it is longer than 64 KiB"));
+        }
+        let state = state.to_vec();
+        match self.ask(TRANSFER, move |keeper| keeper.load_state(state)) {
+            Some(true) => Ok(()),
+            Some(false) => Err(refused("its daemon refuses it")),
+            None => Err(refused("its daemon does not answer")),
+        }
     }
 
     fn stats(&self) -> DeviceStats {

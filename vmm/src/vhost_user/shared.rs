@@ -34,6 +34,7 @@ pub(super) struct View {
     pub(super) keeps_table: bool,
     pub(super) suspends: bool,
     pub(super) has_config: bool,
+    pub(super) has_state: bool,
     /// Ends a connection that somebody has waited for long enough.
     pub(super) breaker: Option<Breaker>,
     /// What a daemon of ours that was lost has in flight.

@@ -121,6 +121,14 @@ impl Device for TestDevice {
         self.told.lock().unwrap().changed = Some(notify);
     }
 
+    fn save_state(&self) -> Result<Vec<u8>, DeviceError> {
+        Ok(Vec::new())
+    }
+
+    fn load_state(&mut self, state: &[u8]) -> Result<(), DeviceError> {
+        ringvm_backends::state::check_empty(&self.info.name, state)
+    }
+
     fn stats(&self) -> DeviceStats {
         DeviceStats::default()
     }

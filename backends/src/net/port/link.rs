@@ -7,7 +7,7 @@
 //! other finds it with its next frame.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 use rustix::net::sockopt::set_socket_send_buffer_size;
 use rustix::net::{
-    AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, bind, connect, connect_unspec, getsockname,
-    recv, socket_with,
+    AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, bind, connect, connect_unspec, getpeername,
+    getsockname, recv, socket_with,
 };
 
 use super::{Ends, Port};
@@ -45,7 +45,8 @@ struct Side {
     astray: AtomicBool,
     /// While this pair is not served: a socket of nobody's, from which alone it would take frames.
     closed: Mutex<Option<OwnedFd>>,
-    _mine: BoundPath,
+    /// Not where it is lent: the path then stays with the process that has bound it.
+    _mine: Option<BoundPath>,
 }
 
 impl Link {
@@ -60,6 +61,17 @@ impl Link {
             port.find_peer(pair);
         }
         Ok(port)
+    }
+
+    /// The side of the link at `path` that another process has taken, which has lent its sockets: of each pair what is read and
+    /// then what is written.
+    ///
+    /// # Errors
+    /// When one is not open, taken already or no socket.
+    pub fn lent(path: &Path, fds: &[RawFd]) -> io::Result<Self> {
+        let sides = super::lent_ends(fds)?.into_iter().enumerate();
+        let sides = sides.map(|(pair, ends)| Side::lent(&suffixed(path, &format!(".{pair}")), ends));
+        Ok(Self { name: path.display().to_string(), sides: sides.collect::<io::Result<_>>()? })
     }
 }
 
@@ -98,7 +110,7 @@ impl Side {
                         searched: Mutex::new(None),
                         astray: AtomicBool::new(false),
                         closed: Mutex::new(None),
-                        _mine: bound,
+                        _mine: Some(bound),
                     });
                 }
                 // Somebody may have it who is not to be reached.
@@ -111,12 +123,32 @@ impl Side {
 }
 
 impl Side {
+    fn lent(path: &Path, ends: Ends) -> io::Result<Self> {
+        let second = suffixed(path, ".peer");
+        let mine = SocketAddrUnix::try_from(getsockname(&ends.rx)?)?;
+        let peer = if mine == SocketAddrUnix::new(&second)? { path.to_owned() } else { second };
+        Ok(Self {
+            ends,
+            peer,
+            searched: Mutex::new(None),
+            astray: AtomicBool::new(false),
+            closed: Mutex::new(None),
+            _mine: None,
+        })
+    }
+
+    /// Finds out where frames go: another process that has the sockets may have found the peer or lost it.
+    fn look(&self) {
+        let astray = || {
+            let peer = SocketAddrUnix::try_from(getpeername(&self.ends.tx).ok().flatten()?).ok()?;
+            Some(peer != SocketAddrUnix::new(&self.peer).ok()?)
+        };
+        self.astray.store(astray().unwrap_or(false), Ordering::Relaxed);
+    }
+
     /// Takes frames, or refuses them: senders are told at once then, those that wait for room too.
     fn set_open(&self, open: bool) -> io::Result<()> {
         let mut closed = self.closed.lock().unwrap_or_else(PoisonError::into_inner);
-        if open == closed.is_none() {
-            return Ok(());
-        }
         let rx = &self.ends.rx;
         if open {
             connect_unspec(rx)?;
@@ -166,6 +198,7 @@ impl Port for Link {
     }
 
     fn set_pairs(&self, count: usize) -> io::Result<()> {
+        self.sides.iter().for_each(Side::look);
         self.sides.iter().enumerate().try_for_each(|(pair, side)| side.set_open(pair < count))
     }
 }

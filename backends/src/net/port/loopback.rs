@@ -1,6 +1,7 @@
 //! A port whose two ends are joined: what a pair transmits, it receives. For tests and for measuring a device alone.
 
 use std::io;
+use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -13,6 +14,14 @@ pub struct Loopback {
 }
 
 impl Loopback {
+    /// The loopback of another process that has lent its sockets.
+    ///
+    /// # Errors
+    /// When one is not open, or taken already.
+    pub fn lent(fds: &[RawFd]) -> io::Result<Self> {
+        Ok(Self { ends: super::lent_ends(fds)? })
+    }
+
     /// A port of `pairs` queue pairs.
     ///
     /// # Errors

@@ -8,8 +8,10 @@ pub mod loopback;
 pub mod tap;
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::sync::Arc;
+
+use crate::host::inherited;
 
 /// What a port can do with frames that are not plain: checksums left open, segments left uncut. The bits of
 /// VIRTIO_NET_F_* for the same thing seen from the guest, in both directions.
@@ -30,6 +32,9 @@ pub struct Offloads {
 }
 
 impl Offloads {
+    /// Without UDP, which taps of kernels before 6.2 can't leave uncut.
+    pub const TCP: Self = Self { csum: true, tso4: true, tso6: true, ecn: true, uso4: false, uso6: false };
+
     /// Whatever there is.
     pub const ALL: Self = Self { csum: true, tso4: true, tso6: true, ecn: true, uso4: true, uso6: true };
 
@@ -47,6 +52,17 @@ pub struct Ends {
     pub rx: Arc<OwnedFd>,
     /// Writing it takes a frame, or EAGAIN.
     pub tx: Arc<OwnedFd>,
+}
+
+/// The pairs that another process has lent: of each, what is read and then what is written.
+fn lent_ends(fds: &[RawFd]) -> io::Result<Vec<Ends>> {
+    let take = |fd: RawFd| {
+        let taken = inherited::take(fd)?;
+        rustix::io::ioctl_fionbio(&taken, true)?;
+        io::Result::Ok(Arc::new(taken))
+    };
+    let (pairs, _) = fds.as_chunks();
+    pairs.iter().map(|&[rx, tx]| Ok(Ends { rx: take(rx)?, tx: take(tx)? })).collect()
 }
 
 /// Which frames the guest wants, beside broadcasts (virtio 1.3, 5.1.6.5.1 and 5.1.6.5.2).
@@ -95,7 +111,8 @@ pub trait Port: Send + Sync {
         Ok(())
     }
 
-    /// Spreads frames over the first `count` pairs, and none over the others. Those can still be polled; reading them finds
+    /// Spreads frames over the first `count` pairs, and none over the others, whoever has said otherwise before: several processes
+    /// may have the descriptors. Those can still be polled; reading them finds
     /// nothing (EAGAIN, taps of today's kernels) or fails with EBADFD (taps that are gone meanwhile, or are of a kernel that
     /// parts a disabled queue from its interface).
     ///

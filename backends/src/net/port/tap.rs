@@ -9,7 +9,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use thiserror::Error;
@@ -80,8 +80,6 @@ pub struct Tap {
     mtu: Option<u16>,
     /// Whether what is sent may find no room: a macvtap's buffer is bounded, a tap's only if somebody bounded it.
     may_block: bool,
-    /// How many queues are attached, where there are several.
-    attached: Mutex<usize>,
 }
 
 impl Tap {
@@ -131,13 +129,7 @@ impl Tap {
     /// # Errors
     /// When one is not open, taken already, or no tap.
     pub fn from_descriptors(fds: &[RawFd]) -> Result<Self, TapError> {
-        let owned = fds.iter().map(|&fd| {
-            let error = |what, source: io::Error| TapError { name: format!("fd {fd}"), what, source, hint: "" };
-            let owned = inherited::take(fd).map_err(|e| error("using the descriptor", e))?;
-            rustix::io::ioctl_fionbio(&owned, true).map_err(|e| error("making it non-blocking", e.into()))?;
-            Ok(owned)
-        });
-        let owned = owned.collect::<Result<Vec<_>, _>>()?;
+        let owned = fds.iter().map(|&fd| take(fd)).collect::<Result<Vec<_>, _>>()?;
         let name = format!("fd {}", fds.iter().map(ToString::to_string).collect::<Vec<_>>().join(","));
         if owned.len() > 1 {
             for fd in &owned {
@@ -148,6 +140,17 @@ impl Tap {
         let interface = owned.first().and_then(|fd| interface_of(fd).ok());
         let tap = Self::over(&name, owned)?;
         Ok(Self { mtu: interface.as_deref().and_then(interface_mtu), ..tap })
+    }
+
+    /// The tap of another process that has set it up, can do so much, and has lent its queues. Nothing is changed.
+    ///
+    /// # Errors
+    /// When a descriptor is not open, or taken already.
+    pub fn lent(fds: &[RawFd], offloads: Offloads) -> Result<Self, TapError> {
+        let files = fds.iter().map(|&fd| take(fd)).collect::<Result<Vec<_>, _>>()?;
+        let interface = files.first().and_then(|fd| interface_of(fd).ok());
+        let mtu = interface.as_deref().and_then(interface_mtu);
+        Ok(Self { mtu, ..Self::of(interface.as_deref().unwrap_or("lent"), files, offloads) })
     }
 
     fn over(name: &str, files: Vec<OwnedFd>) -> Result<Self, TapError> {
@@ -161,15 +164,18 @@ impl Tap {
         let first = files.first().ok_or_else(|| error("opening", io::ErrorKind::InvalidInput.into(), ""))?;
         let offloads = probe_offloads(first)
             .map_err(|e| error("asking for its offloads", e, "; it has to be created with IFF_VNET_HDR"))?;
+        Ok(Self::of(name, files, offloads))
+    }
+
+    fn of(name: &str, files: Vec<OwnedFd>, offloads: Offloads) -> Self {
         let mut buffer: libc::c_int = 0;
-        let known = GET_SEND_BUFFER.call(first, &mut buffer).is_ok();
+        let known = files.first().is_some_and(|first| GET_SEND_BUFFER.call(first, &mut buffer).is_ok());
         let may_block = !known || buffer != libc::c_int::MAX;
-        let attached = Mutex::new(files.len());
         let ends = files.into_iter().map(|file| {
             let file = Arc::new(file);
             Ends { rx: Arc::clone(&file), tx: file }
         });
-        Ok(Self { name: name.to_owned(), ends: ends.collect(), offloads, mtu: None, may_block, attached })
+        Self { name: name.to_owned(), ends: ends.collect(), offloads, mtu: None, may_block }
     }
 }
 
@@ -204,17 +210,17 @@ impl Port for Tap {
     }
 
     fn set_pairs(&self, count: usize) -> io::Result<()> {
-        let mut attached = self.attached.lock().unwrap_or_else(PoisonError::into_inner);
-        while *attached != count {
-            let (pair, flag) = if *attached < count {
-                (*attached, libc::IFF_ATTACH_QUEUE)
-            } else {
-                (*attached - 1, libc::IFF_DETACH_QUEUE)
-            };
-            set_queue(&self.ends[pair].tx, flag)?;
-            *attached = if flag == libc::IFF_ATTACH_QUEUE { pair + 1 } else { pair };
+        if self.ends.len() == 1 {
+            return Ok(());
         }
-        Ok(())
+        let (attached, detached) = self.ends.split_at(count.min(self.ends.len()));
+        let set = |ends: &Ends, flag| match set_queue(&ends.tx, flag) {
+            // It is so already.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+            result => result,
+        };
+        attached.iter().try_for_each(|ends| set(ends, libc::IFF_ATTACH_QUEUE))?;
+        detached.iter().rev().try_for_each(|ends| set(ends, libc::IFF_DETACH_QUEUE))
     }
 
     fn set_filter(&self, filter: &Filter) -> io::Result<()> {
@@ -281,19 +287,24 @@ fn flags(offloads: Offloads) -> libc::c_uint {
 
 /// What the interface can do, found out by asking for it; leaves all off.
 fn probe_offloads(file: &OwnedFd) -> io::Result<Offloads> {
-    let tcp = Offloads { csum: true, tso4: true, tso6: true, ecn: true, ..Offloads::default() };
-    let all = Offloads { uso4: true, uso6: true, ..tcp };
     let can = |offloads| set_offloads(file, offloads).is_ok();
-    // Kernels before 6.2 know no USO.
-    let best = if can(all) {
-        all
-    } else if can(tcp) {
-        tcp
+    let best = if can(Offloads::ALL) {
+        Offloads::ALL
+    } else if can(Offloads::TCP) {
+        Offloads::TCP
     } else {
         Offloads::default()
     };
     set_offloads(file, Offloads::default())?;
     Ok(best)
+}
+
+/// Takes an inherited descriptor, never to wait for.
+fn take(fd: RawFd) -> Result<OwnedFd, TapError> {
+    let error = |what, source: io::Error| TapError { name: format!("fd {fd}"), what, source, hint: "" };
+    let owned = inherited::take(fd).map_err(|e| error("using the descriptor", e))?;
+    rustix::io::ioctl_fionbio(&owned, true).map_err(|e| error("making it non-blocking", e.into()))?;
+    Ok(owned)
 }
 
 fn open_device(path: &Path) -> io::Result<File> {

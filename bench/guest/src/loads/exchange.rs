@@ -1,6 +1,7 @@
 //! Numbered frames, each of which has to arrive once and whole. `job=net-echo` sends them over a port that is looped;
 //! `job=net-peer` exchanges them with another such guest, once each side knows that the other hears it. Nothing is sent
-//! twice: a port that loses a frame without saying so fails the job.
+//! twice: a port that loses a frame without saying so fails the job. With `until=told` an echo goes on until it is enough, and
+//! frames that are lost or come twice are counted instead.
 
 use alloc::vec::Vec;
 
@@ -16,6 +17,8 @@ use crate::shared::rng::{Rng, mix};
 const DEFAULT_FRAMES: u64 = 100_000;
 /// The bitmap of frames seen has a bit for each.
 const MOST_FRAMES: u64 = 1 << 28;
+/// Where there is no end to them, for each of the last: far more than can be on their way.
+const LAST_FRAMES: u64 = 1 << 20;
 const SHORTEST: usize = 60;
 const USUAL: usize = 1_514;
 /// Short of the longest by far enough that every port takes it.
@@ -33,6 +36,7 @@ const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
 /// How often a hello is sent, and how long is listened for frames too many.
 const HELLO_EVERY_MS: u64 = 1;
 const LINGER_MS: u64 = 10;
+const ASK_EVERY_MS: u64 = 2;
 /// Frames that are taken before others are sent again.
 const BURST: usize = 64;
 
@@ -101,7 +105,7 @@ fn run(options: &Options, streams: impl Fn(u16) -> (u16, u16) + Sync, met: bool)
         let mut doze = Doze::new(nic.irq(cpu), false);
         drive(&mut lanes, options, &mut doze);
         sleep.lock().add(doze.tally());
-        *tallies[cpu].lock() = lanes.into_iter().map(|lane| lane.tally).collect();
+        *tallies[cpu].lock() = lanes.into_iter().map(Lane::into_tally).collect();
     });
     nic.transport.reset();
     let sleep = *sleep.lock();
@@ -111,8 +115,17 @@ fn run(options: &Options, streams: impl Fn(u16) -> (u16, u16) + Sync, met: bool)
 fn drive(lanes: &mut [Lane<'_>], options: &Options, doze: &mut Doze) {
     let limit = clock::from_ms(options.stall_ms);
     let mut last = clock::ticks();
+    // Each look whether it is enough is an exit.
+    let (mut goes_on, mut asked) = (options.until_told, last);
     loop {
         let now = clock::ticks();
+        if goes_on && now.wrapping_sub(asked) > clock::from_ms(ASK_EVERY_MS) {
+            asked = now;
+            goes_on = options.goes_on();
+            if !goes_on {
+                lanes.iter_mut().for_each(|lane| lane.end(now));
+            }
+        }
         let mut moved = false;
         for lane in lanes.iter_mut() {
             moved |= lane.turn(now);
@@ -125,6 +138,10 @@ fn drive(lanes: &mut [Lane<'_>], options: &Options, doze: &mut Doze) {
                 return;
             }
         } else if now.wrapping_sub(last) > limit {
+            // Of an echo that was told to end, what has not come for so long is lost.
+            if lanes.iter().all(|lane| lane.is_over() && lane.pair.tx.is_idle()) {
+                return;
+            }
             lanes.iter().for_each(Lane::complain);
         }
         doze.turn(now, u64::from(moved), lanes.iter_mut().flat_map(|lane| lane.pair.queues()));
@@ -136,6 +153,8 @@ fn drive(lanes: &mut [Lane<'_>], options: &Options, doze: &mut Doze) {
 struct Tally {
     frames: u64,
     bytes: u64,
+    lost: u64,
+    twice: u64,
     reordered: u64,
     hellos: u64,
     ticks: u64,
@@ -152,8 +171,10 @@ struct Lane<'a> {
     own: u16,
     other: u16,
     frames: u64,
+    /// There is no end to them until the guest is told.
+    endless: bool,
     sent: u64,
-    /// A bit for each frame that came.
+    /// A bit for each frame that came, or for each of the last.
     seen: Vec<u64>,
     /// One more than the highest number that came.
     next: u64,
@@ -180,9 +201,10 @@ impl<'a> Lane<'a> {
             mac,
             own,
             other,
-            frames,
+            frames: if options.until_told { u64::MAX } else { frames },
+            endless: options.until_told,
             sent: 0,
-            seen: alloc::vec![0; frames.div_ceil(64) as usize],
+            seen: alloc::vec![0; if options.until_told { LAST_FRAMES } else { frames }.div_ceil(64) as usize],
             next: 0,
             hears: met,
             heard: met,
@@ -195,7 +217,33 @@ impl<'a> Lane<'a> {
     }
 
     fn is_done(&self) -> bool {
-        self.tally.frames == self.frames && self.sent == self.frames && self.pair.tx.is_idle()
+        self.is_over() && self.tally.frames == self.sent && self.pair.tx.is_idle()
+    }
+
+    /// Whether all was sent that is to be sent.
+    fn is_over(&self) -> bool {
+        self.sent == self.frames
+    }
+
+    /// Ends a run without an end, here.
+    fn end(&mut self, now: u64) {
+        self.frames = self.sent;
+        self.tally.ticks = now.wrapping_sub(self.begun);
+        self.tally.kicks = self.pair.kicks();
+    }
+
+    /// What has not come by the end is lost.
+    fn into_tally(self) -> Tally {
+        let lost = if self.endless { self.sent.saturating_sub(self.tally.frames) } else { 0 };
+        Tally { lost, ..self.tally }
+    }
+
+    /// The bit of a frame that is about to be sent was that of one long before.
+    fn forget_old(&mut self) {
+        if self.endless {
+            let (word, bit) = bit_of(self.sent % LAST_FRAMES);
+            self.seen[word] &= !bit;
+        }
     }
 
     /// Takes what came and sends what fits. Returns whether any data moved: hellos alone are no progress.
@@ -208,6 +256,7 @@ impl<'a> Lane<'a> {
                 && let Some(slot) = self.pair.tx.take()
             {
                 let size = self.next_size();
+                self.forget_old();
                 self.send(slot, Purpose::Data, self.sent, size);
                 self.sent += 1;
             }
@@ -303,11 +352,17 @@ impl<'a> Lane<'a> {
     }
 
     fn count(&mut self, number: u64, len: usize, now: u64) {
-        if number >= self.frames {
+        if number >= self.frames
+            || self.endless && !(self.sent.saturating_sub(LAST_FRAMES)..self.sent).contains(&number)
+        {
             self.spoilt(format_args!("number:{number}"));
         }
-        let (word, bit) = ((number / 64) as usize, 1 << (number % 64));
+        let (word, bit) = bit_of(if self.endless { number % LAST_FRAMES } else { number });
         if self.seen[word] & bit != 0 {
+            if self.endless {
+                self.tally.twice += 1;
+                return;
+            }
             self.spoilt(format_args!("number:{number}-twice"));
         }
         self.seen[word] |= bit;
@@ -318,7 +373,7 @@ impl<'a> Lane<'a> {
         }
         self.tally.frames += 1;
         self.tally.bytes += len as u64;
-        if self.tally.frames == self.frames {
+        if self.tally.frames == self.frames && !self.endless {
             self.tally.ticks = now.wrapping_sub(self.begun);
             self.tally.kicks = self.pair.kicks();
         }
@@ -353,6 +408,11 @@ impl<'a> Lane<'a> {
             ));
         }
     }
+}
+
+/// Where the bit of a number is.
+fn bit_of(number: u64) -> (usize, u64) {
+    ((number / 64) as usize, 1 << (number % 64))
 }
 
 fn seed(stream: u16, number: u64) -> u64 {
@@ -412,12 +472,14 @@ fn word(bytes: &[u8]) -> u64 {
     bytes.try_into().map_or(0, u64::from_le_bytes)
 }
 
-/// Reached only when every frame has come: what is lost or spoilt has ended the run before.
+/// Reached only when every frame has come, unless lost ones are counted: what is lost or spoilt has ended the run before.
 fn report(options: &Options, nic: &Nic, cpus: usize, sleep: Sleep, tallies: impl Iterator<Item = Tally>) {
     let mut all = Tally::default();
     for tally in tallies {
         all.frames += tally.frames;
         all.bytes += tally.bytes;
+        all.lost += tally.lost;
+        all.twice += tally.twice;
         all.reordered += tally.reordered;
         all.hellos += tally.hellos;
         all.ticks = all.ticks.max(tally.ticks);
@@ -426,13 +488,15 @@ fn report(options: &Options, nic: &Nic, cpus: usize, sleep: Sleep, tallies: impl
     let ns = clock::to_ns(all.ticks).max(1);
     let per_second = |number: u64| (u128::from(number) * 1_000_000_000 / u128::from(ns)) as u64;
     say!(
-        "result job={} pairs={} cpus={cpus} features={:#x} time_ns={ns} frames={} bytes={} lost=0 reordered={} corrupted=0 \
+        "result job={} pairs={} cpus={cpus} features={:#x} time_ns={ns} frames={} bytes={} lost={} twice={} reordered={} corrupted=0 \
          hellos={} fps={} bps={} kicks={} {sleep}",
         options.name,
         nic.pairs.len(),
         nic.features,
         all.frames,
         all.bytes,
+        all.lost,
+        all.twice,
         all.reordered,
         all.hellos,
         per_second(all.frames),

@@ -4,6 +4,10 @@
 //! are dropped and counted until there is room again: a guest never hangs on its console for ever. The console outlives
 //! the machine: a reboot attaches the next one.
 
+pub mod serial_file;
+pub mod stdio;
+pub mod terminal;
+
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -18,7 +22,6 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::{debug, warn};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::serial::SerialPort;
 use crate::events::{Ending, Events};
 
 /// Output that waits for its reader.
@@ -54,6 +57,12 @@ pub struct Streams {
     pub escape: bool,
 }
 
+/// The guest's end of the input.
+pub trait InputPort: Send {
+    /// Takes input for the guest, as much as there is room for, and says how much that was.
+    fn receive(&mut self, input: &[u8]) -> usize;
+}
+
 /// The console thread.
 pub struct Console {
     shared: Arc<Shared>,
@@ -62,7 +71,7 @@ pub struct Console {
 }
 
 /// What vCPUs and the console thread share.
-pub(super) struct Shared {
+pub(crate) struct Shared {
     state: Mutex<State>,
     room: Condvar,
     wake: EventFd,
@@ -78,7 +87,7 @@ struct State {
     /// The output is gone or full, which was said: everything is dropped, and not counted.
     closed: bool,
     stopping: bool,
-    port: Option<Arc<Mutex<SerialPort>>>,
+    port: Option<Arc<Mutex<dyn InputPort>>>,
 }
 
 impl Shared {
@@ -92,7 +101,7 @@ impl Shared {
     }
 
     /// Takes one byte from the guest.
-    pub(super) fn put(&self, byte: u8) {
+    pub(crate) fn put(&self, byte: u8) {
         let mut state = self.lock();
         if state.pending.len() >= CAPACITY && !state.dropping && !state.closed {
             let (after, timeout) = self
@@ -121,7 +130,7 @@ impl Shared {
     }
 
     /// The UART has room for input.
-    pub(super) fn input_wanted(&self) {
+    pub(crate) fn input_wanted(&self) {
         if self.hungry.swap(false, Ordering::SeqCst) {
             self.wake();
         }
@@ -150,12 +159,12 @@ impl Console {
     }
 
     /// What a UART writes to.
-    pub(super) fn shared(&self) -> Arc<Shared> {
+    pub(crate) fn shared(&self) -> Arc<Shared> {
         Arc::clone(&self.shared)
     }
 
     /// Gives input to `port` from now on.
-    pub fn attach(&self, port: &Arc<Mutex<SerialPort>>) {
+    pub fn attach(&self, port: &Arc<Mutex<dyn InputPort>>) {
         self.shared.lock().port = Some(Arc::clone(port));
         self.shared.wake();
     }
@@ -328,7 +337,7 @@ impl Worker {
     }
 
     /// Hands input to the UART.
-    fn deliver(&mut self, port: Option<&Arc<Mutex<SerialPort>>>) -> Delivery {
+    fn deliver(&mut self, port: Option<&Arc<Mutex<dyn InputPort>>>) -> Delivery {
         if self.input.is_empty() {
             return Delivery::Done;
         }
@@ -364,6 +373,7 @@ struct Ready {
 mod tests {
     use super::*;
     use crate::bus::BusDevice;
+    use crate::legacy::serial::SerialPort;
     use crate::platform::fake::FakePlatform;
 
     fn pipe() -> (File, File) {
