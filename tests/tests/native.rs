@@ -138,7 +138,7 @@ fn a_device_has_the_name_that_it_was_given() {
         let (named, other) = (image(1), image(1));
         let disks = [disk(&named, place, "queues=1,id=root"), disk(&other, place, "queues=1")];
         let options = ["--disk", &disks[0], "--disk", &disks[1], "--stats"];
-        let ended = guest("job=read ops=16", &options).run().expect("it ends");
+        let ended = guest("ops=16 job=read disk=0 job=read disk=1", &options).run().expect("it ends");
         assert_success(&ended);
         for line in ["root: ", "disk1: "] {
             assert!(ended.stderr.contains(line), "{line} in {}", ended.stderr);
