@@ -127,8 +127,8 @@ impl<H: Handler> Worker<H> {
         })
     }
 
-    /// Cancels a request that waits for another side, which may never act. Other requests end without help. A
-    /// suspended queue does not wait where it can avoid it.
+    /// Requests end without help, except those that may wait for another side that never acts: cancel these. A
+    /// suspending queue waits for no request if it can avoid it, so it leaves or cancels all of them.
     fn end_waiting(&mut self, index: u32, ring: &mut Ring) {
         if self.service.is_suspending() && self.handler.is_waiting(&self.slots[index as usize].request) {
             self.leave(index);
