@@ -61,7 +61,7 @@ extern "C" fn on_sigbus(_signal: i32, info: *mut libc::siginfo_t, _context: *mut
             // SAFETY: eight bytes that live across the call.
             let _ = unsafe { libc::write(event.as_raw_fd(), (&raw const one).cast(), 8) };
             if code == libc::BUS_MCEERR_AO {
-                // The kernel reports an early kill (BUS_MCEERR_AO) to any thread; no thread has touched the page yet.
+                // The kernel reports a bad page early (BUS_MCEERR_AO), to any thread; none has touched it yet.
                 return;
             }
             loop {

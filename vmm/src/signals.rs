@@ -18,7 +18,7 @@ use crate::operator::{Wish, Wishes};
 pub fn listen(events: Events, wishes: Wishes) -> io::Result<SignalThread> {
     let mut wanted = vec![SIGTERM, SIGINT, SIGQUIT, SIGUSR1, SIGUSR2];
     if !is_ignored(SIGHUP) {
-        // nohup(1) ignores it so that the program goes on.
+        // Ignored under nohup(1): the program is to go on then.
         wanted.push(SIGHUP);
     }
     let mut endings = Endings::default();
