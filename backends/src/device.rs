@@ -30,7 +30,7 @@ pub struct DeviceInfo {
 }
 
 impl DeviceInfo {
-    /// Refuses what was not offered, and drivers that are not of virtio 1.
+    /// Refuses features that were not offered, and drivers older than virtio 1.
     ///
     /// # Errors
     /// [`DeviceError::Features`].

@@ -1,9 +1,8 @@
-//! RingVM's device backends: whatever serves a virtqueue, wherever it runs.
+//! RingVM's device backends: the code that serves virtqueues, in whichever process it runs.
 //!
 //! Nothing here knows of KVM, PCI or vhost-user. A transport hands a [`device::Device`] the parts of a queue
-//! ([`device::QueueParts`]); from there a request goes
-//! doorbell → [`io::reactor`] → [`io::worker`] → [`virtqueue::split`] → [`block`] → [`block::storage`] → [`io::ring`] and back,
-//! on one I/O thread.
+//! ([`device::QueueParts`]). From there a request goes doorbell → [`io::reactor`] → [`io::worker`] →
+//! [`virtqueue::split`] → [`block`] → [`block::storage`] → [`io::ring`] and back, on one I/O thread.
 
 pub mod block;
 pub mod device;

@@ -115,10 +115,10 @@ pub fn serialize<T: Options, S: Serializer>(options: &T, serializer: S) -> Resul
 
 /// Options that can be wrong, alone or together, beyond the types of their values.
 pub trait Check {
-    /// Checks what can be checked without touching the host.
+    /// Checks everything that can be checked without touching the host.
     ///
     /// # Errors
-    /// One line about the first thing found: what is wrong and what to do.
+    /// One line about the first problem, with what to do about it.
     fn check(&self) -> Result<(), String>;
 }
 

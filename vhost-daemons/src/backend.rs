@@ -220,8 +220,8 @@ impl<'a> Backend<'a> {
         let log_all = features & F_LOG_ALL != 0;
         let features = nic::driver_features(self.device.info(), features & !(F_PROTOCOL_FEATURES | F_LOG_ALL));
         let toggled = log_all != self.logging.all();
-        // Said again while rings run, as each pair of a NIC does, or while they are only disabled, to log what is written.
-        // Else it is another driver's choice.
+        // Sent again while rings run, as for each pair of a NIC, or while they are only disabled, to switch the log.
+        // Otherwise it is another driver's choice.
         let in_service = self.rings.iter().any(|ring| ring.runs() || toggled && ring.kick.is_some());
         if self.features != Some(features) || !in_service {
             self.stop_all(End::Drained)?;
@@ -323,8 +323,8 @@ impl<'a> Backend<'a> {
         Ok(())
     }
 
-    /// Ends everything of the frontend's, without waiting for what can be cancelled. Returns whether nothing is in flight any
-    /// more; if there is, it is to be called again before the backend is dropped.
+    /// Ends all work of the frontend, without waiting for requests that can be cancelled. Returns whether nothing is
+    /// in flight any more; if something is, call it again before the backend is dropped.
     pub(crate) fn end(&mut self, deadline: Instant) -> bool {
         let indices: Vec<u16> = (0..self.rings.len() as u16).collect();
         self.device.stop(&indices, End::Suspended).wait_until(deadline).is_ok()

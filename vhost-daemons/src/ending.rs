@@ -1,5 +1,5 @@
-//! The end of a daemon, which comes in time: sessions are ended, devices flushed, all of them at once, and what does not come to
-//! an end is given up, with a line that says what may be lost.
+//! The end of a daemon, within its time: sessions are ended, devices flushed, all of them at once. A part that does
+//! not end is given up, with a line that says what may be lost.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};

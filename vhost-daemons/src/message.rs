@@ -1,8 +1,8 @@
-//! Messages on a stream socket (vhost-user specification, "Message specification"): whole ones, with their descriptors, within
-//! a time.
+//! Messages on a stream socket (vhost-user specification, "Message specification"): whole ones, with their
+//! descriptors, within a time limit.
 //!
-//! A peer may stay silent between two messages for as long as it likes, but not within one. Payloads may be longer than what
-//! their kind needs; the rest is ignored.
+//! A peer may stay silent between two messages for as long as it likes, but not within one. Payloads may be longer
+//! than their kind needs; the rest is ignored.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::{MaybeUninit, size_of};

@@ -1,6 +1,6 @@
-//! A client that cuts its memory file short, where it could not be sealed, must not end the daemon: touching what is gone
-//! raises SIGBUS. The handler then puts empty memory in place of the whole mapping and raises the alarm of its session, which
-//! drops the connection.
+//! A client that truncates its memory file, where it could not be sealed, must not end the daemon: an access to the
+//! missing part raises SIGBUS. The handler then puts empty memory in place of the whole mapping and raises the alarm
+//! of its session, which drops the connection.
 #![allow(unsafe_code, reason = "signal handlers and mappings at fixed places")]
 
 use std::io;
@@ -155,9 +155,9 @@ fn install() -> Result<(), i32> {
 extern "C" fn on_sigbus(_signal: i32, info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
     // SAFETY: the kernel passes a valid structure.
     let code = unsafe { (*info).si_code };
-    // BUS_ADRERR is a page that is not there, as of a file that was cut short. A memory error of the hardware (BUS_MCEERR_AR,
-    // BUS_MCEERR_AO) is not the client's doing: what was lost there must not come back as zeroes. A signal that another process
-    // sends has no address at all.
+    // BUS_ADRERR is a page that is not there, as of a truncated file. A memory error of the hardware (BUS_MCEERR_AR,
+    // BUS_MCEERR_AO) is not the client's doing: the lost data must not come back as zeroes. A signal that another
+    // process sends has no address at all.
     let found = if code == libc::BUS_ADRERR {
         // SAFETY: with this code the kernel fills in the address.
         TABLE.find(unsafe { (*info).si_addr() } as usize)

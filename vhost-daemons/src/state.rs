@@ -1,8 +1,9 @@
-//! The state of a device on its way over a descriptor of the frontend's, a pipe or a socket (vhost-user specification,
-//! "Migrating back-end state").
+//! The state of a device on its way over a descriptor of the frontend's, a pipe or a socket (vhost-user
+//! specification, "Migrating back-end state").
 //!
-//! A thread of its own reads or writes, so that neither side waits for the other while it should answer messages; it ends
-//! with the pipe, with its time, or with the session. How it went is asked for by CHECK_DEVICE_STATE.
+//! A thread of its own reads or writes, so that neither side waits for the other while it has messages to answer. The
+//! thread ends with the pipe, with its time, or with the session. The frontend asks for the result by
+//! CHECK_DEVICE_STATE.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -125,8 +125,8 @@ impl Vring {
     }
 }
 
-/// Whether a queue can go on from `base`: what it took it gave back, or still has, and what it did not take is in the ring.
-/// DPDK's driver forgets where it was when it connects again.
+/// Whether a queue can continue from `base`: each chain before it was given back or is still held, and each chain
+/// after it is in the ring. DPDK's driver forgets its position when it connects again.
 fn is_plausible(base: u16, used: u16, avail: u16, size: u16) -> bool {
     base.wrapping_sub(used) <= size && avail.wrapping_sub(base) <= size
 }

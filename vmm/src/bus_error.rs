@@ -1,6 +1,6 @@
-//! Memory that can't be touched: a huge page that a daemon has given back and the host no longer has, a memory error of the
-//! hardware. The thread that touches it gets SIGBUS and can't go on, but the machine ends in order: the other devices are stopped
-//! and flushed, and the process exits as for any failure of the host.
+//! Memory that can't be accessed: a huge page that a daemon has given back and the host no longer has, or a memory
+//! error of the hardware. The thread that accesses it gets SIGBUS and can't continue, but the machine ends in order:
+//! the other devices are stopped and flushed, and the process exits as for any failure of the host.
 #![allow(unsafe_code, reason = "signal handlers have no safe wrapper that tells the address")]
 
 use std::io;

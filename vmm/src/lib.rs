@@ -1,7 +1,7 @@
 //! RingVM: an event-driven virtual machine monitor for Linux/KVM.
 //!
-//! vCPU threads run the guest and hand its exits to the [`bus`]; what a virtqueue asks for is served by the I/O threads of
-//! `ringvm_backends`, which a doorbell reaches without leaving the kernel. This crate is the machine around that.
+//! vCPU threads run the guest and hand its exits to the [`bus`]. The I/O threads of `ringvm_backends` serve its
+//! virtqueues; a doorbell reaches them without leaving the kernel. This crate is the machine around that.
 
 pub mod advice;
 pub mod arch;

@@ -47,7 +47,7 @@ pub struct Operator {
 }
 
 impl Operator {
-    /// Starts the thread, which ends with the last holder of its wishes.
+    /// Starts the thread, which ends when the last holder of its wishes is gone.
     ///
     /// # Errors
     /// When the host has no thread left.

@@ -14,14 +14,14 @@ pub struct MsiMessage {
     pub data: u32,
 }
 
-/// The way of one MSI-X vector into the guest.
+/// The route of one MSI-X vector into the guest.
 ///
-/// While no message is set the way is closed, and what was signalled stays in the event: that is the vector's pending bit.
+/// While no message is set the route is closed, and signals stay in the event: that is the vector's pending bit.
 pub trait MsiRoute: Send {
     /// The event that the device signals. The same event for as long as the route lives.
     fn event(&self) -> Arc<EventFd>;
 
-    /// Opens the way with `message`, delivering what is pending, or closes it with `None`.
+    /// Opens the route with `message`, delivering a pending signal, or closes it with `None`.
     ///
     /// # Errors
     /// When the hypervisor refuses the route; it is closed then.

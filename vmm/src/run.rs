@@ -1,6 +1,6 @@
 //! `ringvm run`: the life of the process, from a configuration to an exit code.
 //!
-//! Everything that can be wrong is looked for in the order of what it costs, before the guest starts.
+//! All checks run before the guest starts, the cheapest first.
 
 use std::fs::File;
 use std::io;

@@ -185,8 +185,8 @@ impl BlockDevice {
         Ok(writeback)
     }
 
-    /// Brings the cache mode in line with what was negotiated (section 5.2.5.2): write-through for a driver that can't
-    /// flush, else as the driver last said, else write-back.
+    /// Brings the cache mode in line with the negotiated features (section 5.2.5.2): write-through for a driver that
+    /// can't flush, else the driver's last choice, else write-back.
     fn update_cache_mode(&self) {
         let chosen = !self.has(VIRTIO_BLK_F_CONFIG_WCE) || self.config[WRITEBACK] != 0;
         self.writeback.store(self.has(VIRTIO_BLK_F_FLUSH) && chosen, Ordering::Relaxed);

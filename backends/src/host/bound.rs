@@ -61,10 +61,11 @@ impl<'a> Claim<'a> {
         }
     }
 
-    /// Binds a socket to the path with the rights of `mode` for others to connect, whatever the umask is, and never with more.
+    /// Binds a socket to the path with the access mode `mode`, whatever the umask is. The socket never allows more
+    /// than that.
     ///
     /// # Errors
-    /// `AddrInUse` if something is there; else what the host says.
+    /// `AddrInUse` if the path exists; else the host's error.
     pub fn bind(&self, socket: impl AsFd, mode: u32) -> io::Result<BoundPath> {
         let mode = Mode::from_raw_mode(mode);
         // The file gets the mode that the socket has when it is bound, less the umask.

@@ -44,10 +44,10 @@ impl ForeignPipe {
         }
     }
 
-    /// Reads what there is.
+    /// Reads the available bytes.
     ///
     /// # Errors
-    /// `WouldBlock` if there is nothing, or what the host says.
+    /// `WouldBlock` if there are none, or the host's error.
     pub fn read(&self, room: &mut [u8]) -> io::Result<usize> {
         match &self.0 {
             Kind::Own(pipe) => (&*pipe).read(room),
@@ -60,7 +60,7 @@ impl ForeignPipe {
     /// Writes as much as there is room for.
     ///
     /// # Errors
-    /// `WouldBlock` if there is none, or what the host says.
+    /// `WouldBlock` if there is no room, or the host's error.
     pub fn write(&self, bytes: &[u8]) -> io::Result<usize> {
         match &self.0 {
             Kind::Own(pipe) => (&*pipe).write(bytes),

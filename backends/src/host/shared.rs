@@ -74,14 +74,14 @@ impl SharedFile {
     /// Checks that `len` bytes at `offset` are in the file.
     ///
     /// # Errors
-    /// When they are not, or there are none.
+    /// When they are not, or `len` is zero.
     pub fn check(&self, offset: u64, len: u64) -> io::Result<()> {
         let end = offset.checked_add(len).filter(|&end| len > 0 && end <= self.len);
         end.map(drop)
             .ok_or_else(|| invalid(format!("a part of {len} bytes at {offset} is not in a file of {}", self.len)))
     }
 
-    /// Maps `len` bytes at `offset`, and whatever else is in their pages.
+    /// Maps `len` bytes at `offset`, and the rest of their pages.
     ///
     /// # Errors
     /// When these are not all there, or the kernel refuses.
@@ -97,7 +97,7 @@ impl SharedFile {
             rustix::mm::mmap(std::ptr::null_mut(), mapped, protection, flags, self.file.as_fd(), offset - within)?
         };
         let mapping = Mapping { start: start.cast(), mapped, at: within as usize };
-        // Memory of a guest is not for core dumps of this process.
+        // Keep a guest's memory out of this process's core dumps.
         // SAFETY: it is mapped like this, and its contents stay what they are.
         unsafe { rustix::mm::madvise(start, mapped, Advice::LinuxDontDump)? };
         Ok(mapping)

@@ -17,8 +17,8 @@ pub struct Io<'a> {
     token: Token,
 }
 
-/// Every operation goes on after the call that pushes it, so each asks its caller for the same: the descriptor stays open until
-/// the request is resumed or abandoned.
+/// Every operation outlasts the call that pushes it, so each asks its caller for the same: the descriptor stays open
+/// until the request is resumed or abandoned.
 impl<'a> Io<'a> {
     pub(crate) fn new(ring: &'a mut Ring, token: Token) -> Self {
         Self { ring: Some(ring), token }
@@ -47,7 +47,7 @@ impl<'a> Io<'a> {
         unsafe { ring.read(self.token, fd, data.next_pieces(), offset) }
     }
 
-    /// Reads what comes next from what has no offset, and waits for it.
+    /// Reads the next bytes of a file without offsets, such as a tap, and waits for them.
     ///
     /// # Safety
     /// As for [`Self::read`].
@@ -57,7 +57,7 @@ impl<'a> Io<'a> {
         unsafe { ring.read(self.token, fd, data.pieces(), u64::MAX) }
     }
 
-    /// Reads what is there now, from what has no offset: EAGAIN if there is nothing.
+    /// Reads the bytes that are there now, from a file without offsets: EAGAIN if there are none.
     ///
     /// # Safety
     /// As for [`Self::read`].

@@ -59,8 +59,8 @@ pub struct ReactorOptions {
     pub affinity: Vec<usize>,
     /// Longest time to poll before parking. Zero: never poll.
     pub poll: Duration,
-    /// Most bytes of guest memory that the kernel holds for I/O, all of which is allocated and locked by that (registered
-    /// buffers). Zero: none. The bound is that of all threads together.
+    /// Most bytes of guest memory that the kernel holds for I/O (registered buffers), all of which is allocated and
+    /// locked. Zero: none. The bound covers all threads together.
     pub hold_memory: u64,
     /// Told when a thread dies by a bug of ours: its queues are never served again.
     pub on_panic: OnPanic,
@@ -123,7 +123,7 @@ impl ReactorPool {
     /// Starts the threads, each with its ring, and returns when all are ready.
     ///
     /// # Errors
-    /// When a thread, its runtime or its ring can't be had, or an affinity names a CPU that may not be used.
+    /// When the host refuses a thread, its runtime or its ring, or an affinity names a CPU that may not be used.
     pub fn new(options: &ReactorOptions) -> io::Result<Self> {
         let budget = (options.hold_memory > 0).then(|| Arc::new(Budget::new(options.hold_memory)));
         let reactors = (0..options.count.max(1)).map(|index| Reactor::start(index, options, budget.clone()));

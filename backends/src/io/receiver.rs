@@ -34,8 +34,8 @@ pub trait Source {
         26
     }
 
-    /// Whether frames may come now. While not, reads find nothing or fail with EBADFD, and a kick of the queue says when they
-    /// may again.
+    /// Whether frames may come now. While they may not, reads find nothing or fail with EBADFD, and a kick of the
+    /// queue tells when they may again.
     fn enabled(&self) -> bool {
         true
     }
@@ -227,8 +227,9 @@ impl<S: Source> Stock<S> {
             if self.source.merges() || into.writable.len() >= self.source.least_room() {
                 return true;
             }
-            // Held, it would be the first to be read into for ever, and each frame that came alone would be lost in it.
-            // Drivers take an empty buffer for a frame too short (5.1.6.3.1 asks for far more room than this).
+            // If it were held, it would be the first to be read into for ever, and each frame that came alone would
+            // be lost in it. Drivers take an empty buffer for a frame that is too short (5.1.6.3.1 asks for far more
+            // room than this).
             self.service.queue.complete(into.head, 0);
             self.service.stats.bad_chains += 1;
         }

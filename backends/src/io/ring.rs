@@ -27,8 +27,9 @@ use crate::virtqueue::buffers::{MAX_BYTES, MAX_PIECES};
 /// Submission entries of a ring. More than that wait in a queue of ours, which only costs speed.
 const ENTRIES: u32 = 1024;
 
-/// Most kernel threads of a kind (for files and block devices, for all else) that do for an I/O thread what would make it wait.
-/// They are how many operations are under way at once on file systems that know no other way, such as NFS.
+/// Most kernel threads of a kind (one kind for files and block devices, one for all else) that take over operations
+/// which would block an I/O thread. They bound the operations in progress at once on file systems that always block,
+/// such as NFS.
 const MAX_WORKERS: u32 = 64;
 
 /// Whose completion it is.
@@ -144,8 +145,9 @@ impl Ring {
         }
     }
 
-    /// Has the kernel keep a file open for as long as the ring exists, which is until nothing is in flight in it, whatever becomes
-    /// of the process. The descriptor may be closed afterwards. Returns whether the kernel can.
+    /// Has the kernel keep a file open for as long as the ring exists, which is until nothing is in flight in it,
+    /// even after the process has ended. The descriptor may be closed afterwards. Returns whether the kernel can do
+    /// it.
     pub fn keep(&mut self, fd: BorrowedFd<'_>) -> bool {
         self.register(fd.as_raw_fd()).is_some()
     }
@@ -182,8 +184,9 @@ impl Ring {
         }
     }
 
-    /// Has the kernel hold guest memory for operations to come, which saves it the pages' look-up each time. All of it is
-    /// allocated and locked by that, at [`Self::hold_more`]. [`Self::release_memory`] must be called before it is unmapped.
+    /// Has the kernel hold guest memory for operations to come, which saves them the look-up of its pages.
+    /// [`Self::hold_more`] allocates and locks all of it. [`Self::release_memory`] must be called before it is
+    /// unmapped.
     pub fn hold_memory(&mut self, memory: &GuestMemory) {
         self.memory.hold(memory);
     }
@@ -194,11 +197,12 @@ impl Ring {
         self.memory.is_wanting()
     }
 
-    /// Has the kernel hold the next piece of what is to be held, which may take it milliseconds. Returns whether there was one.
+    /// Has the kernel hold the next piece of the memory that is to be held, which may take it milliseconds. Returns
+    /// whether there was one.
     ///
     /// # Errors
-    /// When the kernel can't (before 5.19), or may lock no more memory, or has this from a file that it locks nothing of, or the
-    /// budget is spent. It is used like any other then, and not tried again.
+    /// When the kernel can't (before 5.19), may lock no more memory, does not lock memory of this kind of file, or
+    /// when the budget is spent. The memory is then used like any other, and not tried again.
     pub fn hold_more(&mut self) -> io::Result<bool> {
         self.memory.hold_more(&self.ring.submitter())
     }
@@ -228,7 +232,8 @@ impl Ring {
         self.push(token, entry.flags(flags));
     }
 
-    /// Reads from what has no offset into the pieces, at most [`MAX_PIECES`] of them, or completes with EAGAIN at once.
+    /// Reads from a file without offsets into the pieces, at most [`MAX_PIECES`] of them, or completes with EAGAIN at
+    /// once.
     ///
     /// # Safety
     /// As for [`Self::read`].

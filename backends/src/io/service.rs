@@ -7,9 +7,9 @@ use crate::virtqueue::interrupt::Interrupt;
 use crate::virtqueue::split::Queue;
 use crate::virtqueue::{End, RingError, Suspended};
 
-/// Most chains taken in one turn, unless a device knows better. A batch shares its system call, its publication and its
-/// interrupt; a bounded one lets the driver go on with what is done while the next is under way, and a driver that refills
-/// faster than its queue is drained can't keep the thread from other queues.
+/// Most chains taken in one turn, unless a device sets its own bound. A batch shares its system call, its publication
+/// and its interrupt. A bounded batch lets the driver continue with finished requests while the next batch is in
+/// flight. And a driver that refills faster than its queue is drained can't keep the thread from other queues.
 pub(crate) const BATCH: usize = 16;
 
 #[derive(Debug, PartialEq, Eq)]

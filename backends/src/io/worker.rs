@@ -23,8 +23,8 @@ pub trait Handler {
     /// Names of the kinds of request, for statistics; [`Outcome::op`] is an index into it.
     const OPS: &'static [&'static str];
 
-    /// Most chains taken in one turn. More suits operations that end at once, where the system call is what a batch shares;
-    /// fewer lets the driver go on with what is done while the next are under way.
+    /// Most chains taken in one turn. A larger batch suits operations that end at once, because they share the system
+    /// call; a smaller one lets the driver continue with finished requests while the next are in flight.
     const BATCH: usize = BATCH;
 
     /// Whether requests may wait for another side, such as room at a port.
@@ -169,8 +169,8 @@ impl<H: Handler> Worker<H> {
         self.free.push(index);
     }
 
-    /// An operation of a suspended queue has ended. If that ends the request it is answered; for a further step it would need
-    /// there is no time, however many were to come.
+    /// An operation of a suspended queue has ended. If that ends the request, the request is answered. If the request needs
+    /// another step, it is left to the next server instead.
     #[cold]
     fn completed_last(&mut self, index: u32, result: i32, now: Instant) {
         if matches!(-result, libc::ECANCELED | libc::EINTR) {

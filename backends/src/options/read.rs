@@ -7,10 +7,10 @@ use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, Visitor};
 
 use super::Options;
 
-/// Reads options and makes of them what `finish` does. Its error belongs to the place in the input where the options stand.
+/// Reads options and passes them to `finish`. An error of `finish` is reported at the options' place in the input.
 ///
 /// # Errors
-/// For an option that is unknown, given twice, missing or malformed, and what `finish` refuses.
+/// For an option that is unknown, given twice, missing or malformed, and when `finish` refuses.
 pub fn deserialize<'de, T, U, D>(deserializer: D, finish: fn(T) -> Result<U, String>) -> Result<U, D::Error>
 where
     T: Options,

@@ -20,8 +20,9 @@ use crate::virtqueue::GuestMemory;
 /// Most pieces of one vector that the kernel takes (IOV_MAX).
 pub const MAX_PIECES: usize = 1024;
 
-/// Most bytes of one operation. A read that finds all of them in the page cache copies them within the system call, which so
-/// many delay by some tenths of a millisecond; storage needs no more at a time, and a request of a megabyte is still one operation.
+/// Most bytes of one operation. A read that finds all of them in the page cache copies them within the system call,
+/// and this many delay the call by some tenths of a millisecond. Storage needs no more at a time, and a request of a
+/// megabyte is still one operation.
 pub const MAX_BYTES: u64 = 2 << 20;
 
 /// Pieces that a list keeps room for from one request to the next: as many as there are in requests of a queue of the usual size.

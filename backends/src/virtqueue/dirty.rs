@@ -22,8 +22,8 @@ use crate::virtqueue::interrupt::Interrupt;
 /// Bytes of guest memory that a bit stands for, whatever the host's pages are.
 pub const LOG_PAGE: u64 = 4096;
 
-/// Most bytes that any device writes to the front of a chain. Behind them only the last byte is written, a status. A driver may
-/// offer terabytes, by naming the same memory again and again, and each chain would take seconds to mark.
+/// Most bytes that any device writes to the front of a chain. After them only the last byte is written, a status. A
+/// driver may offer terabytes, by naming the same memory again and again, and each chain would take seconds to mark.
 pub(crate) const MOST_WRITTEN: u64 = 1 << 30;
 
 /// Ranges that are kept room for from one chain to the next.

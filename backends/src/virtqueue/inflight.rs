@@ -79,8 +79,8 @@ impl InflightArea {
         Ok(area)
     }
 
-    /// The same with a file that its owner may be able to cut short: touching a table that is gone raises SIGBUS, for which the
-    /// caller is prepared over all of [`Self::extent`].
+    /// The same with a file that its owner may be able to truncate: an access to a missing table raises SIGBUS, for
+    /// which the caller is prepared over all of [`Self::extent`].
     ///
     /// # Errors
     /// When it is too small for so many queues of that size, or can't be mapped.
@@ -182,7 +182,7 @@ pub struct InflightFile {
 }
 
 impl InflightFile {
-    /// Looks at the file.
+    /// Checks the file.
     ///
     /// # Errors
     /// When it is no shared memory, or too small for so many queues of that size.

@@ -53,8 +53,8 @@ pub struct QueueState {
 pub struct Suspended {
     /// Where it stands.
     pub state: QueueState,
-    /// Heads of the chains before `next_avail` that were taken and not given back. Nothing of them is under way any more; what
-    /// they ask for was done in part, in whole or not at all.
+    /// Heads of the chains before `next_avail` that were taken and not given back. No operation of theirs is in
+    /// progress any more; their requests were carried out in part, in whole or not at all.
     pub left: Vec<u16>,
 }
 

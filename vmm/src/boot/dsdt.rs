@@ -1,5 +1,5 @@
-//! The DSDT: what ACPI knows of the machine beyond fixed tables. PCI root (PCI Firmware 3.3, chapter 4), serial port, CPUs,
-//! the S5 sleep state.
+//! The DSDT: the parts of the machine that ACPI does not describe in fixed tables. PCI root (PCI Firmware 3.3,
+//! chapter 4), serial port, CPUs, the S5 sleep state.
 
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Arg, CreateDWordField, Device, EISAName, Else, Equal, IO, If, Interrupt,

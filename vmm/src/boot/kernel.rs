@@ -1,6 +1,6 @@
-//! Kernel images: what kind they are, and loading them.
+//! Kernel images: detecting their kind, and loading them.
 //!
-//! Files are opened and looked at before anything of the machine exists, so that a wrong path costs nothing.
+//! Files are opened and examined before any part of the machine exists, so that a wrong path costs nothing.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -76,7 +76,7 @@ pub(super) struct Loaded {
 }
 
 impl Kernel {
-    /// Opens `path` and looks at what it is.
+    /// Opens `path` and detects its kind.
     ///
     /// # Errors
     /// When it can't be read, is no kernel, or does not know the protocol `wanted`.

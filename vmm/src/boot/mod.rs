@@ -123,7 +123,7 @@ pub struct BootSource<'a> {
     pub cmdline: &'a str,
 }
 
-/// Loads everything into guest memory and says where the boot vCPU starts.
+/// Loads everything into guest memory and returns where the boot vCPU starts.
 ///
 /// # Errors
 /// When something does not fit.

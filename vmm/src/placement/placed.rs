@@ -1,8 +1,8 @@
 //! A device that changes its place while the guest uses it: served on I/O threads of this process, or in a daemon.
 //!
-//! Both places are a [`Device`] over the same open image or port. A move stops each queue where it is, carries the device's state
-//! over, and starts each queue at the same position in the other place, which first serves what was in flight and could be
-//! cancelled. Doorbells and interrupts stay what they are.
+//! Both places are a [`Device`] over the same open image or port. A move stops each queue, carries the device's state
+//! over, and starts each queue at the same position in the other place, which first serves the requests that were in
+//! flight and could be cancelled. Doorbells and interrupts stay the same.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -214,10 +214,10 @@ impl Mover {
         self.0.lock().place
     }
 
-    /// Moves the device to the place where it is not.
+    /// Moves the device to its other place.
     ///
     /// # Errors
-    /// When it can't be served there. It goes on where it is.
+    /// When it can't be served there. It stays in its place then.
     pub fn toggle(&self) -> Result<Moved, PlaceError> {
         let _moving = self.moving();
         let place = match self.place() {
@@ -227,10 +227,10 @@ impl Mover {
         self.go_to(place)
     }
 
-    /// Moves the device to a place, unless it is there.
+    /// Moves the device to a place, unless it is there already.
     ///
     /// # Errors
-    /// When it can't be served there. It goes on where it is.
+    /// When it can't be served there. It stays in its place then.
     pub fn move_to(&self, place: Place) -> Result<Option<Moved>, PlaceError> {
         let _moving = self.moving();
         if self.place() == place { Ok(None) } else { self.go_to(place).map(Some) }

@@ -28,8 +28,8 @@ use super::peer::Peer;
 use super::sentinel::timespec;
 use super::shared::{Breaker, Shared};
 
-/// Pause before another attempt to connect: doubled from the first to the last. The shorter limit is for daemons that came up
-/// and were lost soon.
+/// Back-off between attempts to connect: doubled from the first to the last. The shorter limit is for daemons that
+/// came up and were soon lost.
 const FIRST_PAUSE: Duration = Duration::from_millis(2);
 const LAST_SHORT_PAUSE: Duration = Duration::from_millis(100);
 const LAST_PAUSE: Duration = Duration::from_secs(1);

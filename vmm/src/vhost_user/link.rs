@@ -96,8 +96,8 @@ pub(super) struct Link {
 }
 
 impl Link {
-    /// Greets the other side, and hears what it can. `counted` is whether it is asked for the number of its queues: of a NIC it
-    /// is the number of pairs, and the crate would refuse the others.
+    /// Greets the daemon, and learns its abilities. With `counted` it is asked for the number of its queues: of a NIC
+    /// that is the number of pairs, and the crate would refuse the others.
     pub(super) fn open(socket: UnixStream, counted: bool) -> Result<(Self, About), LinkError> {
         let patience = Patience::new(socket.as_fd()).context("limiting waits")?;
         patience.limit(Some(PATIENCE));
@@ -287,8 +287,8 @@ impl Link {
         Ok(())
     }
 
-    /// Has rings ended, all together, and hears where each stands. Where the daemon knows how, that is at once, with what is in
-    /// flight left in the table; else with nothing in flight.
+    /// Ends rings, all together, and returns the position of each. If the daemon supports it they end at once, with
+    /// requests in flight left in the table; else with nothing in flight.
     pub(super) fn stop(&mut self, indices: &[u16]) -> Result<Vec<u16>, LinkError> {
         let (request, what) = match self.suspends() {
             true => (GET_VRING_BASE_SKIP_DRAIN, "GET_VRING_BASE_SKIP_DRAIN"),
@@ -353,8 +353,8 @@ impl Link {
     }
 }
 
-/// A message that the crate has no name for. Nothing else is under way on the socket: whatever the crate sends has its answer
-/// before it returns.
+/// A message that the crate has no name for. No other message is unanswered on the socket: the crate waits for each
+/// answer before it returns.
 fn message(request: u32, body: &[u8]) -> Vec<u8> {
     let header = [request, VERSION, body.len() as u32];
     header.map(u32::to_ne_bytes).as_flattened().iter().chain(body).copied().collect()

@@ -54,8 +54,8 @@ const GREETING: Duration = Duration::from_secs(10);
 const ANSWER: Duration = Duration::from_secs(2);
 /// Longest wait for all rings of a daemon that can stop only with nothing in flight.
 const DRAIN: Duration = Duration::from_secs(10);
-/// Longest wait for what a dead daemon has in flight in the kernel, where rings are suspended. A reset waits for as long as it
-/// takes: the guest uses its memory for something else then.
+/// Longest wait for a dead daemon's requests in flight in the kernel, when rings are suspended. A reset waits for as
+/// long as they take: the guest uses its memory for something else then.
 const AFTERLIFE: Duration = Duration::from_millis(500);
 /// Longest wait for a state that goes to a daemon or comes from it.
 const TRANSFER: Duration = Duration::from_secs(10);
@@ -234,8 +234,8 @@ impl VhostUserDevice {
     }
 }
 
-/// Waits for an answer of the keeper. After so long the connection is ended, and with it whatever the keeper waits for. `None` if there
-/// is no answer even then.
+/// Waits for an answer of the keeper. After `limit` it ends the connection, and with it the keeper's own wait. `None`
+/// if there is no answer even then.
 fn await_answer<T>(shared: &Shared, answer: &Receiver<T>, limit: Duration) -> Option<T> {
     match answer.recv_timeout(limit) {
         Err(RecvTimeoutError::Timeout) => {

@@ -1,5 +1,6 @@
-//! The state of a device on its way to a daemon or from it, over a pipe of ours (vhost-user specification, "Migrating back-end
-//! state"). The daemon may be anybody's: it is waited for within a limit, and no more than a state is read.
+//! The state of a device on its way to a daemon or from it, over a pipe of ours (vhost-user specification, "Migrating
+//! back-end state"). The daemon is not trusted: every wait for it has a limit, and no more than the size of a state
+//! is read.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};

@@ -363,8 +363,8 @@ impl Transport {
         self.owner.read_config(offset as u32, data);
     }
 
-    /// Writes the device configuration space. A driver that reads it back finds what it wrote, unless the device refuses it or takes
-    /// long.
+    /// Writes the device configuration space. A driver that reads it back finds its own value, unless the device
+    /// refuses it or takes long.
     pub(super) fn write_device(&mut self, offset: u64, data: &[u8]) {
         self.owner.write_config(offset as u32, data);
         self.owner.wait(self.patience);

@@ -111,7 +111,7 @@ pub trait Storage {
     /// Makes everything durable and waits for it, e.g. before the process ends.
     ///
     /// # Errors
-    /// What the host says.
+    /// The host's error.
     fn sync(&self) -> io::Result<()> {
         Ok(())
     }

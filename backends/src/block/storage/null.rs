@@ -1,5 +1,5 @@
-//! Storage that keeps nothing: every request succeeds at once and reads leave the guest's buffer as it is. For measuring
-//! what everything above costs.
+//! Storage that keeps nothing: every request succeeds at once and reads leave the guest's buffer unchanged. For
+//! measuring the cost of the layers above.
 
 use std::io;
 

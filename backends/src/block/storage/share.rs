@@ -92,11 +92,11 @@ impl Clone for Part {
 }
 
 impl Part {
-    /// Takes what is wanted, for the request in `slot`. If it can't be had, the request waits: [`Self::next_woken`] names it when
-    /// it was given what it wants.
+    /// Takes the wanted resource, for the request in `slot`. If it can't be had now, the request waits:
+    /// [`Self::next_woken`] names the request once it was given the resource.
     ///
     /// # Errors
-    /// When the host has no descriptor for the first that waits.
+    /// When the host has no descriptor for the first request that waits.
     pub(super) fn take(&mut self, want: Want, slot: u32) -> io::Result<Option<Wait>> {
         let mut share = lock(&self.share);
         if share.try_take(want) {

@@ -1,9 +1,9 @@
 //! Writes to the page cache that are done on the spot, by the I/O thread itself.
 //!
-//! Many file systems can't say beforehand whether a buffered write would have to wait, so io_uring hands each to a worker of
-//! the kernel: several times the cost of the write. Nearly all of them only copy. One that does wait, for a page to be read or
-//! because too many are dirty, holds up every queue of its thread; so after one that took long the next ones go through the
-//! ring, more of them each time.
+//! Many file systems can't tell beforehand whether a buffered write would have to wait, so io_uring hands each one to
+//! a worker of the kernel, at several times the cost of the write. Nearly all of them only copy. A write that does
+//! wait, for a page to be read or because too many are dirty, holds up every queue of its thread. So after a slow one
+//! the next writes go through the ring, more of them each time.
 
 use std::time::Duration;
 

@@ -1,7 +1,8 @@
-//! For how long an I/O thread polls before it parks.
+//! How long an I/O thread polls before it parks.
 //!
-//! Polling follows what halt polling of a hypervisor does: the window grows when work came soon after the last was done and
-//! shrinks when it did not, so an idle queue costs nothing and a busy one no kicks, wake-ups or context switches.
+//! Polling works like halt polling of a hypervisor: the window grows when work came soon after the last was done and
+//! shrinks when it did not, so an idle queue costs nothing and a busy one causes no kicks, wake-ups or context
+//! switches.
 
 use std::time::Duration;
 

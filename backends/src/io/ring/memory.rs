@@ -1,6 +1,6 @@
-//! Guest memory that the kernel holds for a ring (registered buffers): operations with it need not look its pages up and
-//! lock them, each for itself. All of it is allocated and locked by that, so it is for memory that was allocated anyway, and
-//! never more than what the rings of a process may hold together ([`Budget`]).
+//! Guest memory that the kernel holds for a ring (registered buffers): operations on it need not look up and lock its
+//! pages one by one. All of it is allocated and locked, so this is for memory that was allocated anyway, and never
+//! for more than the rings of a process may hold together ([`Budget`]).
 //!
 //! A gibibyte takes the kernel some 30 ms, in pages of 4 KiB, so it is held piece by piece while requests are served.
 

@@ -64,8 +64,8 @@ impl Link {
         Ok(port)
     }
 
-    /// The side of the link at `path` that another process has taken, which has lent its sockets: of each pair what is read and
-    /// then what is written.
+    /// The side of the link at `path` that another process has taken, over the sockets that it has lent: for each
+    /// pair the one to read from, then the one to write to.
     ///
     /// # Errors
     /// When one is not open, taken already or no socket.

@@ -122,10 +122,10 @@ pub trait Port: Send + Sync {
         Ok(())
     }
 
-    /// Brings only what passes the filter, as far as the port can.
+    /// Brings only frames that pass the filter, as far as the port can filter.
     ///
     /// # Errors
-    /// `Unsupported` where it can't: more is brought then.
+    /// `Unsupported` where it can't: it brings more then.
     fn set_filter(&self, _filter: &Filter) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
     }

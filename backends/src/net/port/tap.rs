@@ -83,12 +83,12 @@ pub struct Tap {
 }
 
 impl Tap {
-    /// Opens the tap `name` with `pairs` queues, creating it if there is none, and sets it up; or the macvtap behind a device
-    /// file if `name` is a path. With `mtu`, that of the interface is set.
+    /// Opens the tap `name` with `pairs` queues, creating it if there is none, and sets it up; or the macvtap of a
+    /// device file if `name` is a path. With `mtu`, sets that of the interface.
     ///
     /// # Errors
-    /// When the name is none, the host has no tun driver, or the rights are missing; when the interface is no tap, has other
-    /// flags, is in use or does not take the MTU.
+    /// When the name is invalid, the host has no tun driver, or the rights are missing; when the interface is no tap,
+    /// has other flags, is in use or does not take the MTU.
     pub fn open(name: &str, pairs: usize, mtu: Option<u16>) -> Result<Self, TapError> {
         let error = |what, source: io::Error, hint| TapError { name: name.to_owned(), what, source, hint };
         let files = if name.starts_with('/') {
