@@ -25,7 +25,7 @@ const GUEST_OFFLOADS: u64 = 1 << VIRTIO_NET_F_GUEST_CSUM
     | 1 << VIRTIO_NET_F_GUEST_USO4
     | 1 << VIRTIO_NET_F_GUEST_USO6;
 
-/// A NIC's state: sound fields for the most part, and then what went wrong with it on its way.
+/// A NIC's state: valid fields for the most part, and then the damage done to it on its way.
 #[derive(Clone, Debug, TypeGenerator)]
 struct NicState {
     mac: [u8; 6],
@@ -83,7 +83,8 @@ fn pool() -> ReactorPool {
     ReactorPool::new(&ReactorOptions { count: 1, ..ReactorOptions::default() }).unwrap()
 }
 
-/// Loads what may be anything into a device that serves a driver with these features. It becomes the state or changes nothing.
+/// Loads arbitrary bytes into a device that serves a driver with these features. They become its state or change
+/// nothing.
 fn load(device: &Mutex<impl Device>, features: u64, state: &[u8]) {
     let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
     device.reset();
@@ -97,7 +98,7 @@ fn load(device: &Mutex<impl Device>, features: u64, state: &[u8]) {
         Err(DeviceError::State { .. }) => assert_eq!(device.save_state().unwrap(), before),
         Err(other) => panic!("{other}"),
     }
-    // Before a driver has come it is only known whether it could be taken over.
+    // Before a driver has come, loading only tests whether the state could be taken over.
     device.reset();
     let _ = device.load_state(state);
     device.reset();
@@ -112,7 +113,7 @@ fn fuzz_nic_state() {
     let nic = Mutex::new(nic);
     bolero::check!().with_type::<(NicState, u64, bool, Vec<u8>)>().for_each(|(state, refused, sound, raw)| {
         let features = if *sound { offered } else { offered & refused };
-        // Mostly what can be accepted together.
+        // Mostly features that can be accepted together.
         let features = if features & 0xff == 0 { offered & !(1 << (refused % 64)) } else { features };
         let state = if raw.len() == 64 { raw.clone() } else { state.bytes() };
         load(&nic, features, &state);

@@ -28,7 +28,7 @@ const LEN: u64 = 0x1_0000;
 const RING_SPACE: u64 = 0x1000;
 const RING_SIZE: u32 = 16;
 
-/// What comes with a message.
+/// The descriptors that come with a message.
 #[derive(Clone, Copy, Debug, TypeGenerator)]
 enum Descriptor {
     /// The memory of the guest, the same each time.
@@ -42,9 +42,9 @@ enum Descriptor {
         full: bool,
         blocking: bool,
     },
-    /// With something to read in it and nobody who writes.
+    /// With something to read in it and no writer.
     Pipe(u8),
-    /// Somebody reads what is written.
+    /// A reader takes the bytes written to it.
     Into,
     Socket,
     Datagrams,
@@ -56,14 +56,14 @@ enum Descriptor {
 /// A message, or several that belong together.
 #[derive(Clone, Debug, TypeGenerator)]
 enum Said {
-    /// What a frontend does that is no enemy: everything up to a ring that runs.
+    /// The steps of a friendly frontend: everything up to a running ring.
     Start {
         ring: u8,
         inflight: bool,
         features: u64,
         base: u16,
     },
-    /// What a driver does to a ring: a request for `sector`, or anything.
+    /// A driver's action on a ring: a request for `sector`, or anything.
     Offer {
         ring: u8,
         heads: Vec<u8>,
@@ -135,12 +135,12 @@ enum Said {
     },
 }
 
-/// A client's end: what it writes waits in the socket until the session reads it.
+/// A client's end: its messages wait in the socket until the session reads them.
 struct Client {
     stream: UnixStream,
     guest: File,
     image: OwnedFd,
-    /// Other ends of what was passed.
+    /// Other ends of the descriptors passed.
     kept: Vec<OwnedFd>,
 }
 
@@ -323,7 +323,7 @@ impl Client {
             Said::Config { set, offset, size, ref bytes } => {
                 let kind = if set { FrontendReq::SET_CONFIG } else { FrontendReq::GET_CONFIG };
                 let offset = if offset % 8 == 7 { offset } else { offset % 80 };
-                // Whole large ones would fill the socket, which nobody reads.
+                // Whole large messages would fill the socket, which has no reader.
                 let size = if size % 8 == 7 { size.max(4097) } else { size % 80 };
                 let body = [words(&[offset, size, 0]), bytes.clone()].concat();
                 self.send(code(kind), true, &body, &[]);
@@ -379,12 +379,13 @@ fn soon(else_what: &str, holds: impl Fn() -> bool) {
     }
 }
 
-/// Whatever a frontend says and passes, the session ends, and nothing of it stays: no descriptor, no mapping.
+/// Whatever a frontend sends, the session ends, and leaves no descriptor and no mapping.
 #[test]
 fn fuzz_session() {
-    // Other tests open and close at the same time, so this one has a table of descriptors of its own, and so have the threads
-    // that it starts. Of those that it found it keeps none: somebody may wait for them to be closed.
-    // SAFETY: what the other threads own stays open in their table, and nothing of this thread is open yet.
+    // Other tests open and close at the same time, so this one has a table of descriptors of its own, and so have the
+    // threads that it starts. It keeps none of the descriptors that it found: another thread may wait for them to be
+    // closed.
+    // SAFETY: descriptors of the other threads stay open in their table, and this thread has opened none yet.
     assert_eq!(unsafe { libc::unshare(libc::CLONE_FILES) }, 0);
     // SAFETY: as above.
     assert_eq!(unsafe { libc::close_range(3, u32::MAX, 0) }, 0);

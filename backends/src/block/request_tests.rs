@@ -24,12 +24,12 @@ use crate::virtqueue::split::{Queue, RING_FEATURES};
 const SECTORS: u64 = 64;
 const QUEUE_SIZE: u16 = 16;
 
-/// Memory from 0 to 64 KiB, and an island behind a hole.
+/// Memory from 0 to 64 KiB, and an island after a hole.
 fn memory() -> GuestMemory {
     Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1_0000), (GuestAddress(0x1_4000), 0x1000)]).unwrap())
 }
 
-/// Whatever a request says, it is answered or the queue broken; every slot comes back and the image keeps its size.
+/// Any request is either answered or breaks the queue; every slot comes back and the image keeps its size.
 #[test]
 fn fuzz_block_request() {
     let image = tempfile::NamedTempFile::new_in(crate::scratch_dir()).unwrap();
@@ -89,7 +89,7 @@ fn fuzz_block_request() {
                     let len = if len % 4 == 3 { u32::from(len) } else { u32::from(len % 8) * 512 };
                     Buffer { addr: u64::from(addr % 0x1_8000), len, writable }
                 }));
-                // Rings and headers stay as they are: what the device may scribble over is data.
+                // Rings and headers stay as they are: the device may overwrite data only.
                 for buffer in &mut chain[1..] {
                     if buffer.writable && buffer.addr < 0x5000 {
                         buffer.addr += 0x5000;

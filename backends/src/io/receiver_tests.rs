@@ -1,4 +1,4 @@
-//! Receivers over sources that fail, go away and come back in ways that a real port does only now and then.
+//! Receivers over sources that fail, go away and come back in ways that a real port rarely does.
 
 use std::fs::OpenOptions;
 use std::os::fd::{AsFd, OwnedFd};
@@ -25,7 +25,7 @@ const DATA: u64 = 0x10_0000;
 const SIZE: u16 = 64;
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Frames come from one descriptor while it is enabled; while not, another is read.
+/// Frames come from one descriptor while it is enabled, and from another while it is not.
 struct Fake {
     here: Arc<OwnedFd>,
     away: Option<OwnedFd>,
@@ -153,8 +153,8 @@ impl Rig {
     }
 }
 
-/// What is read with EBADFD: the tun driver, of no interface. `None` where there is none and that was allowed by name, as
-/// `tests/run` has it.
+/// A descriptor that reads with EBADFD: the tun driver, without an interface. `None` where there is no tun driver and
+/// the test is allowed by name to be missing, as `tests/run` does.
 fn unattached() -> Option<OwnedFd> {
     let opened = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun");
     match opened {
@@ -265,7 +265,7 @@ fn a_ring_of_more_buffers_than_the_kernel_takes_pieces_goes_on_with_those_that_i
     assert_eq!(rig.counts(), (3, 0, 0));
 }
 
-/// Reads from what is always there and brings nothing: what came of a read is made up.
+/// Reads a file that is always readable and brings nothing: the results of the reads are made up.
 struct Scripted {
     fd: OwnedFd,
     enabled: Arc<AtomicBool>,
@@ -302,7 +302,7 @@ impl Source for Scripted {
     }
 }
 
-/// What happens next to a receiver.
+/// The next event for a receiver.
 #[derive(Clone, Debug, TypeGenerator)]
 enum Event {
     /// Buffers are offered: the pieces of each.
@@ -316,7 +316,7 @@ enum Event {
         next: u16,
         avail: u16,
     },
-    /// A turn, and what its reads bring.
+    /// A turn, and the results of its reads.
     Turn(Vec<Outcome>),
     Enable(bool),
 }
@@ -360,7 +360,8 @@ struct Stage {
 }
 
 impl Stage {
-    /// Enters what was pushed and waits for it; reads end as `outcomes` say, and with nothing to read behind those.
+    /// Enters the pushed operations and waits for them; reads end as `outcomes` say, and with nothing to read after
+    /// those.
     fn settle(&mut self, outcomes: &mut dyn Iterator<Item = Outcome>) {
         let mut batch = Vec::new();
         loop {
@@ -383,7 +384,8 @@ impl Stage {
     }
 }
 
-/// Whatever is offered and whatever reads bring, each buffer comes back once and none is lost, unless the ring was broken.
+/// Whatever the driver offers and the reads bring, each buffer comes back once and none is lost, unless the ring was
+/// broken.
 #[test]
 fn fuzz_receiver() {
     const SIZE: u16 = 16;
@@ -464,7 +466,8 @@ fn fuzz_receiver() {
             used += std::iter::from_fn(|| driver.next_used()).count();
             let left = stage.receiver.service().end();
             if faults.load(Ordering::Relaxed) == 0 {
-                // What was not used is before the next device: as if it had never been taken, or named.
+                // Buffers that were not used are before the next device as if they had never been taken, or are
+                // named.
                 assert!(*suspends || left.left.is_empty());
                 assert_eq!(usize::from(left.state.next_used), used);
                 assert_eq!(usize::from(left.state.next_avail), used + left.left.len(), "of {offered}");

@@ -81,7 +81,7 @@ impl Said {
     }
 }
 
-/// A port that refuses what it is told to, each time that a bit of this is set.
+/// A port that refuses a command for each bit set here.
 struct Stubborn {
     refuses: u8,
     asked: AtomicUsize,
@@ -123,7 +123,7 @@ impl Port for Stubborn {
     }
 }
 
-/// Whatever is commanded gets one answer, and what has come of it is a state that another NIC can go on with.
+/// Each command gets one answer, and the result is a state that another NIC can continue with.
 #[test]
 fn fuzz_control_queue() {
     let mem: GuestMemory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap());
@@ -178,7 +178,7 @@ fn fuzz_control_queue() {
             worker.service().publish();
             assert!(worker.is_idle() && ring.in_flight() == 0, "commands are obeyed at once");
             if room == 0 {
-                // What can't be answered breaks the queue.
+                // A command that can't be answered breaks the queue.
                 assert_eq!(driver.next_used(), None);
                 break;
             }

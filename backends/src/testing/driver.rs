@@ -132,7 +132,7 @@ impl Driver {
         head
     }
 
-    /// Makes what was added visible; returns whether the device asked for a kick.
+    /// Makes the added chains visible; returns whether the device asked for a kick.
     pub fn publish(&mut self) -> bool {
         let old = self.published;
         self.published = self.next_avail;
@@ -146,10 +146,10 @@ impl Driver {
         }
     }
 
-    /// Takes back a chain: its head and the bytes the device says it wrote.
+    /// Takes back a chain: its head and the number of bytes that the device reports as written.
     ///
     /// # Panics
-    /// If the device gives back what is not in flight: that is what tests look for.
+    /// If the device gives back a chain that is not in flight: tests look for that.
     pub fn next_used(&mut self) -> Option<(u16, u32)> {
         let index = self.load(self.ring.used + 2);
         if index == self.last_used {
@@ -166,7 +166,7 @@ impl Driver {
         Some((head, len))
     }
 
-    /// Asks for an interrupt at the next used buffer, or for none for as long as can be.
+    /// Asks for an interrupt at the next used buffer, or for none for as long as possible.
     pub fn want_interrupts(&mut self, want: bool) {
         if self.event_idx {
             let event = if want { self.last_used } else { self.last_used.wrapping_sub(1) };
@@ -177,18 +177,18 @@ impl Driver {
         fence(Ordering::SeqCst);
     }
 
-    /// Writes one descriptor of the table at `table`, whatever it says.
+    /// Writes any value as a descriptor of the table at `table`.
     pub fn write_descriptor(&self, table: u64, index: u16, desc: Descriptor) {
         let addr = GuestAddress(table + 16 * u64::from(index));
         self.mem.write_slice(&desc.bytes(), addr).expect("the table lies in memory");
     }
 
-    /// Writes one entry of the available ring, whatever it says.
+    /// Writes any value as an entry of the available ring.
     pub fn write_avail_entry(&self, index: u16, head: u16) {
         self.store(self.ring.avail + 4 + 2 * u64::from(index % self.ring.size), head);
     }
 
-    /// Publishes an available index, whatever it says.
+    /// Publishes any value as the available index.
     pub fn write_avail_index(&self, index: u16) {
         self.store(self.ring.avail + 2, index);
     }

@@ -1,7 +1,7 @@
-//! The same requests again and again: a driver that makes chains available by moving an index and does nothing else, for
-//! measuring what the device's side of a queue costs, with next to nothing of the other side in it.
+//! The same requests again and again: a driver that makes chains available by moving an index and does nothing else,
+//! for measuring the cost of the device's side of a queue, with next to no cost of the other side in it.
 //!
-//! It takes nothing back, so whoever uses it sees to it that all chains were given back before they are offered again.
+//! It takes nothing back: the caller must make sure that all chains were given back before it offers them again.
 
 use std::io;
 use std::sync::Arc;
@@ -28,7 +28,7 @@ pub const PAGES: u32 = 17;
 
 const PAGE: u64 = 4096;
 const HEADERS: u64 = 0x2_0000;
-/// Most bytes of a header and what is laid behind it.
+/// Most bytes of a header and the data after it.
 const HEADER_ROOM: u64 = 0x2_0000 / CHAINS as u64;
 const TABLES: u64 = 0x4_0000;
 /// Bytes of an indirect table.
@@ -36,14 +36,14 @@ const TABLE: u64 = 16 * (PAGES as u64 + 2);
 const STATUS: u64 = 0x6_0000;
 const DATA: u64 = 0x10_0000;
 
-/// A block request, as sound as whoever measures wants it.
+/// A block request, valid or not as the measurement needs.
 #[derive(Clone, Copy, Debug)]
 pub struct Request {
     /// VIRTIO_BLK_T_*.
     pub kind: u32,
     /// Where, in sectors.
     pub sector: u64,
-    /// How many bytes of its header are there; 16 of a sound one. What is behind these is data, all zeroes.
+    /// Bytes of its header that are present; 16 for a valid one. The rest is data, all zeroes.
     pub header: u32,
     /// Pages of data, each a descriptor.
     pub pages: u32,
@@ -58,7 +58,7 @@ impl Request {
         Self { kind, sector: 0, header: 16, pages, indirect: false }
     }
 
-    /// Writes the header of one of the chains into memory and says where all of it lies.
+    /// Writes the header of one of the chains into memory and returns the chain's buffers.
     fn lay(&self, mem: &GuestMemory, slot: u64) -> Vec<Buffer> {
         let at = HEADERS + HEADER_ROOM * slot;
         mem.write_obj(u64::from(self.kind), GuestAddress(at)).expect("headers are in memory");
@@ -76,7 +76,7 @@ pub fn pages(slot: u64, count: u32, writable: bool) -> impl Iterator<Item = Buff
     (0..count.min(PAGES)).map(move |i| Buffer { addr: first + u64::from(i) * PAGE, len: PAGE as u32, writable })
 }
 
-/// A virtqueue, the memory it lies in, and what is offered on it.
+/// A virtqueue, its memory, and the chains offered on it.
 pub struct Replay {
     mem: GuestMemory,
     driver: Driver,
@@ -93,11 +93,11 @@ impl Replay {
         Self::of(features, request.indirect, |mem, slot| request.lay(mem, slot))
     }
 
-    /// A queue of [`QUEUE_SIZE`] with [`CHAINS`] chains on it, whatever they are, in memory of its own, all of which is
+    /// A queue of [`QUEUE_SIZE`] with [`CHAINS`] chains of any kind on it, in memory of its own, all of which is
     /// touched.
     ///
     /// # Panics
-    /// If there is no memory for it, or a chain of no or more than [`PAGES`] and two descriptors.
+    /// If there is no memory for it, or a chain has no descriptors or more than [`PAGES`] plus two.
     #[must_use]
     pub fn of(features: u64, indirect: bool, chain: impl Fn(&GuestMemory, u64) -> Vec<Buffer>) -> Self {
         let len = DATA + u64::from(CHAINS) * u64::from(PAGES) * PAGE;
@@ -136,7 +136,7 @@ impl Replay {
     /// Makes the next `count` chains available.
     ///
     /// # Panics
-    /// If there are not so many.
+    /// If there are fewer.
     pub fn offer(&mut self, count: u16) {
         assert!(count <= CHAINS, "there are {CHAINS} chains");
         self.offered = self.offered.wrapping_add(count);
@@ -188,7 +188,7 @@ impl NullDisk {
     /// Serves `count` requests.
     ///
     /// # Panics
-    /// If there are not so many, or the device is done without having answered them.
+    /// If there are fewer, or the device runs out of work without having answered them.
     pub fn serve(&mut self, count: u16) {
         self.replay.offer(count);
         while self.stepped.turn() {}
@@ -210,7 +210,7 @@ mod tests {
             let mut disk = NullDisk::new(&request).unwrap();
             let mem = disk.replay.memory();
             let status = |slot: u64| GuestAddress(STATUS + 64 * slot);
-            // Around the ring's end and that of its index, by a number that divides neither.
+            // Past the end of the ring and of its index, by a number that divides neither.
             for round in 0..4096_u64 {
                 let first = round * 17 % u64::from(CHAINS);
                 mem.write_obj(0xee_u8, status(first)).unwrap();

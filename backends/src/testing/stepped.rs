@@ -1,5 +1,5 @@
-//! A reactor without its thread: whoever has it calls every turn. Nothing polls, parks or is kicked in between, so the same
-//! requests take the same instructions at every run. For measuring what a request costs, and nothing else.
+//! A reactor without its thread: the caller runs every turn. Nothing polls, parks or is kicked in between, so the
+//! same requests take the same instructions in every run. For measuring the cost of a request, and nothing else.
 
 use std::io;
 use std::thread;
@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 
 use crate::io::reactor::{Command, Core, ReactorPool};
 
-/// How long to wait between looks at what is asked of the reactor.
+/// How long to wait between looks for commands to the reactor.
 const PAUSE: Duration = Duration::from_micros(50);
 
 /// A reactor in the hands of its caller, and the device whose queues it serves.
@@ -38,7 +38,8 @@ impl<D: Send> Stepped<D> {
         self.core.turn()
     }
 
-    /// Does what `call` asks of the reactor, which waits for the answers and so has to be on another thread.
+    /// Executes the commands that `call` sends to the reactor. `call` waits for the answers and so has to be on
+    /// another thread.
     fn obeying<T: Send>(&mut self, call: impl FnOnce() -> T + Send) -> T {
         let (core, inbox) = (&mut self.core, &mut self.inbox);
         // Kicks are registered with the runtime that is entered.

@@ -1,4 +1,5 @@
-//! The log by itself, and what a queue marks in it: every page that was written, and none that could not have been.
+//! The log alone, and the pages that a queue marks in it: every page that was written, and none that could not have
+//! been.
 
 use std::collections::BTreeSet;
 use std::os::fd::AsFd;
@@ -125,7 +126,7 @@ fn no_mark_is_lost_while_one_log_replaces_another() {
         }
     }
     std::thread::scope(|scope| {
-        // Marks a page, and only then says so.
+        // Marks a page, and only then reports it.
         scope.spawn(|| {
             while !ended.load(Ordering::SeqCst) {
                 let page = done.load(Ordering::SeqCst) + 1;
@@ -141,7 +142,7 @@ fn no_mark_is_lost_while_one_log_replaces_another() {
             }
             let (other, file) = log_at(offset_of(next), ROUNDS);
             let old = log.replace(Arc::into_inner(other).unwrap());
-            // What was said to be marked before the change is in the old log, which is final now.
+            // Pages reported as marked before the change are in the old log, which is final now.
             let pages = marked(&before, offset_of(next - 1) as usize);
             assert!(pages.contains(&((from + 3) % (8 * ROUNDS))), "page {} in round {next}", from + 3);
             drop(old);
@@ -259,7 +260,7 @@ proptest! {
                 could.extend(writable.iter().filter_map(|&(addr, len)| pages(addr, len.into())).flatten());
             }
             driver.publish();
-            // What changes from here on the device has changed.
+            // Changes from here on are the device's.
             let before = snapshot(&mem);
             rustix::io::pwrite(&file, &[0; LOG_LEN as usize], 0).unwrap();
             told.read().ok();

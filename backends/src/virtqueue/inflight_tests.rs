@@ -28,7 +28,7 @@ thread_local! {
     static LEFT: Cell<Option<u32>> = const { Cell::new(None) };
 }
 
-/// What a crash unwinds with.
+/// The payload of a crash's unwinding.
 struct Crash;
 
 pub(super) fn may_crash() {
@@ -43,7 +43,7 @@ pub(super) fn may_crash() {
     }
 }
 
-/// Runs `work` and crashes it after `left` crash points. Returns whether it came to that.
+/// Runs `work` and crashes it after `left` crash points. Returns whether the crash happened.
 fn crashes(left: u32, work: impl FnOnce()) -> bool {
     LEFT.set(Some(left));
     let result = catch_unwind(AssertUnwindSafe(work));
@@ -63,7 +63,7 @@ enum Step {
     Take(u8),
     /// The device completes one of those it has taken.
     Complete(u8),
-    /// It publishes what it completed.
+    /// It publishes its completions.
     Publish,
     /// It gives its youngest back as if it had not taken it.
     GiveBack,
@@ -99,10 +99,10 @@ impl Model {
         Self { mem, driver, area, offered: Vec::new(), seen: 0, submitted: 0 }
     }
 
-    /// A device that knows nothing but what its predecessors have left in memory.
+    /// A device that knows only the memory that its predecessors have left.
     fn device(&self) -> Queue {
         let used = self.driver.used_index();
-        // What a frontend can know of a ring whose device is gone.
+        // All that a frontend can know of a ring whose device is gone.
         let from = QueueState { next_avail: used, next_used: used };
         let mut queue =
             Queue::new(self.mem.clone(), &self.driver.ring(), RING_FEATURES, from, Interrupt::None).unwrap();
@@ -165,7 +165,8 @@ impl Model {
         }
     }
 
-    /// A life that ends well: whatever was offered is completed, in the driver's order where nobody was in between.
+    /// A life that ends well: every offered chain is completed, in the driver's order if no other device was in
+    /// between.
     fn finish(&mut self) {
         self.reap();
         let mut queue = self.device();
@@ -203,7 +204,7 @@ proptest! {
 fn pitfall_55_what_was_in_flight_is_served_again_in_its_old_order_index_0_included() {
     let mut model = Model::new();
     let mut queue = model.device();
-    // The other way round, so that the order of heads is none that a table has by itself.
+    // In reverse, so that the order of heads differs from a table's natural one.
     (0..5).for_each(|_| model.offer());
     model.driver.publish();
     let mut chain = Chain::default();
@@ -311,7 +312,7 @@ fn a_table_that_can_be_cut_short_is_read_and_not_mapped() {
         model.area.file().read_exact_at(&mut bytes, 0).unwrap();
         bytes
     };
-    // As DPDK makes it: nobody can seal it any more.
+    // As DPDK makes it: it can't be sealed any more.
     let file = File::from(rustix::fs::memfd_create("theirs", MemfdFlags::CLOEXEC).unwrap());
     file.write_all_at(&bytes, 64).unwrap();
     let theirs = || OwnedFd::from(file.try_clone().unwrap());
@@ -377,7 +378,7 @@ fn pitfall_55_a_receiver_that_stops_gives_back_what_its_predecessor_held() {
     }
 }
 
-/// One entry of a table that somebody has left.
+/// One entry of a table that a predecessor has left.
 #[derive(Clone, Copy, Debug, TypeGenerator)]
 struct Entry {
     mark: u8,
@@ -386,7 +387,7 @@ struct Entry {
     number: u64,
 }
 
-/// A table that somebody has left, mostly of the right version and size so that the entries are looked at.
+/// A table that a predecessor has left, mostly of the right version and size so that the entries are looked at.
 #[derive(Clone, Debug, TypeGenerator)]
 struct LeftTable {
     version: u16,
@@ -415,7 +416,7 @@ impl LeftTable {
     }
 }
 
-/// Whatever a predecessor or a neighbour has left in a table, it is taken over within bounds or refused. Its heads are served
+/// Any table that a predecessor or a neighbour has left is taken over within bounds or refused. Its heads are served
 /// once: not again after their answers were published, even if the end came before the table said so.
 #[test]
 fn fuzz_inflight_table() {

@@ -140,8 +140,8 @@ impl Queue {
         }
     }
 
-    /// Goes on after a predecessor that may have ended at any moment: whatever it popped is either published or in the table,
-    /// which is kept from now on. Before the first `pop`.
+    /// Continues after a predecessor that may have ended at any moment: each chain that it popped is either published
+    /// or in the table, which is kept from now on. Call it before the first `pop`.
     ///
     /// # Errors
     /// A table that can't be this queue's.
@@ -158,7 +158,8 @@ impl Queue {
         Ok(())
     }
 
-    /// Goes on where a predecessor was suspended: these heads it has taken and not given back. Before the first `pop`.
+    /// Continues where a predecessor was suspended, with the heads that it has taken and not given back. Call it
+    /// before the first `pop`.
     ///
     /// # Errors
     /// Heads that can't be this queue's.
@@ -223,7 +224,8 @@ impl Queue {
     /// Takes the next chain into `chain`; `false` if there is none.
     ///
     /// # Errors
-    /// When the ring or the chain can't be followed. Nothing of it can be answered; the queue must not be used further.
+    /// When the ring or the chain can't be followed. The chain can't be answered; the queue must not be used any
+    /// further.
     pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
         if let Some(head) = self.replay.pop() {
             self.follow(head, chain)?;
@@ -306,8 +308,8 @@ impl Queue {
         }
     }
 
-    /// Publishes what was completed, and raises the interrupt if the driver asks for one. Returns `Some(raised)` if there
-    /// was anything to publish.
+    /// Publishes completed chains, and raises the interrupt if the driver asks for one. Returns `Some(raised)` if
+    /// there was anything to publish.
     pub fn notify(&mut self) -> Option<bool> {
         if self.published == self.next_used {
             return None;

@@ -8,13 +8,14 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
 use super::Suspended;
 
-/// Where each of the queues stands that were stopped together: `None` for one that was not running, or whose thread died.
+/// The positions of queues that were stopped together: `None` for a queue that was not running, or whose thread died.
 pub type Ends = Vec<Option<Suspended>>;
 
-/// Queues that were told to stop. They take nothing new; memory that they use must stay until this has ended.
+/// Queues that were told to stop. They take no new chains; the memory that they use must stay until they have
+/// stopped.
 ///
-/// Dropping it changes nothing: the queues stop all the same, and another [`Device::stop`](crate::device::Device::stop) waits for
-/// them again.
+/// Dropping it changes nothing: the queues stop all the same, and another
+/// [`Device::stop`](crate::device::Device::stop) waits for them again.
 #[derive(Debug)]
 pub struct Stopping {
     ends: Receiver<Ends>,

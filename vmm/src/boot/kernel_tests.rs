@@ -13,7 +13,7 @@ use crate::arch::x86_64::regs::Entry;
 
 const MEMORY: u64 = 16 << 20;
 
-/// What becomes of a field.
+/// The change made to a field.
 #[derive(Clone, Copy, Debug, TypeGenerator)]
 struct Damage {
     at: u16,
@@ -111,7 +111,7 @@ fn place(file: &OwnedFd, bytes: &[u8]) -> PathBuf {
     format!("/proc/self/fd/{}", file.as_raw_fd()).into()
 }
 
-/// Whatever is wrong with an image, it is booted within memory or refused in a line.
+/// Any image, however broken, is booted within memory or refused in a line.
 #[test]
 fn fuzz_kernel_image() {
     let map = AddressMap::new(MEMORY, 4096, 40).unwrap();

@@ -1,4 +1,4 @@
-//! Our frontend against a daemon that answers what it likes, with whatever descriptors.
+//! Our frontend against a daemon that gives arbitrary answers, with arbitrary descriptors.
 #![allow(unsafe_code, reason = "a table of descriptors of its own")]
 
 use std::fs::File;
@@ -26,7 +26,7 @@ const IDLE: Duration = Duration::from_millis(4);
 /// Longest wait for threads that end by themselves.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// What a daemon says to one message: what it should, for the most part.
+/// A daemon's answer to one message: for the most part the right one.
 #[derive(Clone, Debug, TypeGenerator)]
 struct Answer {
     how: u8,
@@ -37,7 +37,7 @@ struct Answer {
     header: [u32; 3],
 }
 
-/// What the driver does meanwhile.
+/// The driver's actions in the meantime.
 #[derive(Clone, Debug, TypeGenerator)]
 enum Act {
     Features(u64),
@@ -58,7 +58,7 @@ enum Act {
         len: u8,
     },
     Reset,
-    /// What the daemon has said by then is heard.
+    /// The frontend hears the daemon's messages so far.
     Wait,
 }
 
@@ -83,7 +83,7 @@ fn send(stream: impl AsFd, bytes: &[u8], files: &[OwnedFd]) {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(40))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     assert!(files.is_empty() || control.push(SendAncillaryMessage::ScmRights(&files)));
-    // The frontend may have gone, or not read what was said before.
+    // The frontend may have gone, or not have read the earlier messages.
     let _ =
         rustix::net::sendmsg(stream, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
 }
@@ -265,12 +265,13 @@ fn connect(path: &Path, device_type: u32) -> Result<VhostUserDevice, ConnectErro
     VhostUserDevice::connect("fuzzed", Peer::Socket(path.to_owned().into()), &wanted)
 }
 
-/// Whatever a daemon answers, calls of the device end, and no descriptor of the daemon's stays.
+/// Whatever a daemon answers, calls of the device end, and no descriptor of the daemon's stays open.
 #[test]
 fn fuzz_frontend() {
-    // Other tests open and close at the same time, so this one has a table of descriptors of its own, and so have the threads
-    // that it starts. Of those that it found it keeps none: somebody may wait for them to be closed.
-    // SAFETY: what the other threads own stays open in their table, and nothing of this thread is open yet.
+    // Other tests open and close at the same time, so this one has a table of descriptors of its own, and so have the
+    // threads that it starts. It keeps none of the descriptors that it found: another thread may wait for them to be
+    // closed.
+    // SAFETY: descriptors of the other threads stay open in their table, and this thread has opened none yet.
     assert_eq!(unsafe { libc::unshare(libc::CLONE_FILES) }, 0);
     // SAFETY: as above.
     assert_eq!(unsafe { libc::close_range(3, u32::MAX, 0) }, 0);
@@ -291,10 +292,10 @@ fn fuzz_frontend() {
             drive(&mut device, &memory, &acts[..acts.len().min(24)]);
         }
         stop.store(true, Ordering::Release);
-        // It may wait for somebody to come.
+        // The frontend may be waiting for a connection.
         let _ = UnixStream::connect(&path);
         daemon.join().unwrap();
-        // Threads that watch the time end soon after what they watched.
+        // Threads that watch the time end soon after the thing that they watched.
         let start = Instant::now();
         while open_descriptors() != before {
             assert!(start.elapsed() < PATIENCE, "{} descriptors have leaked", open_descriptors() - before);

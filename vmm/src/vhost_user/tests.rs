@@ -1,4 +1,4 @@
-//! Against a daemon that is played here, and does what it must not.
+//! The frontend against a daemon that the test plays, and that breaks the rules.
 
 use std::fs::File;
 use std::io::{IoSliceMut, Read, Write};
@@ -17,7 +17,7 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 use super::sentinel::Sentinel;
 use super::*;
 
-/// Longer than anything here takes on the busiest machine, and shorter than what it took once.
+/// Longer than any step here takes on the busiest machine, and shorter than a past bug took.
 const LIMIT: Duration = Duration::from_secs(30);
 const RESET_OWNER: [u32; 2] = [4, 34];
 const SET_FEATURES: u32 = 2;
@@ -32,16 +32,16 @@ const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
 const ODD_FEATURE: u64 = 1 << 5;
 /// MQ, REPLY_ACK, BACKEND_REQ, CONFIG, RESET_DEVICE.
 const PLAIN: u64 = 1 << 0 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 13;
-/// INFLIGHT_SHMFD, and what SKIP_DRAIN takes.
+/// INFLIGHT_SHMFD, and the bits that SKIP_DRAIN needs.
 const SUSPENDS: u64 = 1 << 12 | 1 << 20 | 1 << 23;
 
-/// What the daemon does about a message.
+/// The daemon's reaction to a message.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Does {
     Obey,
     /// Answers that it won't.
     Refuse,
-    /// Takes it and says nothing, for ever.
+    /// Takes it and never answers.
     Hang,
     /// Ends the connection.
     Leave,
@@ -49,7 +49,7 @@ enum Does {
 
 type Script = dyn Fn(u32, &[u8]) -> Does + Send + Sync;
 
-/// What is known of the daemon.
+/// Observations of the daemon.
 struct Stage {
     script: Box<Script>,
     protocol: u64,
@@ -201,7 +201,7 @@ fn parts(memory: &GuestMemory) -> QueueParts {
     QueueParts::new(ring, Arc::clone(memory), event().unwrap())
 }
 
-/// Waits for something that comes.
+/// Waits until `come` is true.
 fn eventually(what: &str, come: impl Fn() -> bool) {
     let deadline = Instant::now() + LIMIT;
     while !come() {
@@ -298,7 +298,7 @@ fn a_write_to_configuration_space_that_is_refused_is_not_the_daemons_death() {
     }
     assert!(stage.count(SET_CONFIG) > 0);
     assert_eq!((stage.connections(), device.is_connected()), (1, true));
-    // Of a disk it is known what is read-only.
+    // The frontend knows which fields of a disk are read-only.
     let Play { stage, mut device, _folder } = play(VIRTIO_ID_BLOCK, PLAIN, refuses);
     (0..60).filter(|&offset| offset != 32).for_each(|offset| drop(device.write_config(offset, &[1]).unwrap_err()));
     assert_eq!(stage.count(SET_CONFIG), 0);
@@ -321,7 +321,7 @@ fn the_configuration_is_read_while_a_daemon_hangs() {
     for _ in 0..1000 {
         device.read_config(0, &mut [0; 8]);
     }
-    // What does not need the daemon now does not wait for it either.
+    // Calls that don't need the daemon now don't wait for it either.
     device.ack_features(VERSION_1).unwrap();
     device.start_queue(0, parts(&memory())).unwrap();
     assert_eq!(stage.connections(), 2, "the same one still hangs");
@@ -366,7 +366,7 @@ fn a_daemon_that_leaves_off_in_an_event_is_given_up_with_the_first_wait() {
     let Play { stage, mut device, _folder } = play(VIRTIO_ID_GPU, PLAIN, |_, _| Does::Obey);
     device.ack_features(VERSION_1).unwrap();
     assert!(lock(&stage.events).as_mut().unwrap().write_all(&[2, 0, 0, 0, 1]).is_ok());
-    // The keeper waits for the rest of it by now, or will before long.
+    // The keeper already waits for the rest of it, or will before long.
     let start = Instant::now();
     while stage.connections() == 1 {
         let asked = Instant::now();
@@ -397,7 +397,7 @@ fn a_reset_is_answered_when_nothing_of_a_dead_daemon_is_in_flight() {
     let mut device = waiting.join().unwrap();
     assert!(device.is_quiet());
 
-    // Where rings go on elsewhere, it is found out soon that they can't.
+    // Where rings go on elsewhere, the frontend finds out soon that they can't.
     device.ack_features(VERSION_1).unwrap();
     device.start_queue(0, parts(&memory())).unwrap();
     let (sentinel, in_flight) = Sentinel::pair().unwrap();

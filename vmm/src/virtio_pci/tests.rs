@@ -1,4 +1,4 @@
-//! The transport as a driver sees it, with a device that only remembers what it was told.
+//! The transport as a driver sees it, with a device that only records its calls.
 
 use std::collections::BTreeMap;
 
@@ -28,7 +28,7 @@ const ALL: u8 = 1 | 2 | 8 | 4;
 /// A busy machine takes longer than a vCPU would wait.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// What the device was told.
+/// The calls that the device received.
 #[derive(Default)]
 struct Told {
     acked: Option<u64>,
@@ -37,7 +37,7 @@ struct Told {
     resets: usize,
     /// The next start of this queue fails.
     refuse: Option<u16>,
-    /// Queues that are told to stop do so when the test has them.
+    /// Queues that are told to stop do so when the test lets them.
     drains_for_ever: bool,
     draining: Option<Sender<Ends>>,
     config: [u8; 8],
@@ -629,7 +629,7 @@ enum Access {
         len: u8,
         value: u64,
     },
-    /// What a driver does, so that the deeper states are reached.
+    /// A step of a driver, so that the deeper states are reached.
     Drive {
         features: u8,
         queues: u8,
@@ -645,7 +645,7 @@ enum Access {
     },
 }
 
-/// Whatever a guest does, the rules hold.
+/// The rules hold, whatever a guest does.
 fn check_rules(bench: &Bench) {
     let status = lock(&bench.function).signals.status();
     let told = bench.told.lock().unwrap();

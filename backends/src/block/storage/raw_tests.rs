@@ -23,7 +23,7 @@ struct Rig {
     _image: tempfile::NamedTempFile,
 }
 
-/// What the storage is told of its file.
+/// The storage's knowledge of its file.
 #[derive(Clone, Copy, Debug)]
 enum Mode {
     Cached,
@@ -36,7 +36,7 @@ enum Mode {
 const MODES: [Mode; 3] = [Mode::Cached, Mode::Direct512, Mode::Direct4k];
 
 fn rig(mode: Mode) -> Rig {
-    // Beside the build's own files, which are on a file system with O_DIRECT; the usual directory may be a tmpfs.
+    // Next to the build's own files, which are on a file system with O_DIRECT; the usual directory may be a tmpfs.
     let image = tempfile::NamedTempFile::new_in(crate::scratch_dir()).unwrap();
     let model: Vec<u8> = (0..SIZE).map(|i| (i / 512 * 7 + i % 251) as u8).collect();
     std::fs::write(image.path(), &model).unwrap();
@@ -228,7 +228,7 @@ fn pitfall_26_short_transfers_go_on_where_they_ended() {
                 rig.model[4096..4096 + 8192].fill(0x5a);
             }
             let data = pieces(buf, &[100]);
-            // The kernel did more than it says; what counts is that the rest is asked for, at the right place.
+            // The kernel did more than it reported; the storage must ask for the rest at the right place.
             let mut first = true;
             let shorten = |result: i32| if std::mem::take(&mut first) { result.min(4096) } else { result };
             let done = rig.run_all(
@@ -389,7 +389,7 @@ fn pitfall_23_zeroes_are_written_where_they_can_not_be_punched() {
     for (mode, result) in MODES.into_iter().flat_map(|mode| [(mode, -libc::EOPNOTSUPP), (mode, -libc::EINVAL)]) {
         for unmap in [false, true] {
             let mut rig = rig(mode);
-            // Undo what the kernel did and say that it can't.
+            // Undo the kernel's work and report that it can't do it.
             let mut calls = 0;
             let before = rig.model.clone();
             let path = rig._image.path().to_owned();

@@ -16,7 +16,7 @@ use super::*;
 /// Most chains that a driver offers.
 const MOST: usize = 3;
 
-/// What is left out, to see that the model finds out.
+/// The step that is left out, to see that the model notices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Flaw {
     None,
@@ -24,13 +24,13 @@ enum Flaw {
     InterruptFence,
     /// The barrier between the device's wish and the driver's index.
     KickFence,
-    /// The device sleeps whatever it sees once it has asked for a kick.
+    /// The device sleeps, whatever it sees, once it has asked for a kick.
     SecondLook,
-    /// A device that goes on for another waits for a kick before it looks at the ring.
+    /// A device that takes over from another waits for a kick before it looks at the ring.
     FirstLook,
-    /// It does not serve what the other has left.
+    /// It does not serve the heads that the other has left.
     Left,
-    /// It begins behind what the other has served, as if nothing was left: it takes that again.
+    /// It begins after the chains that the other has served, as if none was left: it takes those again.
     Position,
 }
 
@@ -152,7 +152,7 @@ impl<'a> Driver<'a> {
 
     fn offer(&self, index: u16) {
         let ring = self.ring;
-        // Heads are told from an entry that was not written.
+        // So that heads differ from an entry that was not written.
         ring.avail[usize::from(index)].store(index + 1, Ordering::Relaxed);
         ring.avail_index.store(index + 1, Ordering::Release);
         fence(Ordering::SeqCst);
@@ -276,7 +276,7 @@ impl<'a> Device<'a> {
     }
 }
 
-/// Runs the driver on this thread and what serves its queue on another, until both are through.
+/// Runs the driver on this thread and the server of its queue on another, until both have finished.
 fn together(event_idx: bool, total: u16, depth: u16, serve: impl FnOnce(&Ring) + 'static) {
     let ring = Arc::new(Ring::new());
     let theirs = Arc::clone(&ring);
@@ -309,11 +309,11 @@ fn awake(preemptions: usize, event_idx: bool, total: u16, depth: u16, flaw: Flaw
     })
 }
 
-/// A device that is suspended with requests in flight; another goes on for it while the driver offers more.
+/// A device that is suspended with requests in flight; another takes over while the driver offers more.
 fn suspended(preemptions: usize, event_idx: bool, total: u16, flaw: Flaw) -> Result<usize, ()> {
     let serve = move |ring: &Ring| {
         let mut first = Device::new(ring, event_idx, flaw);
-        // What is there by then is taken; some of it is answered before the device leaves.
+        // It takes the chains that are there by that time, and answers some of them before it leaves.
         if !first.take() && !first.arm() {
             ring.kick.wait();
         }

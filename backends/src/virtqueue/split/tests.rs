@@ -273,8 +273,8 @@ fn pitfall_8_indirect_must_be_negotiated() {
 
 #[test]
 fn pitfall_9_an_indirect_table_is_read_once() {
-    // The walk copies a descriptor before it looks at any field, so what is checked is what is used: a table that is all
-    // ones after the pop has no influence on the chain that was popped.
+    // The walk copies a descriptor before it looks at any field, so it uses exactly the values that it checked: a
+    // table that is all ones after the pop has no influence on the popped chain.
     let mut rig = rig();
     rig.driver.add_indirect(0x4001, &[out(0x5000, 2), into(0x6000, 3)]).unwrap();
     rig.driver.publish();
@@ -396,7 +396,7 @@ fn a_queue_goes_on_where_another_stopped() {
     assert_eq!(std::iter::from_fn(|| rig.driver.next_used()).count(), 3);
 }
 
-/// What a chain looks like to a device, whoever popped it.
+/// A chain as a device sees it, for either implementation's pop.
 #[derive(Debug, PartialEq, Eq)]
 struct Seen {
     head: u16,
@@ -476,7 +476,7 @@ proptest! {
     }
 }
 
-/// Whatever lies in memory, popping ends, stays in bounds and yields only pieces of guest memory.
+/// With any contents of memory, popping ends, stays in bounds and yields only pieces of guest memory.
 #[test]
 fn fuzz_queue_with_hostile_memory() {
     let size = 8;
