@@ -14,7 +14,7 @@ use crate::virtqueue::interrupt::Interrupt;
 pub use crate::virtqueue::stopping::{Ends, Stopping};
 pub use crate::virtqueue::{End, GuestMemory, QueueParts, QueueState, RingConfig, Suspended};
 
-/// What a device is, fixed from its creation.
+/// A device's fixed properties.
 #[derive(Clone, Debug)]
 pub struct DeviceInfo {
     /// Virtio device ID (section 5), e.g. 2 for block.
@@ -62,7 +62,7 @@ pub enum DeviceError {
     Features {
         /// Name of the device.
         device: String,
-        /// What the driver asked for.
+        /// The features that the driver asked for.
         features: u64,
         /// What is wrong with it.
         reason: &'static str,
@@ -105,7 +105,7 @@ pub enum DeviceError {
         /// What is wrong with them.
         reason: &'static str,
     },
-    /// The state of the device can't be had.
+    /// The device can't obtain its state.
     #[error("{device}: its state can't be saved: {reason}")]
     Save {
         /// Name of the device.
@@ -118,9 +118,9 @@ pub enum DeviceError {
     Host {
         /// Name of the device.
         device: String,
-        /// What was tried.
+        /// The operation that failed.
         what: &'static str,
-        /// What came back.
+        /// The error that it returned.
         source: std::io::Error,
     },
 }
@@ -135,7 +135,7 @@ pub type Flusher = Box<dyn Fn() -> Result<(), DeviceError> + Send>;
 /// `ack_features` once per negotiation, before the first `start_queue`, and stops every queue before it negotiates
 /// again.
 pub trait Device: Send {
-    /// What the device is.
+    /// The device's fixed properties.
     fn info(&self) -> &DeviceInfo;
 
     /// Accepts the driver's choice among the offered features.
@@ -175,12 +175,12 @@ pub trait Device: Send {
     /// `End::Suspended` suspends queues that are already draining. A queue starts again only after it has stopped.
     fn stop(&mut self, queues: &[u16], end: End) -> Stopping;
 
-    /// Drains one queue, waits for that, and returns where it stands, or `None` if it was not running.
+    /// Drains one queue, waits for the end, and returns the queue's position, or `None` if it was not running.
     fn drain(&mut self, index: u16) -> Option<QueueState> {
         Some(self.stop(&[index], End::Drained).wait().pop()??.state)
     }
 
-    /// Suspends queues, waits for that, and returns where each stands, or `None` for those that were not running.
+    /// Suspends queues, waits for the end, and returns their positions, or `None` for those that were not running.
     fn suspend(&mut self, queues: &[u16]) -> Ends {
         self.stop(queues, End::Suspended).wait()
     }

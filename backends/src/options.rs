@@ -19,7 +19,7 @@ pub use shape::shape;
 #[doc(hidden)]
 pub use serde;
 
-/// One option: what a help text says of it.
+/// One option, as a help text describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Key {
     /// Name, as users write it.
@@ -43,7 +43,7 @@ impl Key {
         Self { name: name_of(field), doc, value, is_required: false, is_positional: false }
     }
 
-    /// Says what a value looks like.
+    /// The notation of a value.
     #[doc(hidden)]
     #[must_use]
     pub fn value(self, value: &str) -> Self {

@@ -52,7 +52,7 @@ impl StateWriter {
 pub(crate) struct StateReader<'a>(&'a [u8]);
 
 impl<'a> StateReader<'a> {
-    /// Checks what stands in front.
+    /// Checks the header.
     pub(crate) fn new(state: &'a [u8], device_type: u32, version: u32) -> Result<Self, Refusal> {
         if state.len() > MAX_STATE {
             return Err("it is longer than 64 KiB");

@@ -35,7 +35,8 @@ use crate::{backend_channel, nic};
 const F_PROTOCOL_FEATURES: u64 = 1 << 30;
 /// Longest piece of configuration space that is read at once.
 const MAX_CONFIG: u32 = 4096;
-/// VHOST_USER_PROTOCOL_F_GET_VRING_BASE_INFLIGHT: GET_VRING_BASE leaves what can be cancelled in the table of requests in flight.
+/// VHOST_USER_PROTOCOL_F_GET_VRING_BASE_INFLIGHT: GET_VRING_BASE leaves requests that can be cancelled in the table
+/// of requests in flight.
 const SUSPENDS: Protocol = Protocol::from_bits_retain(1 << 20);
 /// VHOST_USER_PROTOCOL_F_GET_VRING_BASE_SKIP_DRAIN: it is [`SKIP_DRAIN`] that does, and GET_VRING_BASE does not.
 const SUSPENDS_IF_ASKED: Protocol = Protocol::from_bits_retain(1 << 23);
@@ -67,7 +68,7 @@ pub(crate) enum Refused {
     Memory(#[from] MemoryError),
     #[error(transparent)]
     Vring(#[from] VringError),
-    /// The frontend can go on: without these features no ring starts, and it may choose others.
+    /// The frontend can continue: without these features no ring starts, and it may choose others.
     #[error(transparent)]
     Features(DeviceError),
     #[error("the table of requests in flight: {0}")]
@@ -90,7 +91,7 @@ fn malformed(what: impl Into<String>) -> Refused {
 
 /// The answer to a request.
 pub(crate) enum Answer {
-    /// Success, if anybody wants to know.
+    /// Success, if an answer is wanted.
     Done,
     /// The requested data.
     Reply(Vec<u8>, Option<OwnedFd>),
@@ -162,12 +163,12 @@ impl<'a> Backend<'a> {
         &self.alarm
     }
 
-    /// Whether an answer may be asked for to what has none of its own.
+    /// Whether a message without an answer of its own may ask for one.
     pub(crate) fn acks(&self) -> bool {
         self.protocol.contains(Protocol::REPLY_ACK)
     }
 
-    /// Does what a message says.
+    /// Carries out a message.
     pub(crate) fn apply(&mut self, kind: FrontendReq, mut message: Message) -> Result<Answer, Refused> {
         if let Some(what) = message.wrong_files.take() {
             return Err(malformed(what));

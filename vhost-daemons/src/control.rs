@@ -23,7 +23,7 @@ pub(crate) enum Told {
     Statistics,
     /// A signal asks for the end.
     End,
-    /// A second one does not wait for what the end takes.
+    /// A second signal does not wait for the end to finish.
     AtOnce,
     /// The I/O thread of this number has panicked.
     Died(usize),
@@ -69,7 +69,7 @@ impl Control {
             let (idle, device) = match served {
                 Ok(idle) => (idle, Some(device)),
                 Err(_) => {
-                    // Waits for what is in flight.
+                    // Waits for requests in flight.
                     drop(device);
                     (true, None)
                 }

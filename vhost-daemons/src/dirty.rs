@@ -57,7 +57,7 @@ impl Default for Logging {
 }
 
 impl Logging {
-    /// Whether rings mark what they write.
+    /// Whether rings mark their writes.
     pub(crate) fn is_on(&self) -> bool {
         self.all && self.base.is_some()
     }
@@ -67,7 +67,7 @@ impl Logging {
         self.all
     }
 
-    /// Whether it was said where the log is.
+    /// Whether the place of the log is known.
     pub(crate) fn has_base(&self) -> bool {
         self.base.is_some()
     }
@@ -84,7 +84,7 @@ impl Logging {
         drop(before);
     }
 
-    /// Takes what the features say.
+    /// Follows the features.
     pub(crate) fn set_all(&mut self, all: bool) {
         self.all = all;
     }
@@ -101,7 +101,7 @@ impl Logging {
     }
 }
 
-/// Where the used ring is logged, if it is, of what SET_VRING_ADDR says.
+/// Where the used ring is logged, if it is, according to SET_VRING_ADDR.
 pub(crate) fn used_log(flags: u32, log: u64) -> Option<u64> {
     (flags & VRING_LOG != 0).then_some(log)
 }

@@ -36,7 +36,8 @@ impl Deadlines {
     }
 }
 
-/// Ends the process unless it is `over` soon: the other threads, which were told to end at once, may be waiting for whatever it is.
+/// Ends the process unless it is `over` soon: other threads, which were told to end at once, may be waiting for
+/// something that never comes.
 pub(crate) fn exit_soon(over: &AtomicBool) {
     let deadline = Instant::now() + HEARING;
     while !over.load(Ordering::Acquire) {
@@ -106,7 +107,7 @@ pub(crate) fn finish(
         eprint!("{}", summary(&total));
     }
     if !all_ended {
-        // Nothing is dropped that would wait for what is in flight.
+        // Nothing is dropped that would wait for requests in flight.
         failures.iter().for_each(|(line, _)| eprintln!("{program}: {line}"));
         std::process::exit(failures.first().map_or(Exit::Host, |&(_, exit)| exit) as i32);
     }
@@ -120,7 +121,7 @@ fn flush_the_others(controls: &mut [Control], tell: &Sender<Told>) {
         let Some(flusher) = control.flusher.take() else { continue };
         let tell = tell.clone();
         let flush = move || drop(tell.send(Told::Flushed(index, flusher())));
-        // Without a thread it can't be flushed, and that is said.
+        // Without a thread it can't be flushed, which is reported.
         drop(std::thread::Builder::new().name("flush".into()).spawn(flush));
     }
 }

@@ -46,7 +46,7 @@ impl AsFd for Event {
 pub(crate) struct Mailbox {
     mail: Event,
     stop: AtomicBool,
-    /// Whom the thread may be waiting for in the middle of a message.
+    /// The peer that the thread may be waiting for in the middle of a message.
     peer: Mutex<Option<UnixStream>>,
     asked: Mutex<Vec<SyncSender<DeviceStats>>>,
 }
@@ -69,7 +69,7 @@ impl Mailbox {
         Ok(Self { mail: Event::new()?, stop: AtomicBool::new(false), peer: Mutex::default(), asked: Mutex::default() })
     }
 
-    /// Asks the thread to end, and has it wait for its client no longer.
+    /// Asks the thread to end, and to stop waiting for its client.
     pub(crate) fn stop(&self) {
         self.stop.store(true, Ordering::Release);
         self.mail.raise();
@@ -79,7 +79,7 @@ impl Mailbox {
         }
     }
 
-    /// Says who is served from now on.
+    /// Sets the peer that is served from now on.
     pub(crate) fn serves(&self, peer: Option<UnixStream>) {
         *self.peer.lock().unwrap_or_else(PoisonError::into_inner) = peer;
     }
@@ -95,7 +95,7 @@ impl Mailbox {
         self.mail.raise();
     }
 
-    /// Answers what was asked.
+    /// Answers requests.
     pub(crate) fn serve(&self, device: &dyn Device) {
         self.mail.clear();
         for answer in self.asked.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {

@@ -146,7 +146,7 @@ impl Memory {
         self.regions.iter().any(|region| region.layout == layout)
     }
 
-    /// Maps one region more. Those who use the memory see it when they ask for it again.
+    /// Maps one more region. The memory's users see it when they ask for the memory again.
     pub(crate) fn add(
         &mut self,
         region: &VhostUserMemoryRegion,
@@ -181,7 +181,7 @@ impl Memory {
         Arc::clone(&self.guest)
     }
 
-    /// The guest-physical address of what the frontend sees at `user`.
+    /// The guest-physical address for the frontend's address `user`.
     pub(crate) fn translate(&self, user: u64) -> Option<u64> {
         let found = self.regions.iter().find(|region| user.wrapping_sub(region.layout.user) < region.layout.size)?;
         Some(found.layout.guest + (user - found.layout.user))

@@ -60,7 +60,7 @@ pub(crate) enum WireError {
 pub(crate) struct Message {
     /// The request's number, which may be unknown.
     pub(crate) request: u32,
-    /// Whether an answer is wanted to what has none of its own.
+    /// Whether a message without an answer of its own wants one.
     pub(crate) need_reply: bool,
     pub(crate) body: Vec<u8>,
     /// As many as a message of its kind can bring, of kinds that some message needs.
@@ -121,7 +121,7 @@ impl Connection {
         self.ready(PollFlags::IN, Instant::now())
     }
 
-    /// Receives the message that has begun to come; `None` if it is the end of the connection that has come.
+    /// Receives the message that has begun to come; `None` at the end of the connection.
     pub(crate) fn receive(&mut self) -> Result<Option<Message>, WireError> {
         let deadline = Instant::now() + PATIENCE;
         let mut came = Received::default();

@@ -17,7 +17,7 @@ use crate::source::{Peers, Source, SourceError};
 /// The first descriptor that a service manager passes (`sd_listen_fds(3)`).
 const LISTEN_FDS_START: RawFd = 3;
 
-/// The time within which a daemon ends, unless it is told otherwise.
+/// The default time within which a daemon ends.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Default access mode of a socket: processes of the daemon's user may connect.
@@ -99,7 +99,7 @@ impl ServeOptions {
         Ok(Some(Arc::new(taken)))
     }
 
-    /// Where clients come from: what was inherited, or the sockets that are named.
+    /// The sources of clients: inherited sockets, or those that are named.
     pub(crate) fn open_sources(&self, inherited: Vec<Source>) -> Result<Vec<Source>, String> {
         let mode = self.socket_mode.unwrap_or(SOCKET_MODE);
         let open = |path: &PathBuf| match self.client {
@@ -124,7 +124,7 @@ impl ServeOptions {
         self.name.get(index).cloned().unwrap_or_else(|| format!("{kind}{index}"))
     }
 
-    /// The I/O threads for so many queues.
+    /// The I/O threads for this number of queues.
     pub(crate) fn reactor_options(&self, queues: usize) -> Result<ReactorOptions, String> {
         self.io.check()?;
         Ok(self.io.reactors(queues, self.hold_memory.map_or(0, |size| size.unwrap_or_else(quarter_of_memory))))

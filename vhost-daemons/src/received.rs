@@ -13,7 +13,7 @@ use tracing::warn;
 
 use crate::descriptor;
 
-/// Most threads that close something. With so many waiting, a client waits for its own descriptors itself.
+/// Most threads that close descriptors. While that many wait, a client's own thread has to wait for its descriptors.
 const MOST_CLOSING: usize = 8;
 static CLOSING: AtomicUsize = AtomicUsize::new(0);
 
@@ -27,7 +27,7 @@ pub(crate) struct Received {
 }
 
 impl Received {
-    /// Takes what came with a piece of the message.
+    /// Takes the descriptors that came with a piece of the message.
     pub(crate) fn extend(&mut self, came: impl Iterator<Item = OwnedFd>) {
         let (known, strange): (Vec<_>, Vec<_>) = came.partition(is_known);
         self.files.extend(known);

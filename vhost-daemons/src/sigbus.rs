@@ -92,7 +92,7 @@ const PIECE: usize = 256;
 /// no client can use up the places of others: how many mappings a client has is bounded where they are made.
 struct Table {
     first: Piece,
-    /// Held by those who change the table.
+    /// Held while the table changes.
     change: Mutex<()>,
 }
 
@@ -147,7 +147,7 @@ fn install() -> Result<(), i32> {
     let handler: extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) = on_sigbus;
     action.sa_sigaction = handler as usize;
     action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
-    // SAFETY: the handler keeps to what is allowed in one.
+    // SAFETY: the handler does only what a signal handler may do.
     let done = unsafe { libc::sigaction(libc::SIGBUS, &raw const action, std::ptr::null_mut()) };
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error().raw_os_error().unwrap_or(libc::EINVAL)) }
 }
@@ -199,7 +199,7 @@ mod tests {
 
     use super::*;
 
-    /// An entry that can be told from a mixture of two.
+    /// An entry that differs from any mixture of two.
     fn entry(number: usize) -> Entry {
         Entry { start: number << 20, len: 1 + number % 1000, alarm: number as RawFd }
     }
@@ -273,7 +273,7 @@ mod tests {
         // SAFETY: zero is valid for all of its fields.
         let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
         (info.si_signo, info.si_code) = (libc::SIGBUS, code);
-        // SAFETY: the address follows three numbers and what aligns it.
+        // SAFETY: the address follows three numbers and their padding.
         unsafe { (&raw mut info).cast::<*mut libc::c_void>().add(2).write(start) };
         // SAFETY: the child does nothing but system calls.
         let child = unsafe { libc::fork() };

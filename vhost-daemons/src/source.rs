@@ -23,7 +23,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// Clients that may wait to be served.
 const BACKLOG: i32 = 128;
 
-/// Why a source can't be had.
+/// Why a source can't be opened.
 #[derive(Debug, Error)]
 pub(crate) enum SourceError {
     #[error("--socket {}: another process serves it, stop that one or name another socket", .0.display())]
@@ -133,7 +133,7 @@ pub(crate) enum Next {
     End,
 }
 
-/// Connects, if that can be done without waiting: a frontend that does not accept has room for so many only.
+/// Connects, if that is possible without waiting: a frontend that does not accept has room for only so many.
 fn connect_now(path: &Path) -> io::Result<UnixStream> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;

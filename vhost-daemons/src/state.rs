@@ -151,7 +151,7 @@ impl Transfer {
         Ok(Self { direction, thread: Some(thread), result, cancel })
     }
 
-    /// Waits for the end of the transfer, as long as that is wanted: what was read, or nothing.
+    /// Waits for the end of the transfer, as long as that is wanted. Returns the bytes read, or none.
     fn finish(self, wanted: impl Fn() -> bool) -> io::Result<Vec<u8>> {
         loop {
             match self.result.recv_timeout(LOOK_PAUSE) {
@@ -174,7 +174,8 @@ impl Drop for Transfer {
     }
 }
 
-/// Where the state goes or comes from. Reads and writes never wait, whatever flags the other side gives what it shares.
+/// Where the state goes or comes from. Reads and writes never wait, whatever flags the other side sets on the
+/// descriptor.
 enum OtherEnd {
     Pipe(ForeignPipe),
     Socket(OwnedFd),
@@ -221,7 +222,7 @@ struct Channel {
 }
 
 impl Channel {
-    /// Does what would wait without waiting, as soon as it can be done.
+    /// Makes a call that would block, as soon as it does not.
     fn attempt(&self, flags: PollFlags, mut once: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
         loop {
             match once() {

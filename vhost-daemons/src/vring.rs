@@ -61,7 +61,7 @@ impl Vring {
         self.running
     }
 
-    /// Whether everything about it was said.
+    /// Whether all its settings have come.
     pub(crate) fn is_complete(&self) -> bool {
         self.size.is_some() && self.addresses.is_some() && self.kick.is_some()
     }
@@ -116,7 +116,7 @@ impl Vring {
         Ok(())
     }
 
-    /// The queue was stopped. It may go on from where it was; what it has left is in its table.
+    /// The queue was stopped. It may continue from its position; its unanswered heads are in its table.
     pub(crate) fn stopped(&mut self, end: Option<&Suspended>) {
         self.running = false;
         if let Some(end) = end {

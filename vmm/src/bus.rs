@@ -31,7 +31,7 @@ pub enum BusError {
         /// Number of addresses.
         len: u64,
     },
-    /// Someone else answers there.
+    /// Another handler has addresses in the range.
     #[error("the address range {base:#x}+{len:#x} overlaps one in use")]
     Overlap {
         /// First address.

@@ -1,4 +1,4 @@
-//! `ringvm check`: what this host offers, and what to do about what is missing.
+//! `ringvm check`: this host's abilities, and advice on those that are missing.
 
 mod net;
 
@@ -43,7 +43,7 @@ impl Finding {
     }
 }
 
-/// Prints what was found; the exit code tells whether ringvm can run.
+/// Prints the findings; the exit code tells whether ringvm can run.
 #[must_use]
 pub fn check() -> Exit {
     let mut findings = vec![kvm(), io_uring(), memory(), hugepages(), locked_memory(), open_files()];

@@ -87,7 +87,7 @@ pub enum ConfigError {
     Read {
         /// The file.
         path: PathBuf,
-        /// What came back.
+        /// The error that it returned.
         source: std::io::Error,
     },
     /// The file is malformed or says something unknown.

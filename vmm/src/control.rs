@@ -33,9 +33,9 @@ pub enum Request {
     Detach(String, Sender<Result<Receiver<Taken>, MachineError>>),
     /// The vCPUs leave the guest. Each says its number once it has.
     Pause(Sender<u32>),
-    /// Paused vCPUs go on.
+    /// Paused vCPUs continue.
     Resume,
-    /// Paused vCPUs say what state they are in.
+    /// Paused vCPUs report their state.
     Save(Sender<VcpuState>),
 }
 

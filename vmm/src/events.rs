@@ -19,7 +19,7 @@ pub enum Ending {
         /// Its registers. KVM on AMD has reset them by then.
         place: String,
     },
-    /// KVM can't go on with the guest.
+    /// KVM can't continue the guest.
     GuestCrash(String),
     /// The host failed the machine.
     HostFailure(String),
@@ -53,7 +53,7 @@ impl Events {
         drop(self.sender.send(ending));
     }
 
-    /// Whether the machine is at its end: a vCPU must not go on then.
+    /// Whether the machine is at its end: a vCPU must not continue then.
     #[must_use]
     pub fn has_ended(&self) -> bool {
         self.ended.load(Ordering::SeqCst)

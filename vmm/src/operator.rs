@@ -21,9 +21,9 @@ pub enum Wish {
 
 /// Most wishes that may wait.
 const WISHES: usize = 16;
-/// How long a device may take to say what it has done.
+/// How long a device may take to report its statistics.
 const ANSWER: Duration = Duration::from_secs(1);
-/// How long the end of the process waits for what was asked for before.
+/// How long the end of the process waits for earlier requests.
 const LAST: Duration = Duration::from_millis(500);
 
 /// Takes wishes, from any thread and without waiting.

@@ -28,7 +28,7 @@ const MAX_WRITES: usize = 64;
 pub trait Listener: Send + Sync {
     /// A reset that the driver asked for is complete.
     fn reset(&self);
-    /// The device can't go on for this reason.
+    /// The device needs a reset for this reason.
     fn need_reset(&self, reason: &str);
     /// The device itself has changed its configuration space.
     fn space_changed(&self);
@@ -144,7 +144,7 @@ pub struct Owner {
 pub struct Questions(Sender<Question>);
 
 impl Questions {
-    /// Asks for what the device has done. The sender is dropped if there is no answer to come.
+    /// Asks for the device's statistics. The sender is dropped if no answer will come.
     pub fn stats(&self, answer: Sender<DeviceStats>) {
         // Without an owner the sender is gone, which is the answer.
         drop(self.0.send(Question::Stats(answer)));
@@ -241,7 +241,7 @@ impl Owner {
         });
     }
 
-    /// Whether a reset is under way.
+    /// Whether a reset is in progress.
     #[must_use]
     pub fn is_resetting(&self) -> bool {
         let wanted = self.shared.lock();
@@ -266,7 +266,7 @@ impl Owner {
         self.shared.change(|wanted| wanted.queues = queues);
     }
 
-    /// Reads the configuration space as the device had it last; bytes beyond its end are zero.
+    /// Reads the latest copy of the configuration space; bytes beyond its end are zero.
     pub fn read_config(&self, offset: u32, data: &mut [u8]) {
         read_space(&self.shared.space.read().unwrap_or_else(PoisonError::into_inner), offset, data);
     }
@@ -284,14 +284,14 @@ impl Owner {
     }
 }
 
-/// One queue, as far as the device has it.
+/// One queue in the device's current state.
 #[derive(Default)]
 struct Queue {
     /// The wiring that it runs with.
     runs: Option<u64>,
     /// The wiring that it could not be started with.
     failed: Option<u64>,
-    /// Where it goes on, or starts, and what it took and did not give back.
+    /// Where it starts or continues, and the heads that it took and did not give back.
     from: Suspended,
 }
 
@@ -371,7 +371,7 @@ impl Keeper {
         self.shared.read_space(self.device.as_ref());
         self.features = None;
         self.queues.fill_with(Queue::default);
-        // Under the lock, so that what the driver does next comes after this.
+        // Under the lock, so that the driver's next step comes after this.
         let mut wanted = self.shared.lock();
         wanted.resets_done = resets;
         if wanted.resets == resets {

@@ -66,7 +66,7 @@ pub trait Platform: Send + Sync {
 
 #[cfg(test)]
 pub(crate) mod fake {
-    //! A platform without a hypervisor that remembers what it was told.
+    //! A platform without a hypervisor that records its calls.
 
     use std::collections::BTreeMap;
     use std::os::fd::AsRawFd;

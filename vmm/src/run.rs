@@ -77,25 +77,25 @@ pub enum RunError {
     /// The I/O threads can't be started.
     #[error("starting the I/O threads: {source}{}; see `ringvm check`", advice(.source))]
     Reactor {
-        /// What came back.
+        /// The error that it returned.
         source: io::Error,
     },
     /// The serial port has no other end.
     #[error("--serial {what}: {source}; {advice}")]
     Serial {
-        /// What it was to be.
+        /// The value of the option.
         what: String,
-        /// What came back.
+        /// The error that it returned.
         source: io::Error,
-        /// What to do.
+        /// Advice.
         advice: &'static str,
     },
     /// The host ran out of something.
     #[error("{what}: {source}{}", advice(.source))]
     Host {
-        /// What was tried.
+        /// The operation that failed.
         what: &'static str,
-        /// What came back.
+        /// The error that it returned.
         source: io::Error,
     },
     /// The machine can't be built or stopped.

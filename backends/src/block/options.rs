@@ -1,4 +1,4 @@
-//! What a user says of a disk, and opening it: everything that can be wrong with an image is found before a guest starts.
+//! A user's description of a disk, and opening it: every fault of an image is found before a guest starts.
 #![allow(unsafe_code, reason = "OFD locks have no safe wrapper among our dependencies")]
 
 use std::fs::{File, OpenOptions};
@@ -66,7 +66,7 @@ crate::options! {
     }
 }
 
-/// Why a disk can't be had.
+/// Why a disk can't be opened.
 #[derive(Debug, Error)]
 pub enum OpenError {
     /// An option that can't be, alone or with another.
@@ -74,7 +74,7 @@ pub enum OpenError {
     Option {
         /// The disk, by its path or kind.
         disk: String,
-        /// What is wrong and what to do.
+        /// The problem, and advice on it.
         what: String,
     },
     /// The host refused.
@@ -82,11 +82,11 @@ pub enum OpenError {
     Host {
         /// The disk, by its path.
         disk: String,
-        /// What was tried.
+        /// The operation that failed.
         what: &'static str,
-        /// What came back.
+        /// The error that it returned.
         source: io::Error,
-        /// What to do, with its own punctuation in front.
+        /// Advice, with its own punctuation in front.
         hint: &'static str,
     },
 }
@@ -204,7 +204,8 @@ impl BlockOptions {
         Ok(Null(Geometry { capacity, logical_block, physical_block, readonly: self.readonly, discard: true }))
     }
 
-    /// Opens the image without waiting for anybody, whatever has taken its place since it was looked at.
+    /// Opens the image without waiting for any other process, even if another file has taken its place since it was
+    /// looked at.
     fn open_path(&self, path: &Path) -> Result<File, OpenError> {
         let host = |what, source: io::Error, hint| OpenError::Host { disk: self.name(), what, source, hint };
         let direct = if self.direct { libc::O_DIRECT } else { 0 };
@@ -234,7 +235,7 @@ impl BlockOptions {
         Ok(())
     }
 
-    /// Takes an inherited descriptor, and has it in the mode that is asked for.
+    /// Takes an inherited descriptor, and puts it into the requested mode.
     fn inherit(&self, fd: RawFd) -> Result<File, OpenError> {
         let host = |what, source: io::Error, hint| OpenError::Host { disk: self.name(), what, source, hint };
         let file = inherited::take(fd).map(File::from).map_err(|e| match e.raw_os_error() {
@@ -314,7 +315,7 @@ fn lock(file: &File, readonly: bool) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether nothing but readers' locks keep a writer out. Anybody who may open the file for reading can hold one.
+/// Whether only readers' locks keep a writer out. Any process that may open the file for reading can hold one.
 fn is_read_locked(file: &File) -> bool {
     let mut lock = whole_file(libc::F_WRLCK);
     // SAFETY: the descriptor is open, and the structure lives across the call, which writes to it.
@@ -427,7 +428,7 @@ mod tests {
             let ended = told.recv_timeout(Duration::from_secs(60));
             over.store(true, Ordering::Relaxed);
             if ended.is_err() {
-                // Lets the one that hangs go on.
+                // Lets the opening that hangs continue.
                 for path in [dir.path().join("fifo"), dir.path().join("x.img")] {
                     drop(OpenOptions::new().read(true).write(true).open(path));
                 }

@@ -24,7 +24,7 @@ const SEGMENT_LEN: usize = 16;
 /// Flag of a write-zeroes segment: its space may be given back.
 const SEGMENT_UNMAP: u32 = 1;
 
-/// What a request wants; statistics count by it.
+/// The kind of a request; statistics count by it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(usize)]
 pub enum Kind {
@@ -84,7 +84,7 @@ pub struct Header {
 }
 
 impl Header {
-    /// Takes the header off the front of a request; `None` if it is not all there.
+    /// Takes the header off the front of a request; `None` if it is incomplete.
     #[inline]
     pub fn take(readable: &mut GuestIo) -> Option<Self> {
         let bytes = readable.take::<HEADER_LEN>()?;

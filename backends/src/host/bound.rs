@@ -147,7 +147,7 @@ mod tests {
         let error = Claim::new(&path).unwrap_err();
         assert_eq!(error.raw_os_error().or(Some(libc::ELOOP)), Some(libc::ELOOP), "{error}");
         assert_eq!(std::fs::read(&precious).unwrap(), b"bytes");
-        // A lock that is a file keeps what is in it.
+        // If the lock is an existing file, its contents stay.
         std::fs::remove_file(suffixed(&path, ".lock")).unwrap();
         std::fs::write(suffixed(&path, ".lock"), "bytes").unwrap();
         drop(Claim::new(&path).unwrap());

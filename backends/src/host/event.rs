@@ -78,7 +78,7 @@ impl SharedEvent {
         Ok(Self { way: OnceLock::new(), later: Some(borrow(event).try_clone_to_owned()?) })
     }
 
-    /// Raises it, and never waits: what is full is raised already.
+    /// Raises it, and never waits: a full event is raised already.
     pub fn raise(&self) {
         let made = match (self.way.get(), &self.later) {
             (None, Some(fd)) => Way::of(fd.as_fd()).map(|way| drop(self.way.set(way))),
@@ -159,7 +159,7 @@ mod tests {
 
     use super::*;
 
-    /// Longer than any machine takes for what does not wait.
+    /// Longer than any machine takes for calls that do not wait.
     const LIMIT: Duration = Duration::from_secs(60);
 
     /// Does `work` on a thread of its own, which a test must not wait for if it never ends.

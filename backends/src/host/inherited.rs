@@ -54,7 +54,7 @@ fn open_numbers() -> Vec<RawFd> {
     let limit = getrlimit(Resource::Nofile).current.unwrap_or(NUMBERS).min(NUMBERS);
     let numbers = FIRST..limit as RawFd;
     let mut polled: Vec<libc::pollfd> = numbers.map(|fd| libc::pollfd { fd, events: 0, revents: 0 }).collect();
-    // SAFETY: the list is as long as said and lives across the call, which does not wait.
+    // SAFETY: the list has the length given and lives across the call, which does not wait.
     let result = unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, 0) };
     let is_open = |polled: &libc::pollfd| result >= 0 && polled.revents & libc::POLLNVAL == 0;
     polled.iter().filter(|polled| is_open(polled)).map(|polled| polled.fd).collect()

@@ -8,7 +8,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use rustix::fs::OFlags;
 use rustix::io::ReadWriteFlags;
 
-/// The position of what has none.
+/// The position for files without positions.
 pub(crate) const NO_OFFSET: u64 = u64::MAX;
 
 /// One end of such a pipe.

@@ -127,7 +127,7 @@ impl Mapping {
     /// Where the part that was asked for begins.
     #[must_use]
     pub fn base(&self) -> *mut u8 {
-        // SAFETY: it lies in the first page of what is mapped.
+        // SAFETY: it lies in the first mapped page.
         unsafe { self.start.add(self.at) }
     }
 

@@ -1,4 +1,4 @@
-//! The running queues of one device: where each is served, and what it has counted over all its lives.
+//! The running queues of one device: where each is served, and its counters over all its lives.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -25,7 +25,7 @@ pub(crate) struct Queues {
 enum Place {
     /// Served by a thread, as the task of this number.
     Runs { reactor: usize, task: u32 },
-    /// Told to stop. Something of it may be in flight.
+    /// Told to stop. Requests of it may be in flight.
     Leaves(Leaving),
 }
 

@@ -32,17 +32,18 @@ use crate::virtqueue::{End, Suspended};
 pub trait Task {
     /// The part that every queue has.
     fn service(&mut self) -> &mut Service;
-    /// Goes on where it can, and pushes operations. Returns whether there was anything to do.
+    /// Makes progress where it can, and pushes operations. Returns whether there was anything to do.
     fn turn(&mut self, ring: &mut Ring) -> bool;
     /// An operation pushed for `slot` has ended.
     fn completed(&mut self, slot: u32, result: i32, now: Instant, ring: &mut Ring);
-    /// Whether `turn` would find something. Cheap: this is what polling looks at.
+    /// Whether `turn` would find something. Cheap, because polling calls it.
     fn ready(&self) -> bool;
     /// Asks the driver for kicks if the task waits for its next chain; returns whether one has come in the meantime.
     fn arm(&mut self) -> bool;
     /// Calls `with` for every file that operations name, as long as they do.
     fn files(&self, with: &mut dyn FnMut(BorrowedFd<'_>));
-    /// Nothing new is taken from now on: ends what would wait for others, or all that can be ended if the queue is suspended.
+    /// Takes nothing new from now on: ends operations that would wait for others, or all that can be ended if the
+    /// queue is suspended.
     fn stop(&mut self, ring: &mut Ring);
     /// Whether nothing is in flight.
     fn is_idle(&self) -> bool;
@@ -62,7 +63,7 @@ pub struct ReactorOptions {
     /// Most bytes of guest memory that the kernel holds for I/O (registered buffers), all of which is allocated and
     /// locked. Zero: none. The bound covers all threads together.
     pub hold_memory: u64,
-    /// Told when a thread dies by a bug of ours: its queues are never served again.
+    /// Called when a thread dies by a bug of ours: its queues are never served again.
     pub on_panic: OnPanic,
 }
 
@@ -83,7 +84,7 @@ impl OnPanic {
     }
 }
 
-/// Tells of a panic when the thread unwinds past it.
+/// Reports a panic when the thread unwinds past it.
 struct Teller {
     on_panic: OnPanic,
     thread: usize,
@@ -130,7 +131,7 @@ impl ReactorPool {
         Ok(Self(reactors.collect::<io::Result<_>>()?))
     }
 
-    /// A reactor without its thread, and what is asked of it.
+    /// A reactor without its thread, and its commands.
     #[cfg(any(test, feature = "testing"))]
     pub(crate) fn unthreaded() -> (Self, mpsc::UnboundedReceiver<Command>) {
         let (commands, inbox) = mpsc::unbounded_channel();
@@ -208,7 +209,7 @@ pub(crate) struct Leaving {
 /// The other end of a [`Leaving`], on the thread itself.
 pub(crate) struct Leave {
     departure: Arc<Departure>,
-    /// What the task has counted is added to this.
+    /// The task's counters are added to this.
     counted: Arc<Mutex<Option<QueueStats>>>,
     load: Arc<AtomicUsize>,
 }
@@ -287,7 +288,7 @@ impl Reactor {
         Leaving { reactor: self.index, departure }
     }
 
-    /// Has a task suspended that was told to leave drained.
+    /// Suspends a task that was told to drain and leave.
     pub(crate) fn hurry(&self, leaving: &Leaving) {
         // Not by the task's number: once it has left, that may be another task's.
         if leaving.departure.hurry() {
@@ -303,7 +304,7 @@ impl Reactor {
     }
 
     fn send(&self, command: Command) {
-        // If the thread has died, the reply's sender dies with the command, and that is what callers see.
+        // If the thread has died, the reply's sender dies with the command, and the caller sees that.
         drop(self.commands.as_ref().expect("open until dropped").send(command));
     }
 }

@@ -19,7 +19,7 @@ use crate::virtqueue::buffers::{Chain, GuestIo, MAX_PIECES};
 
 /// Where frames come from. Lives on one thread.
 pub trait Source {
-    /// Names of what is counted: a frame delivered, then whatever [`Verdict::Drop`] names.
+    /// Names of the counters: a frame delivered, then the names of [`Verdict::Drop`].
     const OPS: &'static [&'static str];
 
     /// Most bytes that one read can bring, so that many must be offered if the driver lets frames span chains.
@@ -117,7 +117,7 @@ enum State {
 pub struct Receiver<S: Source> {
     stock: Stock<S>,
     state: State,
-    /// The kernel is told where their rooms are, so they stay here whatever happens.
+    /// The kernel knows the addresses of their rooms, so they never move.
     reads: Vec<Read>,
     in_flight: usize,
     /// Reads of the next burst.
@@ -350,7 +350,7 @@ impl<S: Source> Task for Receiver<S> {
             State::Away => self.stock.source.enabled(),
             State::Reading | State::Polling | State::Dead => false,
         };
-        // The kernel still uses what the reads in flight point to.
+        // The kernel still uses the memory that the reads in flight point to.
         if !due || self.in_flight > 0 || !self.stock.service.is_running() {
             return false;
         }
@@ -363,7 +363,7 @@ impl<S: Source> Task for Receiver<S> {
             false => self.burst,
         };
         let mut count = 0;
-        // Borrowed, never taken out: what was pushed for the first reads points into them should a later one panic.
+        // Borrowed, never taken out: operations pushed for the first reads point into them, should a later one panic.
         let reads = self.reads.as_mut_slice();
         while count < burst && self.stock.gather(&mut reads[count], count) {
             let mut io = Io::new(ring, Token { task: self.stock.service.task(), slot: count as u32 });

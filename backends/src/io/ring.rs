@@ -54,7 +54,7 @@ impl Token {
     }
 }
 
-/// One io_uring and what waits for room in it.
+/// One io_uring, and the operations that wait for room in it.
 pub struct Ring {
     ring: IoUring,
     backlog: VecDeque<squeue::Entry>,
@@ -64,7 +64,7 @@ pub struct Ring {
     staged: usize,
     /// Files that the kernel holds for this ring, by descriptor.
     held: Vec<Option<Held>>,
-    /// Free places in the kernel's table of them; `None` if it has none.
+    /// Free places in the kernel's table of files; `None` if there is no table.
     places: Option<Vec<u32>>,
     memory: HeldMemory,
 }
@@ -334,7 +334,7 @@ impl Ring {
 
     #[inline(always)]
     fn stage(&mut self, entry: &squeue::Entry) -> bool {
-        // SAFETY: what the entry points to is kept alive by the contract of the method that built it.
+        // SAFETY: the memory that the entry points to is kept alive by the contract of the method that built it.
         let staged = unsafe { self.ring.submission().push(entry) }.is_ok();
         self.staged += usize::from(staged);
         staged
@@ -430,7 +430,8 @@ impl Drop for Ring {
             if let Err(e) = &entered
                 && e.raw_os_error() == Some(libc::ETIME)
             {
-                // Kernels before 5.19 don't know this; what waits there ends with whom it waits for.
+                // Kernels before 5.19 don't know this; an operation that waits there ends with the process it waits
+                // for.
                 let all = types::CancelBuilder::any();
                 self.push(CANCEL, opcode::AsyncCancel2::new(all).build());
                 continue;
@@ -455,7 +456,8 @@ impl Drop for Ring {
     }
 }
 
-/// Longest time that storage takes for what is in flight when a ring goes; what is left then waits for others.
+/// Longest time that storage takes for requests in flight when a ring goes; the operations left after that wait for
+/// others.
 const ENDS_BY_ITSELF: Duration = Duration::from_secs(1);
 
 const ENTER_GETEVENTS: u32 = 1;
@@ -629,7 +631,7 @@ mod tests {
     fn memory_that_cannot_be_held_is_left_alone_and_what_was_held_before_stays() {
         let memory = || Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 16)]).unwrap());
         let (before, behind) = (memory(), memory());
-        // Longer than what is in it, which the kernel finds when it comes to the second page.
+        // Longer than its contents; the kernel notices when it comes to the second page.
         let file = rustix::fs::memfd_create("cut", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         let file = std::fs::File::from(file);
         file.set_len(1 << 16).unwrap();

@@ -15,11 +15,11 @@ pub(crate) const BATCH: usize = 16;
 #[derive(Debug, PartialEq, Eq)]
 enum State {
     Running,
-    /// The driver broke the queue: nothing new is taken, what is in flight ends.
+    /// The driver broke the queue: no new chains are taken, requests in flight end.
     Broken,
     /// Asked to leave: likewise.
     Stopping,
-    /// Asked to leave at once: what can be ended is not waited for.
+    /// Asked to leave at once: requests that can be cancelled are not waited for.
     Suspending,
 }
 
@@ -35,7 +35,7 @@ pub struct Service {
 }
 
 impl Service {
-    /// A queue that its reactor knows as `task`. `fault` is raised if the driver breaks it; `ops` names what is counted.
+    /// A queue that its reactor knows as `task`. `fault` is raised if the driver breaks it; `ops` names the counters.
     pub(crate) fn new(name: String, queue: Queue, fault: Interrupt, task: u32, ops: &[&'static str]) -> Self {
         Self { name, queue, stats: QueueStats::new(ops), fault, state: State::Running, task, kicks_wanted: true }
     }
@@ -85,11 +85,12 @@ impl Service {
             })
     }
 
-    /// The driver broke the queue beyond what can be answered.
+    /// The driver broke the queue so that it can't be answered.
     pub(crate) fn break_off(&mut self, error: &RingError) {
         self.stats.bad_chains += 1;
         if self.state == State::Running {
-            // A driver can do this at will, so it is the transport, told by the fault line, that warns, as often as it likes.
+            // A driver can do this at will. So the transport warns, within its own limits, when the fault line tells
+            // it.
             tracing::info!(queue = %self.name, %error, "the driver broke the queue, the device needs a reset");
             self.state = State::Broken;
             self.fault.raise();
@@ -112,7 +113,7 @@ impl Service {
         }
     }
 
-    /// Publishes what has completed since the last call, with at most one interrupt.
+    /// Publishes the completions since the last call, with at most one interrupt.
     pub(crate) fn publish(&mut self) {
         self.stats.settle();
         match self.queue.notify() {
@@ -130,7 +131,7 @@ impl Service {
         };
     }
 
-    /// Where the queue stands, with nothing under way.
+    /// The queue's position, with no operation in progress.
     pub(crate) fn end(&self) -> Suspended {
         let left = if self.is_suspending() { self.queue.left() } else { Vec::new() };
         Suspended { state: self.queue.state(), left }

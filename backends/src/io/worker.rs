@@ -33,7 +33,8 @@ pub trait Handler {
     /// Looks at a new chain, and pushes its first operation if it needs one.
     fn start(&mut self, chain: &mut Chain, request: &mut Self::Request, io: &mut Io<'_>) -> Step;
 
-    /// Goes on after the operation pushed last has ended with `result` (as of io_uring: a count or a negated errno).
+    /// Continues after the operation pushed last has ended with `result` (as of io_uring: a count or a negated
+    /// errno).
     fn resume(&mut self, chain: &mut Chain, request: &mut Self::Request, result: i32, io: &mut Io<'_>) -> Step;
 
     /// Forgets a request that has come as far as [`Step::Pending`], with no operation under way for it. Another
@@ -46,7 +47,7 @@ pub trait Handler {
         false
     }
 
-    /// While any request waits for others: what becomes readable when another thread has woken one.
+    /// While any request waits for others: a descriptor that becomes readable when another thread has woken one.
     fn wakes(&self) -> Option<BorrowedFd<'_>> {
         None
     }
@@ -137,7 +138,7 @@ impl<H: Handler> Worker<H> {
         }
     }
 
-    /// Goes on with those that others need not wait for any more, and sees to it that those to come are heard of.
+    /// Continues requests that no longer have to wait for others, and polls for the next ones to be woken.
     #[cold]
     fn wake(&mut self, now: Instant, ring: &mut Ring) {
         while let Some(index) = self.handler.next_woken() {
@@ -161,7 +162,7 @@ impl<H: Handler> Worker<H> {
         }
     }
 
-    /// Lets go of a request of a suspended queue, with nothing under way for it: its head is among those that are left.
+    /// Releases a request of a suspended queue, with no operation in progress: its head is among those left.
     fn leave(&mut self, index: u32) {
         let slot = &mut self.slots[index as usize];
         self.handler.abandon(&mut slot.request);

@@ -40,7 +40,7 @@ pub(super) struct Control {
     pub(super) rx: Mutex<RxMode>,
 }
 
-/// The driver's wishes for what is received.
+/// The driver's receive filter.
 #[derive(Clone, Debug, Default)]
 pub(super) struct RxMode {
     pub(super) promiscuous: bool,
@@ -73,7 +73,7 @@ impl Control {
         Ok(())
     }
 
-    /// Back to what a driver finds: everything is received, on one pair.
+    /// Back to a fresh driver's view: all frames are received, on one pair.
     pub(super) fn forget_rx(&self) {
         *self.rx.lock().unwrap_or_else(PoisonError::into_inner) = RxMode { promiscuous: true, ..RxMode::default() };
         self.active.store(1, Ordering::Release);
@@ -86,7 +86,7 @@ impl Control {
         self.port.set_offloads(features::guest_offloads(self.guest_offloads.load(Ordering::Relaxed)))
     }
 
-    /// Changes what is received, and brings the port in line with that and with the address.
+    /// Changes the receive mode, and brings the port in line with it and with the address.
     pub(super) fn change_rx(&self, change: impl FnOnce(&mut RxMode)) {
         change(&mut self.rx.lock().unwrap_or_else(PoisonError::into_inner));
         self.filter_port();

@@ -81,7 +81,7 @@ impl Said {
     }
 }
 
-/// A port that refuses a command for each bit set here.
+/// A port that refuses its nth command if bit n (modulo 8) of `refuses` is set.
 struct Stubborn {
     refuses: u8,
     asked: AtomicUsize,

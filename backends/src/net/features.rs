@@ -1,4 +1,4 @@
-//! Feature bits of the network device (virtio 1.3, section 5.1.3) and what they mean to a port.
+//! Feature bits of the network device (virtio 1.3, section 5.1.3) and their meaning for a port.
 
 pub(super) use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM as CSUM, VIRTIO_NET_F_CTRL_GUEST_OFFLOADS as CTRL_GUEST_OFFLOADS,

@@ -19,7 +19,7 @@ pub(crate) const MAX_FRAME: u64 = 65535 + 14 + 4;
 /// Offset of `num_buffers`.
 pub(crate) const NUM_BUFFERS: u64 = 10;
 
-/// Whether a header says nothing but what was agreed to, and nothing that its frame of `len` bytes contradicts.
+/// Whether a header contains only what was negotiated, and nothing that its frame of `len` bytes contradicts.
 pub(crate) fn is_sound(header: &[u8; HEADER_LEN], len: u64, agreed: Offloads) -> bool {
     let word = |at: usize| u64::from(u16::from_le_bytes([header[at], header[at + 1]]));
     let (flags, kind) = (u32::from(header[0]), u32::from(header[1]));

@@ -51,7 +51,7 @@ pub struct NetDevice {
     info: DeviceInfo,
     port: Arc<dyn Port>,
     control: Arc<Control>,
-    /// The address it had at first.
+    /// The initial address.
     mac: [u8; 6],
     mtu: Option<u16>,
     max_pairs: u16,
@@ -220,7 +220,7 @@ impl NetDevice {
         }))
     }
 
-    /// Tells the driver that the configuration space has changed, however it wants that to be told by then.
+    /// Tells the driver that the configuration space has changed, over the interrupt that is set by that time.
     fn config_change(&self) -> Interrupt {
         let changed = Arc::clone(&self.config_changed);
         Interrupt::Call(Arc::new(move || {
@@ -385,7 +385,7 @@ impl Device for NetDevice {
     }
 
     fn load_state(&mut self, state: &[u8]) -> Result<(), DeviceError> {
-        // Before they are negotiated, what could be.
+        // Before features are negotiated, those that could be.
         let negotiated = self.features != 0;
         let accepted = if negotiated { self.features } else { self.info.features };
         let state = NetState::from_bytes(state, self.max_pairs, accepted);

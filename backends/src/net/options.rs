@@ -1,4 +1,4 @@
-//! What a user says of a NIC, and opening its port.
+//! A user's description of a NIC, and opening its port.
 
 use std::fmt;
 use std::io;
@@ -137,7 +137,7 @@ crate::options! {
     }
 }
 
-/// Why a NIC can't be had.
+/// Why a NIC can't be opened.
 #[derive(Debug, Error)]
 pub enum OpenError {
     /// An option that can't be, alone or with another.
@@ -145,7 +145,7 @@ pub enum OpenError {
     Option {
         /// The NIC, by its port.
         net: String,
-        /// What is wrong and what to do.
+        /// The problem, and advice on it.
         what: String,
     },
     /// The tap can't be used.
@@ -156,9 +156,9 @@ pub enum OpenError {
     Host {
         /// The NIC, by its port.
         net: String,
-        /// What was tried.
+        /// The operation that failed.
         what: &'static str,
-        /// What came back.
+        /// The error that it returned.
         source: io::Error,
     },
 }

@@ -23,7 +23,7 @@ enum Op {
     Refused,
 }
 
-/// Sends what the driver transmits on one queue.
+/// Sends the driver's frames of one queue.
 pub(super) struct TransmitHandler {
     pub(super) port: Arc<dyn Port>,
     pub(super) pair: usize,
@@ -39,7 +39,7 @@ pub(super) struct TransmitHandler {
 /// A frame on its way.
 #[derive(Default)]
 pub(super) struct Transmit {
-    /// A header that is not in one piece with its frame, as it was checked. Boxed, because the kernel is told where it is.
+    /// A checked header that is not in one piece with its frame. Boxed, because the kernel is given its address.
     header: Box<[u8; HEADER_LEN]>,
     /// The header, and the frame in guest memory.
     pieces: GuestIo,

@@ -9,7 +9,7 @@ use histogram::Histogram;
 /// Requests of one kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct OpStats {
-    /// Name of the kind, as the specification has it (`read`, `flush`, …).
+    /// Name of the kind, as in the specification (`read`, `flush`, …).
     pub name: &'static str,
     /// Requests completed, errors included.
     pub count: u64,
@@ -87,7 +87,7 @@ impl QueueStats {
         }
     }
 
-    /// Counts what has no latency: it came from outside.
+    /// Counts a frame without a latency: it came from outside.
     #[inline]
     pub fn count(&mut self, op: usize, bytes: u64, ok: bool) {
         let entry = &mut self.ops[op];
@@ -99,7 +99,7 @@ impl QueueStats {
         }
     }
 
-    /// Adds what another queue, or another run of the same one, counted.
+    /// Adds the counters of another queue, or of another run of the same one.
     pub fn merge(&mut self, other: &Self) {
         for theirs in &other.ops {
             let place = self.ops.iter().position(|mine| mine.name == theirs.name).unwrap_or_else(|| {
@@ -131,7 +131,7 @@ pub struct DeviceStats {
 }
 
 impl DeviceStats {
-    /// Adds what another life of the same device counted.
+    /// Adds the counters of another life of the same device.
     pub fn merge(&mut self, other: &Self) {
         for (index, theirs) in &other.queues {
             match self.queues.iter_mut().find(|(mine, _)| mine == index) {

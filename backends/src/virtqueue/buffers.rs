@@ -99,7 +99,7 @@ impl GuestIo {
         }
     }
 
-    /// Appends what is left of another list, all of which lies in one guest's memory.
+    /// Appends the rest of another list, all of which lies in one guest's memory.
     pub(crate) fn append(&mut self, other: &Self) {
         if let Some(mem) = &other.mem
             && self.mem.as_ref().is_none_or(|kept| !Arc::ptr_eq(kept, mem))
@@ -110,7 +110,7 @@ impl GuestIo {
         self.len += other.len;
     }
 
-    /// Has the CPU fetch what will be read first, while it does something else.
+    /// Has the CPU fetch the bytes that will be read first, while it does something else.
     #[inline]
     pub(crate) fn fetch_front(&self) {
         #[cfg(target_arch = "x86_64")]
@@ -347,7 +347,7 @@ fn slice(piece: &libc::iovec) -> VolatileSlice<'_> {
 /// One descriptor chain in host addresses. Reused from request to request, so that popping does not allocate.
 #[derive(Debug, Default)]
 pub struct Chain {
-    /// Index of the first descriptor, what `complete` wants back.
+    /// Index of the first descriptor, which `complete` expects.
     pub head: u16,
     /// Device-readable bytes.
     pub readable: GuestIo,
@@ -359,7 +359,7 @@ pub struct Chain {
 }
 
 impl Chain {
-    /// Asks the CPU for what a device looks at first and writes last: where requests have their header and their status.
+    /// Has the CPU fetch the bytes that a device reads first and writes last: the header and the status of a request.
     #[inline]
     pub(crate) fn fetch(&self) {
         self.readable.fetch_front();

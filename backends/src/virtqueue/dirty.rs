@@ -145,7 +145,7 @@ impl Writes {
         Self { to, regions, writable: vec![Vec::new(); size.into()], most: MOST_WRITTEN }
     }
 
-    /// No more than so many bytes are written to the front of a chain.
+    /// At most this many bytes are written to the front of a chain.
     pub(crate) fn at_most(&mut self, bytes: u64) {
         self.most = self.most.min(bytes);
     }
@@ -189,7 +189,7 @@ impl Writes {
         }
     }
 
-    /// So many bytes of the used ring were written.
+    /// This many bytes of the used ring were written.
     pub(crate) fn used_written(&self, offset: u64, len: u64) {
         if let Some(used) = self.to.used {
             self.to.log.mark(used.saturating_add(offset), len);

@@ -148,7 +148,7 @@ fn invalid(message: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, message)
 }
 
-/// Checks where an area is said to be. Returns how long it has to be.
+/// Checks the given place of an area. Returns the length that it has to have.
 fn check_place(file: &SharedFile, offset: u64, len: u64, queues: u16, queue_size: u16) -> io::Result<u64> {
     check(queues, queue_size)?;
     let needed = table_len(queue_size) * u64::from(queues);
@@ -325,7 +325,7 @@ impl InflightTable {
         crash_point();
     }
 
-    /// A head is as if it had never been popped.
+    /// Treats a head as if it had never been popped.
     pub(crate) fn returned(&mut self, head: u16) {
         self.mark(head).store(0, Ordering::Release);
         crash_point();

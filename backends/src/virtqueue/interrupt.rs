@@ -15,7 +15,7 @@ pub enum Interrupt {
     Event(Arc<EventFd>),
     /// An event that another process has as well, such as the call descriptor of a vring.
     Shared(Arc<SharedEvent>),
-    /// A function of the transport, for what an eventfd can't say: legacy interrupts, a status bit.
+    /// A function of the transport, for events that an eventfd can't express: legacy interrupts, a status bit.
     Call(Arc<dyn Fn() + Send + Sync>),
     /// No listener: the driver polls.
     #[default]
@@ -23,7 +23,7 @@ pub enum Interrupt {
 }
 
 impl Interrupt {
-    /// Raises it. Never blocks, whatever another process has made of what it shares.
+    /// Raises it. Never blocks, whatever another process does with a shared event.
     pub fn raise(&self) {
         match self {
             // The only failure is a full counter (EAGAIN), and then the reader has yet to see the edge.

@@ -108,7 +108,7 @@ impl QueueParts {
 pub enum End {
     /// With everything answered that was taken.
     Drained,
-    /// With nothing under way, but what could be cancelled unanswered.
+    /// With no operation in progress, but with cancelled requests unanswered.
     Suspended,
 }
 
@@ -167,10 +167,10 @@ pub enum RingError {
     /// A device-readable descriptor after a device-writable one.
     #[error("chain at descriptor {0} has a readable buffer behind a writable one")]
     Order(u16),
-    /// The table of requests in flight can't be that of this queue.
+    /// The table of requests in flight can't be this queue's.
     #[error("{0}")]
     Inflight(&'static str),
-    /// The device could not find what a chain of its kind must have, e.g. room for a status.
+    /// The device did not find a part that each chain of its kind must have, e.g. room for a status.
     #[error("chain at descriptor {head}: {what}")]
     Content {
         /// The head of the chain.

@@ -179,7 +179,7 @@ impl Queue {
         Ok(())
     }
 
-    /// The heads that were taken and not given back, those of a predecessor included.
+    /// The heads that were taken and not given back, including those of a predecessor.
     #[must_use]
     pub fn left(&self) -> Vec<u16> {
         let taken = (0..self.size).filter(|head| self.in_flight[usize::from(head / 64)] & 1 << (head % 64) != 0);
@@ -197,7 +197,8 @@ impl Queue {
         self.size
     }
 
-    /// Where the queue stands. Only of use to others once nothing is in flight, or with what is [`Self::left`].
+    /// The queue's position. Of use to another server only once nothing is in flight, or together with
+    /// [`Self::left`].
     #[must_use]
     pub fn state(&self) -> QueueState {
         QueueState { next_avail: self.next_avail, next_used: self.next_used }

@@ -1,4 +1,5 @@
-//! Queues on their way out: what [`Device::stop`](crate::device::Device::stop) returns, and what the I/O threads do to end it.
+//! Queues that are stopping: the handle that [`Device::stop`](crate::device::Device::stop) returns, and the I/O
+//! threads' side of it.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -1,4 +1,5 @@
-//! Messages about what is kept for others: the table of requests in flight, the log of written pages, the device's state.
+//! Messages about state that is kept for a successor or another process: the table of requests in flight, the log of
+//! written pages, the device's state.
 
 use std::os::fd::OwnedFd;
 
@@ -50,11 +51,12 @@ impl Backend<'_> {
         } else {
             self.change_logging(|logging| logging.set_base(base))?;
         }
-        // The specification asks for a reply and not for what is in it: some take any, some only what they have sent.
+        // The specification asks for a reply but not for its contents: some frontends take any, some only what they
+        // have sent.
         Ok(Answer::value(said))
     }
 
-    /// Changes how writes are logged while nothing is written. Rings go on where they were.
+    /// Changes how writes are logged, while nothing is written. Rings continue from their positions.
     pub(super) fn change_logging(&mut self, change: impl FnOnce(&mut Logging)) -> Result<(), Refused> {
         let was_on = self.logging.is_on();
         if was_on {
@@ -88,7 +90,7 @@ impl Backend<'_> {
     }
 }
 
-/// The structure ends with four bytes of nothing, which not everybody sends.
+/// The structure ends with four bytes of padding, which not every frontend sends.
 fn inflight_payload(mut message: Message) -> Result<VhostUserInflight, Refused> {
     let len = message.body.len();
     if len + 4 == size_of::<VhostUserInflight>() {

@@ -1,4 +1,4 @@
-//! Messages about rings, and what runs because of all that was said.
+//! Messages about rings, and the queues that run because of them.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -18,7 +18,7 @@ const VRING_INDEX: u64 = 0xff;
 const VRING_NO_FD: u64 = 1 << 8;
 /// How often to look whether a ring that drains is still wanted to.
 const LOOK_PAUSE: Duration = Duration::from_millis(100);
-/// Longest time that rings which are reset may need for what can't be cancelled.
+/// Longest time that rings may take for a reset, for requests that can't be cancelled.
 const RESET_PATIENCE: Duration = Duration::from_secs(10);
 
 impl Backend<'_> {
@@ -68,7 +68,7 @@ impl Backend<'_> {
         Ok((index as usize, file))
     }
 
-    /// The ring, and what the descriptor of a message is to tell its driver.
+    /// The ring, and the interrupt made of the descriptor of a message.
     fn vring_interrupt(&mut self, message: &Message, file: Option<OwnedFd>) -> Result<(usize, Interrupt), Refused> {
         let (index, file) = self.vring_file(message, file)?;
         let interrupt = file.map(descriptor::interrupt).transpose().map_err(Refused::Event)?;
@@ -157,7 +157,7 @@ impl Backend<'_> {
         self.stop_rings(rings, End::Suspended).map(drop)
     }
 
-    /// Ends a ring, and first suspends it if that is what the frontend has negotiated.
+    /// Ends a ring, and first suspends it if the frontend has negotiated that.
     pub(super) fn get_vring_base(&mut self, message: &Message) -> Result<Answer, Refused> {
         if self.protocol.contains(SUSPENDS) && !self.protocol.contains(SUSPENDS_IF_ASKED) {
             let state: VhostUserVringState = payload(message)?;

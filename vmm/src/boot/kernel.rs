@@ -151,7 +151,7 @@ impl Kernel {
         }
         let size = file.metadata().map_err(read_error("kernel", &self.path, "looking at its size"))?.len();
         let setup_sectors = if setup.setup_sects == 0 { 4 } else { u64::from(setup.setup_sects) };
-        // syssize counts paragraphs of 16 bytes; what follows may be a signature.
+        // syssize counts paragraphs of 16 bytes; a signature may follow.
         let wanted = (setup_sectors + 1) * 512 + u64::from(setup.syssize) * 16;
         if size < wanted {
             return Err(self.not_a_kernel(&format!("the file is cut short, {size} bytes of {wanted}")));
@@ -216,7 +216,7 @@ impl Initramfs {
         Ok(Self { path: path.into(), file, size })
     }
 
-    /// Loads it as high as the kernel takes it, out of the way of everything else.
+    /// Loads it as high as the kernel accepts it, out of the way of everything else.
     pub(super) fn load(
         &self,
         memory: &GuestMemory,

@@ -31,7 +31,7 @@ pub struct Platform {
     pub serial: bool,
 }
 
-/// A kernel can't be booted. Each tells which file, what of it, and what to do.
+/// A kernel can't be booted. Each error names the file and the fault, and gives advice.
 #[derive(Debug, Error)]
 pub enum BootError {
     /// A file can't be read.
@@ -41,9 +41,9 @@ pub enum BootError {
         role: &'static str,
         /// The file.
         path: PathBuf,
-        /// What was tried.
+        /// The operation that failed.
         what: &'static str,
-        /// What came back.
+        /// The error that it returned.
         source: std::io::Error,
     },
     /// A file that is not a kernel.
@@ -53,7 +53,7 @@ pub enum BootError {
     NotAKernel {
         /// The file.
         path: PathBuf,
-        /// What was found instead.
+        /// What the file is instead.
         reason: String,
     },
     /// The protocol asked for is not one of the kernel's.
@@ -105,7 +105,7 @@ pub enum BootError {
     /// Something does not fit where it must go.
     #[error("writing {what} to guest memory: {reason}")]
     Memory {
-        /// What was written.
+        /// The data that was written.
         what: &'static str,
         /// Why it failed.
         reason: String,

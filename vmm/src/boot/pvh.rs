@@ -12,7 +12,7 @@ use super::{BootError, memory_error};
 use crate::arch::x86_64::layout::{AddressMap, COMMAND_LINE, PVH_MEMORY_MAP, PVH_MODULES, PVH_START_INFO};
 use crate::arch::x86_64::regs::Entry;
 
-/// Writes the start info and what it points to.
+/// Writes the start info and the data that it points to.
 pub(super) fn write(
     memory: &GuestMemory,
     map: &AddressMap,

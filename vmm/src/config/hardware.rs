@@ -247,11 +247,11 @@ pub enum Serial {
     /// Standard input and output.
     #[default]
     Stdio,
-    /// A file that is written anew, or a character device such as a pty.
+    /// A file that is emptied first, or a character device such as a pty.
     File {
         /// Where it is.
         path: PathBuf,
-        /// Most bytes that are written to a file; what the guest says after that is dropped.
+        /// Most bytes that are written to a file; the guest's output after that is dropped.
         max: u64,
     },
     /// Nothing.

@@ -84,7 +84,7 @@ struct State {
     pending: VecDeque<u8>,
     dropping: bool,
     dropped: u64,
-    /// The output is gone or full, which was said: everything is dropped, and not counted.
+    /// The output is gone or full, which was logged: everything is dropped, and not counted.
     closed: bool,
     stopping: bool,
     port: Option<Arc<Mutex<dyn InputPort>>>,
@@ -299,7 +299,7 @@ impl Worker {
         }
     }
 
-    /// Drops what waits, and whatever will come.
+    /// Drops waiting output, and all output to come.
     fn close(&self) {
         let mut state = self.shared.lock();
         state.closed = true;

@@ -8,7 +8,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
-/// What the guest writes goes here.
+/// Takes the guest's output.
 pub struct SerialFile {
     /// Open for writing. A write to a device whose reader is slow does not wait.
     pub output: File,

@@ -17,7 +17,7 @@ static CLOSED: AtomicBool = AtomicBool::new(false);
 static LOOK: extern "C" fn() = look;
 
 extern "C" fn look() {
-    // SAFETY: F_GETFD takes no pointer, and a bad descriptor is what is asked about.
+    // SAFETY: F_GETFD takes no pointer, and the call exists to find out whether the descriptor is bad.
     let flags = unsafe { libc::fcntl(libc::STDOUT_FILENO, libc::F_GETFD) };
     CLOSED.store(flags < 0, Ordering::Relaxed);
 }

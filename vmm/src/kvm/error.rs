@@ -10,7 +10,7 @@ pub enum KvmError {
     /// `/dev/kvm` can't be opened.
     #[error("opening /dev/kvm: {source}; {}", advice(.source))]
     Open {
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
     /// Not the KVM that was stable since 2007.
@@ -30,9 +30,9 @@ pub enum KvmError {
     /// A call failed.
     #[error("KVM, {what}: {source}{}", crate::advice::advice(.source))]
     Call {
-        /// What was tried.
+        /// The operation that failed.
         what: String,
-        /// What came back.
+        /// The error that it returned.
         source: io::Error,
     },
 }

@@ -82,7 +82,7 @@ impl RunPage {
 
 impl Drop for RunPage {
     fn drop(&mut self) {
-        // SAFETY: exactly what was mapped, and nothing refers to it any more.
+        // SAFETY: exactly the range that was mapped, and nothing refers to it any more.
         let _ = unsafe { munmap(self.base.as_ptr().cast(), self.len) };
     }
 }

@@ -25,7 +25,7 @@ pub struct VcpuState {
     pub debugregs: kvm_debugregs,
     /// The local APIC.
     pub lapic: kvm_lapic_state,
-    /// Exceptions and interrupts under way.
+    /// Exceptions and interrupts in progress.
     pub events: kvm_vcpu_events,
 }
 
@@ -35,7 +35,7 @@ impl VcpuState {
         let what = |part: &str| call(format!("reading {part} of vCPU {id}"));
         Ok(Self {
             id,
-            // First: reading it has pending INITs and SIPIs take effect, which change what follows.
+            // First: reading it lets pending INITs and SIPIs take effect, which change the rest of the state.
             mp_state: vcpu.get_mp_state().map_err(what("the run state"))?,
             regs: vcpu.get_regs().map_err(what("the registers"))?,
             sregs: vcpu.get_sregs().map_err(what("the control registers"))?,

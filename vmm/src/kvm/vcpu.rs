@@ -37,11 +37,11 @@ const KVM_SYSTEM_EVENT_RESET: u32 = 2;
 enum Command {
     /// Leave the guest and end.
     Stop,
-    /// Leave the guest, say so, and wait for what comes next.
+    /// Leave the guest, report it, and wait for the next command.
     Pause(Sender<u32>),
-    /// Go on after a pause.
+    /// Continue after a pause.
     Resume,
-    /// Say what state the vCPU is in. Only a paused one is asked.
+    /// Report the state of the vCPU. Only a paused one is asked.
     Save(Sender<VcpuState>),
 }
 
@@ -175,7 +175,7 @@ impl VcpuThread {
         self.tell(Command::Pause(paused));
     }
 
-    /// Has a paused vCPU go on.
+    /// Lets a paused vCPU continue.
     pub fn resume(&self) {
         self.tell(Command::Resume);
     }
@@ -186,7 +186,8 @@ impl VcpuThread {
     }
 
     fn tell(&self, command: Command) {
-        // Full: it does not look, and the one who waits for an answer hears of that. Disconnected: it has ended.
+        // Full: the vCPU does not look, and the thread that waits for an answer notices. Disconnected: the vCPU has
+        // ended.
         drop(self.commands.try_send(command));
         signal::kick(&self.thread);
     }
@@ -252,7 +253,7 @@ impl Runner {
         }
     }
 
-    /// Stays outside of the guest until it may go on. Returns whether it may.
+    /// Stays outside of the guest until it may continue. Returns whether it may.
     fn stay_paused(&self, vcpu: &mut VcpuFd, armed: &mut Armed, paused: Sender<u32>) -> bool {
         // The data that the last exit has read reaches the guest's registers only with the next KVM_RUN, which
         // returns at once.

@@ -34,7 +34,7 @@ pub(super) const NEEDED: &[(Cap, &str)] = &[
     (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
 ];
 
-/// An open `/dev/kvm` that offers what ringvm needs.
+/// An open `/dev/kvm` with everything that ringvm needs.
 pub struct Kvm {
     pub(super) system: kvm_ioctls::Kvm,
     pub(super) supported_cpuid: CpuId,
@@ -82,7 +82,7 @@ impl Kvm {
 pub struct Vm {
     pub(super) fd: Arc<VmFd>,
     irqs: Arc<Irqs>,
-    /// KVM holds no reference on what it maps: memory must not go before the VM.
+    /// KVM holds no reference on mapped memory: it must not go before the VM.
     pub(super) memory: GuestMemory,
 }
 

@@ -12,7 +12,7 @@ pub const PORT_SLEEP_STATUS: u64 = PORT_ACPI.start + 1;
 pub const PORT_RESET: u64 = PORT_ACPI.start + 2;
 /// The value to write to it.
 pub const RESET_VALUE: u8 = 1;
-/// SLP_TYP of the soft-off state, as \_S5 has it.
+/// SLP_TYP of the soft-off state, as in \_S5.
 pub const SLEEP_TYPE_S5: u8 = 5;
 
 const SLEEP_ENABLE: u8 = 1 << 5;
@@ -53,7 +53,7 @@ impl BusDevice for AcpiRegisters {
     }
 }
 
-/// A port that takes what it is given: POST codes, and the writes that kernels use as a delay.
+/// A port that ignores its writes: POST codes, and the writes that kernels use as a delay.
 pub struct PostPort;
 
 impl BusDevice for PostPort {

@@ -23,7 +23,7 @@ const CENTURY: u8 = 0x32;
 
 /// A 32.768 kHz time base, no update in progress.
 const STATUS_A_VALUE: u8 = 0x26;
-/// 24 hours, BCD: what every driver can read.
+/// 24 hours, BCD: the format that every driver can read.
 const STATUS_B_VALUE: u8 = 0x02;
 /// The battery is good.
 const STATUS_D_VALUE: u8 = 0x80;

@@ -28,7 +28,7 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// Those of an end that begins now and takes no longer than `whole`.
+    /// The limits of an end that begins now and takes no longer than `whole`.
     #[must_use]
     pub fn within(whole: Duration) -> Self {
         let now = Instant::now();
@@ -56,7 +56,7 @@ impl Running {
         let Self { threads, board } = self;
         let late = VcpuThread::stop_all(threads, limits.vcpus);
         let functions = std::mem::take(&mut *board.lock());
-        // All are told before one is waited for.
+        // All devices are told before the first is waited for.
         let taken: Vec<_> =
             functions.into_values().map(|function| (function.name, function.questions.take())).collect();
         for (name, taken) in taken {
@@ -77,7 +77,8 @@ impl Running {
     }
 }
 
-/// Makes what the devices were given durable. Returns those that answered, and a line for each that failed or took too long.
+/// Makes the devices' written data durable. Returns those that answered, and a line for each that failed or took too
+/// long.
 #[must_use]
 pub fn flush(devices: Vec<Box<dyn Device>>, limits: Limits) -> (Vec<Box<dyn Device>>, Vec<String>) {
     let flushes = devices.into_iter().map(|mut device| {

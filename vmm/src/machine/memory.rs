@@ -18,17 +18,17 @@ use crate::config::{HugePages, MemoryConfig};
 /// Name of the memfd; it tells guest RAM apart in /proc/PID/smaps.
 pub const MEMFD_NAME: &str = "ringvm-memory";
 
-/// Guest memory could not be had.
+/// Guest memory can't be allocated.
 #[derive(Debug, Error)]
 pub enum MemoryError {
     /// A call failed.
     #[error("guest memory: {what}: {source}{advice}")]
     Host {
-        /// What was tried.
+        /// The operation that failed.
         what: String,
-        /// What came back.
+        /// The error that it returned.
         source: io::Error,
-        /// What to do, with its own punctuation in front.
+        /// Advice, with its own punctuation in front.
         advice: &'static str,
     },
     /// The regions can't be put together.
@@ -73,7 +73,7 @@ fn sealed_memfd(size: u64, huge: Option<HugePages>) -> Result<File, MemoryError>
     Ok(fd.into())
 }
 
-/// An error with what to do about it.
+/// An error with advice.
 fn failure(what: String, source: io::Error, huge: Option<HugePages>) -> MemoryError {
     let advice = match (source.raw_os_error(), huge) {
         // MAP_POPULATE and its kin say EFAULT when memory runs out in the middle.

@@ -43,7 +43,7 @@ pub enum MachineError {
     /// The size of memory does not fit.
     #[error("--memory: {0}")]
     Layout(#[from] LayoutError),
-    /// Memory can't be had.
+    /// Memory can't be allocated.
     #[error(transparent)]
     Memory(#[from] MemoryError),
     /// KVM refuses.
@@ -63,7 +63,7 @@ pub enum MachineError {
     Addresses {
         /// The device.
         what: String,
-        /// What came back.
+        /// The error that it returned.
         source: vm_allocator::Error,
     },
     /// Names are unique.
@@ -75,9 +75,9 @@ pub enum MachineError {
     /// The host ran out of something.
     #[error("{what}: {source}{}", advice(.source))]
     Host {
-        /// What was tried.
+        /// The operation that failed.
         what: String,
-        /// What came back.
+        /// The error that it returned.
         source: io::Error,
     },
 }

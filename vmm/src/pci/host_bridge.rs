@@ -1,4 +1,4 @@
-//! The host bridge at 00:00.0: what tells software that there is a PCI bus at all.
+//! The host bridge at 00:00.0: it tells software that there is a PCI bus at all.
 
 use super::PciFunction;
 use super::config::{ConfigSpace, Identity};

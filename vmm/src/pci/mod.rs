@@ -12,7 +12,7 @@ pub use host_bridge::HostBridge;
 pub use msix::Msix;
 pub use root::{Bdf, ConfigPorts, Ecam, PciBus, PciError, SLOTS, SharedFunction};
 
-/// One function of the bus: what answers to configuration cycles.
+/// One function of the bus: the target of configuration cycles.
 pub trait PciFunction: Send {
     /// Reads configuration space. The access lies within one of its 1024 dwords.
     fn read_config(&mut self, offset: u16, data: &mut [u8]);

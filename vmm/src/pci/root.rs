@@ -46,7 +46,7 @@ pub type SharedFunction = Arc<Mutex<dyn PciFunction>>;
 /// All functions of a machine. They come and go while it runs.
 #[derive(Default)]
 pub struct PciBus {
-    /// `None` where a place is claimed and nothing answers yet.
+    /// `None` where a place is claimed and no function answers yet.
     functions: RwLock<BTreeMap<Bdf, Option<SharedFunction>>>,
 }
 

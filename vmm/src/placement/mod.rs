@@ -1,4 +1,5 @@
-//! Where devices are served: in this process, in daemons of its own, or in those of others. One word of the configuration.
+//! Where devices are served: in this process, in daemons of its own, or in third-party daemons. One word of the
+//! configuration.
 
 mod disk;
 mod net;
@@ -45,9 +46,9 @@ pub enum PlaceError {
     Host {
         /// Name of the device.
         device: String,
-        /// What was tried.
+        /// The operation that failed.
         what: &'static str,
-        /// What came back.
+        /// The error that it returned.
         source: std::io::Error,
     },
     /// No other process can map the guest's memory.
@@ -56,7 +57,7 @@ pub enum PlaceError {
         /// Name of the device.
         device: String,
     },
-    /// The daemon that has it is away, and requests in flight with it.
+    /// The device's daemon is away, and requests in flight with it.
     #[error("{device}: its daemon is away, so that it can't move now; it comes back by itself")]
     Away {
         /// Name of the device.

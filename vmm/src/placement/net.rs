@@ -55,7 +55,8 @@ struct Nic {
 }
 
 impl Nic {
-    /// The descriptors that a daemon is lent: of a tap one for each pair, of sockets what is read and then what is written.
+    /// The descriptors lent to a daemon: of a tap one for each pair, of sockets the one to read from and then the one
+    /// to write to.
     fn lends(&self) -> Vec<Arc<OwnedFd>> {
         let ends = (0..self.port.pairs()).map(|pair| self.port.ends(pair));
         if self.options.link.is_some() || self.options.loopback {
@@ -94,7 +95,7 @@ impl Source for Nic {
         }
     }
 
-    /// Brings the port to what a driver finds: whole frames, all of them, on one pair.
+    /// Brings the port to its state for a fresh driver: whole frames, all of them, on one pair.
     fn reset(&self) {
         // Ports that filter nothing say so, and bring everything anyway.
         drop(self.port.set_filter(&Filter { promiscuous: true, ..Filter::default() }));

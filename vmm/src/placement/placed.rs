@@ -30,7 +30,7 @@ pub(super) trait Source: Send + Sync {
     /// starts.
     fn serve(&self, place: Place) -> Result<Box<dyn Server>, PlaceError>;
 
-    /// The driver has reset the device: brings what the places share to what a driver finds.
+    /// The driver has reset the device: brings the shared parts to their state for a fresh driver.
     fn reset(&self) {}
 
     /// See [`Device::flusher`].
@@ -39,7 +39,7 @@ pub(super) trait Source: Send + Sync {
     }
 }
 
-/// A device in one place, and what a move has to know of the place. The defaults are those of this process.
+/// A device in one place, with the facts about the place that a move needs. The defaults are those of this process.
 pub(super) trait Server: Device {
     /// Whether the place is there to stop its queues.
     fn is_connected(&self) -> bool {
@@ -178,19 +178,20 @@ impl Placed {
         Ok(Moved { name: self.name.clone(), place, pause })
     }
 
-    /// Has the new place go on where the old one was suspended.
+    /// Lets the new place continue where the old one was suspended.
     fn go_on(&self, next: &mut dyn Server, place: Place, ends: &BTreeMap<u16, Suspended>) -> Result<(), PlaceError> {
         if !self.server.is_quiet() {
             return Err(PlaceError::Away { device: self.name.clone() });
         }
-        // Before features are accepted there is no state but that of a new device.
+        // Before features are accepted the only state is that of a new device.
         if self.setup.features.is_some() {
             next.load_state(&self.server.save_state()?)?;
         }
         Ok(self.setup.start_rings(next, ends, |call| interrupt(call, self.lent, place))?)
     }
 
-    /// Has the old place go on: where the new one came to with a queue, or where it was left itself. Its state is still its own.
+    /// Lets the old place continue: at the new place's position of a queue, or else at its own. It still has its
+    /// state.
     fn go_back(&mut self, reached: impl Iterator<Item = (u16, Option<Suspended>)>, mut ends: BTreeMap<u16, Suspended>) {
         ends.extend(reached.filter_map(|(index, there)| Some((index, there?))));
         let back = self.setup.start_rings(self.server.as_mut(), &ends, |call| interrupt(call, self.lent, self.place));

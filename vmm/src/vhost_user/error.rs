@@ -16,7 +16,7 @@ pub(super) struct LinkError {
 }
 
 impl LinkError {
-    /// The daemon did what can't be gone on with.
+    /// The daemon broke the protocol, so that the connection can't go on.
     pub(super) fn broken(what: &'static str, message: impl Into<String>) -> Self {
         Self { what, source: io::Error::other(message.into()), harmless: false }
     }

@@ -37,13 +37,13 @@ impl Inflight {
         self.file.as_raw_fd()
     }
 
-    /// Takes what is left of a queue out of its table.
+    /// Takes a queue's unanswered heads out of its table.
     pub(super) fn take_out(&self, index: u16, size: u16, used: u16) -> Vec<u16> {
         // A table that can't be read was never written to by a daemon that serves anything.
         self.with_copy(index, |table| table.take_out(size, used)).unwrap_or_default()
     }
 
-    /// Puts what is left of a queue into its table.
+    /// Puts a queue's unanswered heads into its table.
     pub(super) fn put_in(
         inflight: Option<&Self>,
         index: u16,

@@ -35,9 +35,9 @@ const LAST_SHORT_PAUSE: Duration = Duration::from_millis(100);
 const LAST_PAUSE: Duration = Duration::from_secs(1);
 /// A connection that has lasted so long was a good one.
 const GOOD: Duration = Duration::from_secs(10);
-/// After this time it is said that a dead daemon's I/O is waited for.
+/// After this time the log says that a dead daemon's I/O is waited for.
 const LONG: Duration = Duration::from_secs(1);
-/// Between two times of hearing what the daemon has to say.
+/// Pause between two looks for the daemon's messages.
 const EVENT_PAUSE: Duration = Duration::from_millis(100);
 
 /// A job for the keeper.
@@ -78,7 +78,7 @@ pub(super) struct Keeper {
     /// Rings that the device has.
     queues: u16,
     pub(super) setup: DriverSetup,
-    /// Beside those of the setup: the same rings, always.
+    /// The same rings as those of the setup, always.
     rings: BTreeMap<u16, Ring>,
     /// The state that another device has left for this one; every new daemon is given it. Changes that the driver has
     /// made since through the daemon's queues are lost with the daemon.
@@ -88,11 +88,11 @@ pub(super) struct Keeper {
     /// The memory that the daemon of this connection was shown.
     shown: Option<GuestMemory>,
     inflight: Option<Inflight>,
-    /// Said once that the daemon is away.
+    /// The log has said that the daemon is away.
     told_away: bool,
     /// The last daemon's fault, reported once.
     told_reason: String,
-    /// Since when a predecessor is waited for, and whether that was said.
+    /// Since when a predecessor is waited for, and whether that was logged.
     waiting: Option<(Instant, bool)>,
 }
 
@@ -137,7 +137,7 @@ impl Keeper {
         }
     }
 
-    /// Gives handles to the connection to those who may have to end it.
+    /// Gives handles to the connection to the threads that may have to end it.
     fn arm(&self, socket: BorrowedFd<'_>) {
         let process = self.peer.program().and_then(|program| program.process()).map(Arc::clone);
         // Without a handle waiting takes as long as the link's own limit.
@@ -360,7 +360,7 @@ impl Keeper {
         warn!(device = self.shared.name(), "the daemon at {name} does not serve what the driver wants: {error}");
     }
 
-    /// Starts a ring over there, with what has to be said before the first of them.
+    /// Starts a daemon's ring, after the messages that must come before the first one.
     fn start(&mut self, link: &mut Link, index: u16) -> Result<(), LinkError> {
         let Self { setup, rings, inflight, shown, queues, queue_size, .. } = self;
         let (Some(setup), Some(beside)) = (setup.rings.get(&index), rings.get_mut(&index)) else { return Ok(()) };
@@ -381,7 +381,8 @@ impl Keeper {
         link.start(index, mem, &Vring { ring, from: *from, kick, call, err })
     }
 
-    /// Takes what the driver has accepted. Returns whether the daemon, if there is one, does so too.
+    /// Takes the features that the driver has accepted. Returns whether the daemon, if there is one, accepts them
+    /// too.
     pub(super) fn accept(&mut self, features: u64) -> bool {
         (self.setup.features, self.refused) = (Some(features), false);
         match self.try_with(|_, link| link.set_features(features)) {
@@ -417,11 +418,11 @@ impl Keeper {
         }
         let drains = !self.shared.view().suspends;
         let positions = match self.try_with(|_, link| link.stop(&running)) {
-            // Those of rings that have left nothing in the table.
+            // The positions of rings that have left nothing in the table.
             Some(Ok(positions)) if drains => positions,
             Some(_) => Vec::new(),
             None => {
-                // Nothing can be said of the rings before the daemon is dead, if it is one of ours.
+                // The rings' positions are unknown before the daemon is dead, if it is one of ours.
                 self.peer.end();
                 Vec::new()
             }
@@ -456,7 +457,7 @@ impl Keeper {
         Suspended { state, left }
     }
 
-    /// Forgets what the driver has set up.
+    /// Forgets the driver's setup.
     pub(super) fn reset(&mut self) {
         let all: Vec<u16> = (0..self.queues).collect();
         self.stop(&all);
@@ -585,7 +586,7 @@ impl Keeper {
         }
     }
 
-    /// Hears what the daemon has to say.
+    /// Reads the daemon's messages.
     fn hear(&mut self) {
         self.next_event = Instant::now() + EVENT_PAUSE;
         let config = self.try_with(|keeper, link| if link.hear()? { keeper.read_config(link) } else { Ok(None) });

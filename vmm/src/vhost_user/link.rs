@@ -26,7 +26,7 @@ use super::inflight::{Inflight, close_elsewhere};
 use super::patience::Patience;
 use super::transfer::{Transfer, state_pipe};
 
-/// Longest wait for what is done in one go: a greeting, a message with its answer, all rings of a device.
+/// Longest wait for one step: a greeting, a message with its answer, all rings of a device.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Protocol features to use if the daemon offers them.
 const WANTED: Protocol = Protocol::MQ
@@ -49,7 +49,7 @@ const GET_VRING_BASE_SKIP_DRAIN: u32 = 45;
 const VERSION: u32 = 1;
 const REPLY: u32 = 1 << 2;
 const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-/// Events that are heard before anything else is done.
+/// Events that are read before anything else is done.
 const MOST_EVENTS: usize = 64;
 /// More queues than this have no index in the messages that carry descriptors.
 const MAX_QUEUES: u64 = 256;
@@ -109,7 +109,7 @@ impl Link {
         let mut queues = None;
         if features & PROTOCOL_FEATURES != 0 {
             protocol = frontend.get_protocol_features().context("GET_PROTOCOL_FEATURES")? & WANTED;
-            // Once more, for what the crate leaves out of the answer.
+            // Again, for the bits that the crate leaves out of the answer.
             let what = "GET_PROTOCOL_FEATURES";
             (&socket).write_all(&message(GET_PROTOCOL_FEATURES, &[])).context(what)?;
             let [low, high] = hear(&socket, GET_PROTOCOL_FEATURES).context(what)?;
@@ -195,7 +195,7 @@ impl Link {
         self.protocol.contains(Protocol::INFLIGHT_SHMFD)
     }
 
-    /// Whether rings end at once, with what is in flight left in the table.
+    /// Whether rings end at once, with requests in flight left in the table.
     pub(super) fn suspends(&self) -> bool {
         self.protocol.contains(SUSPENDING)
     }
@@ -219,7 +219,7 @@ impl Link {
         self.frontend.set_config(offset, VhostUserConfigFlags::empty(), data).context("SET_CONFIG")
     }
 
-    /// Says what the driver has accepted.
+    /// Sends the features that the driver has accepted.
     pub(super) fn set_features(&mut self, features: u64) -> Result<(), LinkError> {
         self.frontend.set_features(features | self.features & PROTOCOL_FEATURES).context("SET_FEATURES")
     }
@@ -232,7 +232,8 @@ impl Link {
         Ok(())
     }
 
-    /// Has the daemon note requests in flight: in the memory that `kept` names, or else in some of its own, which is kept then.
+    /// Lets the daemon note requests in flight: in the memory of `kept`, or else in memory of its own, which is kept
+    /// then.
     pub(super) fn set_inflight(
         &mut self,
         kept: &mut Option<Inflight>,
@@ -247,7 +248,7 @@ impl Link {
             None => {
                 let wanted = VhostUserInflight { num_queues: queues, queue_size, ..VhostUserInflight::default() };
                 let (about, file) = self.frontend.get_inflight_fd(&wanted).context("GET_INFLIGHT_FD")?;
-                // The crate leaves what it receives open to programs that are started later.
+                // The crate leaves received descriptors open to programs that are started later.
                 rustix::io::fcntl_setfd(&file, rustix::io::FdFlags::CLOEXEC).context("GET_INFLIGHT_FD")?;
                 // Keep the requested geometry; daemons answer with the size and offset only.
                 let about = VhostUserInflight { num_queues: queues, queue_size, ..about };

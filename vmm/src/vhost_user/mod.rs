@@ -50,7 +50,7 @@ use shared::Shared;
 
 /// How long the first connection may take.
 const GREETING: Duration = Duration::from_secs(10);
-/// Longest wait for what a daemon does at once. All rings that are stopped one after another share it.
+/// Longest wait for a daemon's immediate answer. All rings that are stopped one after another share it.
 const ANSWER: Duration = Duration::from_secs(2);
 /// Longest wait for all rings of a daemon that can stop only with nothing in flight.
 const DRAIN: Duration = Duration::from_secs(10);
@@ -222,7 +222,7 @@ impl VhostUserDevice {
         if self.shared.view().suspends { ANSWER } else { DRAIN }
     }
 
-    /// Takes note that a ring does not run any more. Returns its layout and where it stands by what is in memory.
+    /// Notes that a ring does not run any more. Returns its layout, and its position according to memory.
     fn take_running(&mut self, index: u16) -> Option<(RingConfig, QueueState)> {
         let (ring, memory) = self.running.get_mut(usize::from(index))?.take()?;
         let used = used_index(&memory, &ring).unwrap_or_default();

@@ -15,7 +15,7 @@ use super::link::About;
 
 /// Feature bits of the ring and the transport (virtio 1.3, section 6), of which only those that our transport has are taken.
 const RESERVED_FEATURES: u64 = ((1 << 42) - 1) & !((1 << 24) - 1);
-/// Largest configuration space that is asked for: what fits a message.
+/// Largest configuration space to ask for: the size that fits a message.
 const MAX_CONFIG: u32 = 256;
 /// Where `writeback` of a disk lies, the one field of its configuration space that is the driver's.
 const BLOCK_WRITEBACK: u32 = 32;

@@ -1,4 +1,4 @@
-//! Where the other side is, and how a connection to it is had.
+//! Where the daemon is, and how to connect to it.
 
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -17,7 +17,7 @@ pub use super::program::{INHERITED, Program};
 pub enum Peer {
     /// A daemon listens, or will, at this socket.
     Socket(Listener),
-    /// A program that is started, again and again if need be, and serves what it inherits.
+    /// A program that is started, again and again if need be, and serves its inherited socket.
     Program(Program),
 }
 
@@ -109,7 +109,7 @@ impl Peer {
         }
     }
 
-    /// The connection to a program is lost: it is killed, at once if it hangs, else if it does not end by itself.
+    /// The connection to a program is lost: it is killed, at once if it hangs, else if it does not end without help.
     pub(super) fn lost(&mut self, hangs: bool) {
         if let Self::Program(program) = self {
             program.lost(hangs);

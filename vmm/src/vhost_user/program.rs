@@ -25,7 +25,7 @@ const DEATH: Duration = Duration::from_secs(1);
 const CONNECTION: i32 = 3;
 /// Beyond all numbers that a program is given.
 const OUT_OF_THE_WAY: i32 = 128;
-/// The first number under which it finds what else it inherits.
+/// Number of the first of the other descriptors that it inherits.
 pub const INHERITED: i32 = 4;
 /// The part of our environment that a program gets. It leaves out the variables that speak for us to a service
 /// manager (NOTIFY_SOCKET, LISTEN_FDS).
@@ -147,7 +147,7 @@ impl Program {
         }
     }
 
-    /// Whether the next one has to wait: for the end of this process, or for that of what it has in flight.
+    /// Whether the next one has to wait: for the end of this process, or for its requests in flight.
     pub(super) fn has_predecessor(&mut self) -> bool {
         if let Some(running) = &mut self.running {
             if running.until.is_some_and(|until| until <= Instant::now()) {
@@ -174,7 +174,7 @@ impl Program {
         }
     }
 
-    /// Lets it end by itself for a while.
+    /// Gives it a while to end without help.
     fn end(&mut self) {
         let Some(running) = &self.running else { return };
         let farewell = running.until.map_or(FAREWELL, |until| until.saturating_duration_since(Instant::now()));
@@ -255,13 +255,14 @@ mod tests {
 
     #[test]
     fn a_program_inherits_what_is_named_and_nothing_else() {
-        // Open without CLOEXEC, as what others have passed to us may be.
+        // Open without CLOEXEC, as descriptors passed to us by others may be.
         let stray = File::open("/dev/null").unwrap();
         rustix::io::fcntl_setfd(&stray, rustix::io::FdFlags::empty()).unwrap();
         let named = Arc::new(OwnedFd::from(File::open("/proc/self/stat").unwrap()));
         let said = said("ls /proc/$$/fd >&3; true", vec![named]);
         let numbers: Vec<u32> = said.split_whitespace().map(|number| number.parse().unwrap()).collect();
-        // The standard streams, the connection, what was named, and the sentinel. A shell keeps copies above 9 of what it redirects.
+        // The standard streams, the connection, the named descriptors, and the sentinel. A shell keeps copies of
+        // redirected ones above 9.
         let few: Vec<u32> = numbers.into_iter().filter(|&number| number < 10).collect();
         assert_eq!(few, [0, 1, 2, 3, 4, 5]);
         assert!(!said.contains(&stray.as_raw_fd().to_string()) || stray.as_raw_fd() < 6, "{said}");

@@ -25,10 +25,10 @@ pub(super) struct Shared {
 
 #[derive(Default)]
 pub(super) struct View {
-    /// The configuration space as the daemon had it last.
+    /// The latest copy of the daemon's configuration space.
     pub(super) config: Vec<u8>,
     pub(super) config_changed: Interrupt,
-    /// A daemon is there, and serves what the driver has set up.
+    /// A daemon is there, and serves the driver's setup.
     pub(super) connected: bool,
     /// Of this daemon, or of the one before.
     pub(super) keeps_table: bool,
@@ -44,7 +44,7 @@ pub(super) struct View {
 /// The handles to a connection.
 pub(super) struct Breaker {
     pub(super) socket: OwnedFd,
-    /// Where the daemon speaks by itself: it may leave off in the middle.
+    /// The socket of the daemon's own messages: it may stop in the middle of one.
     pub(super) events: Option<OwnedFd>,
     pub(super) process: Option<Arc<OwnedFd>>,
 }

@@ -32,7 +32,7 @@ impl Transfer {
         Self { end, deadline: Instant::now() + PATIENCE }
     }
 
-    /// Does what would wait, as soon as it need not.
+    /// Makes a call that would block, as soon as it does not.
     fn attempt(&self, flags: PollFlags, mut once: impl FnMut() -> rustix::io::Result<usize>) -> io::Result<usize> {
         loop {
             // The open file description is ours alone, so no other process can make these calls block.

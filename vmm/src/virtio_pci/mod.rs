@@ -31,7 +31,7 @@ const DEVICE_BASE: u16 = 0x1040;
 /// Non-transitional devices have revision 1 or higher.
 const REVISION: u8 = 1;
 
-/// The BAR and what is where in it.
+/// The BAR and its layout.
 pub const BAR_SIZE: u64 = 0x2_0000;
 const COMMON: u64 = 0;
 const COMMON_LEN: u32 = 0x38;
@@ -87,7 +87,7 @@ pub struct Place {
     pub bar: u64,
     /// Where software may move it.
     pub window: BarWindow,
-    /// How long a vCPU lets the device follow its registers before it goes on, usually [`PATIENCE`].
+    /// How long a vCPU lets the device follow its registers before it continues, usually [`PATIENCE`].
     pub patience: Duration,
 }
 
@@ -193,7 +193,7 @@ impl VirtioPci {
         }
     }
 
-    /// Follows what software did to the command register and the BAR.
+    /// Follows software's changes to the command register and the BAR.
     fn update_mapping(&mut self) {
         let wanted = self.bar.decoded(&self.space).filter(|_| !self.unplugged);
         if wanted == self.mapped {

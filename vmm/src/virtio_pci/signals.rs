@@ -15,7 +15,7 @@ pub(super) const ISR_QUEUE: u8 = 1;
 /// ISR: the configuration, which includes the status, has changed.
 pub(super) const ISR_CONFIG: u8 = 2;
 
-/// Device status: the device can't go on without a reset.
+/// Device status: the device can't continue without a reset.
 const NEEDS_RESET: u8 = 0x40;
 /// Device status: the driver is set up.
 const DRIVER_OK: u8 = 4;
@@ -28,7 +28,7 @@ pub(super) struct Signals {
     /// How often the device has changed its configuration space.
     generation: AtomicUsize,
     intx: Mutex<Intx>,
-    /// How configuration changes are told under MSI-X.
+    /// The interrupt for configuration changes under MSI-X.
     config: Mutex<Interrupt>,
 }
 
@@ -65,7 +65,7 @@ impl Signals {
         self.status.fetch_or(bits, Ordering::SeqCst);
     }
 
-    /// Logs what the guest did. The log has a budget for what a guest does all the time.
+    /// Logs a fault of the guest. The log has a budget for faults that a guest commits all the time.
     pub(super) fn warn(&self, what: std::fmt::Arguments<'_>) {
         warn!(device = self.name, "{what}");
     }
@@ -82,7 +82,7 @@ impl Signals {
         interrupt.raise();
     }
 
-    /// How configuration changes are told from now on.
+    /// Sets the interrupt for configuration changes.
     pub(super) fn set_config_interrupt(&self, interrupt: Interrupt) {
         *lock(&self.config) = interrupt;
     }

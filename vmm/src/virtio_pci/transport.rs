@@ -73,11 +73,11 @@ pub(super) struct Transport {
     signals: Arc<Signals>,
     queues: Vec<Queue>,
     kicks: Arc<[EventFd]>,
-    /// How long a vCPU lets the owner get done before it goes on.
+    /// How long a vCPU waits for the owner to finish before it continues.
     patience: Duration,
     /// Tells one way of interrupting from the next.
     wiring: u64,
-    /// A reset was under way when the registers were looked at last.
+    /// A reset was in progress when the registers were last looked at.
     resetting: bool,
     device_feature_select: u32,
     driver_feature_select: u32,
@@ -122,7 +122,7 @@ impl Transport {
         &self.owner
     }
 
-    /// Whether a reset that was under way is complete now. Says so once.
+    /// Whether a reset that was in progress is complete now. Returns true once.
     pub(super) fn has_been_reset(&mut self) -> bool {
         if self.resetting && !self.owner.is_resetting() {
             self.resetting = false;
@@ -136,7 +136,7 @@ impl Transport {
         self.kicks.iter()
     }
 
-    /// A doorbell that did not go through the kernel.
+    /// A doorbell that did not take the kernel's path.
     pub(super) fn kick(&self, index: usize) {
         if let Some(queue) = self.queues.get(index) {
             queue.doorbell.raise();
@@ -319,7 +319,7 @@ impl Transport {
         self.signals.set_config_interrupt(interrupt);
     }
 
-    /// Has the queues run that should, as the driver and the bus have it now.
+    /// Starts and stops queues according to the driver's and the bus's current settings.
     fn update_queues(&mut self, vectors: &dyn Vectors) {
         let run = self.may_run && self.has(status::DRIVER_OK);
         let setup = |queue: &Queue| {
@@ -386,7 +386,7 @@ fn half(features: u64, select: u32) -> u64 {
     }
 }
 
-/// A vector register reads back NO_VECTOR if the vector can't be had (4.1.5.1.2).
+/// A vector register reads back NO_VECTOR if the vector is not available (4.1.5.1.2).
 fn checked_vector(vector: u16, vectors: &dyn Vectors) -> u16 {
     if vectors.event(vector).is_some() { vector } else { NO_VECTOR }
 }

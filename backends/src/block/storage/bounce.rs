@@ -28,7 +28,7 @@ impl Bounce {
         self.offset
     }
 
-    /// Bytes that it stands for; none before there is a buffer.
+    /// Bytes that it stands for; zero before there is a buffer.
     pub(super) fn len(&self) -> usize {
         self.len
     }

@@ -85,7 +85,7 @@ pub trait Storage {
     /// without data ignore it.
     fn resume(&mut self, op: &mut Self::Op, data: &mut GuestIo, result: i32, io: &mut Io<'_>) -> Progress;
 
-    /// Forgets an operation that is pending, with nothing under way for it in the ring.
+    /// Forgets an operation that is pending, with no ring operation in flight.
     fn abandon(&mut self, _op: &mut Self::Op) {}
 
     /// Whether a pending operation waits for others instead of the ring. It is resumed with 0 when [`Self::next_woken`] has named
@@ -94,7 +94,8 @@ pub trait Storage {
         false
     }
 
-    /// While any operation of this queue waits for others: what becomes readable when another thread has woken one.
+    /// While any operation of this queue waits for others: a descriptor that becomes readable when another thread has
+    /// woken one.
     fn wakes(&self) -> Option<BorrowedFd<'_>> {
         None
     }

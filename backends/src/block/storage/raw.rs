@@ -176,7 +176,8 @@ impl Raw {
         unsafe { io.write_buf(self.file.as_fd(), bytes, start, op.durable) };
     }
 
-    /// Does a short write to the page cache without the ring. `None` if it has to go there, all or what is left of it.
+    /// Does a short write to the page cache without the ring. `None` if all of it, or the rest of it, has to go
+    /// there.
     fn write_on_the_spot(&mut self, op: &mut RawOp, data: &mut GuestIo, io: &mut Io<'_>) -> Option<Progress> {
         if self.align.is_some() || op.durable || op.left > spot::LONGEST || !self.spot.is_next() {
             return None;
@@ -455,7 +456,7 @@ enum Kind {
     #[default]
     Read,
     Write,
-    /// Zeroes written as data, where they can't be had otherwise.
+    /// Zeroes written as data, where there is no other way.
     Zeroes,
     Discard,
     Punch {

@@ -19,7 +19,7 @@ pub(super) const MEMORY: u64 = 16 << 20;
 /// The resource that an operation may have to wait for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Want {
-    /// So many bytes.
+    /// This many bytes.
     Memory(u64),
     /// The blocks between two offsets of the file, exclusively.
     Range(u64, u64),
@@ -60,7 +60,7 @@ struct Waiter {
     queue: Arc<Woken>,
 }
 
-/// The requests of a queue that may go on.
+/// The requests of a queue that may continue.
 #[derive(Debug)]
 struct Woken {
     list: Mutex<WokenList>,
@@ -74,13 +74,13 @@ struct WokenList {
     raised: bool,
 }
 
-/// One queue's part in what a disk has.
+/// One queue's share in a disk's resources.
 #[derive(Debug, Default)]
 pub(super) struct Part {
     share: Arc<Mutex<Share>>,
     /// Made when an operation waits for the first time.
     woken: Option<Arc<Woken>>,
-    /// Operations that wait, or were woken and have not gone on.
+    /// Operations that wait, or were woken and have not continued yet.
     waiting: usize,
 }
 
@@ -116,12 +116,12 @@ impl Part {
         Ok(Some(Wait { ticket, want }))
     }
 
-    /// Gives back what was taken.
+    /// Gives a resource back.
     pub(super) fn give_back(&mut self, want: Want) {
         lock(&self.share).give_back(want, self.woken.as_ref());
     }
 
-    /// An operation that was woken goes on with what it waited for.
+    /// A woken operation continues with the resource that it waited for.
     pub(super) fn went_on(&mut self) {
         self.waiting -= 1;
     }
@@ -142,7 +142,7 @@ impl Part {
         share.give_back(wait.want, self.woken.as_ref());
     }
 
-    /// Whether operations of this queue wait; what is readable then once others have woken some.
+    /// Whether operations of this queue wait; if so, the event that is readable once others have woken some.
     #[inline]
     pub(super) fn event(&self) -> Option<BorrowedFd<'_>> {
         if self.waiting == 0 { None } else { self.waiting_event() }
@@ -184,7 +184,7 @@ impl Share {
         }
     }
 
-    /// Whether so many bytes more can be given out; one operation can always have what it wants.
+    /// Whether this many more bytes can be given out; one operation can always have all that it wants.
     fn has_room(&self, bytes: u64) -> bool {
         self.taken == 0 || self.taken + bytes <= MEMORY
     }
@@ -195,7 +195,7 @@ impl Share {
         (last.end > start).then_some(last)
     }
 
-    /// Puts who can't have what it wants where it is found when that has changed.
+    /// Puts an operation that has to wait where the next change of its resource finds it.
     fn wait(&mut self, ticket: Ticket, want: Want) {
         match want {
             Want::Memory(_) => _ = self.for_memory.insert(ticket),
@@ -249,7 +249,7 @@ impl Share {
         }
     }
 
-    /// The waiter has what it wants.
+    /// The waiter is given the resource.
     fn wake(&mut self, ticket: Ticket, giver: Option<&Arc<Woken>>) {
         let Some(Waiter { slot, queue, .. }) = self.waiters.remove(&ticket) else { return };
         let mut list = lock(&queue.list);

@@ -13,13 +13,13 @@ pub(super) const LONGEST: u64 = 64 << 10;
 const SLOW: Duration = Duration::from_micros(500);
 const FIRST_PAUSE: u32 = 32;
 const LAST_PAUSE: u32 = 4096;
-/// So many quick ones in a row, and the last slow one is forgotten.
+/// After this many quick ones in a row, the last slow one is forgotten.
 const FORGET: u32 = 1024;
 
 /// Whether the next write is done on the spot.
 #[derive(Clone, Debug)]
 pub(super) struct Spot {
-    /// Writes that still go through the ring.
+    /// Number of writes that still go through the ring.
     pause: u32,
     next_pause: u32,
     quick: u32,

@@ -55,7 +55,7 @@ pub(crate) struct Core {
     hold_memory: bool,
     /// When the next piece of memory may be held if queues are busy.
     hold_next: Instant,
-    /// Whether it was said that some is not held.
+    /// Whether it was logged that some memory is not held.
     hold_refused: bool,
 }
 
@@ -73,7 +73,7 @@ impl Core {
     }
 
     pub(super) async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Command>, teller: Teller) {
-        // Dropped before the ring, which waits for what is in flight.
+        // Dropped before the ring, which waits for everything in flight.
         let _teller = teller;
         // SAFETY: the ring outlives this local and always answers with the same descriptor.
         let ring_fd = match unsafe { AsyncFd::register_with_interest(RingFd(self.ring.fd()), Interest::READABLE) } {
@@ -106,7 +106,7 @@ impl Core {
             let retry = self.ring.has_unsubmitted();
             let park = poll_fn(|cx| self.poll_park(cx, &ring_fd, &mut inbox));
             let woken = if retry {
-                // The kernel would not take a submission; what it waits for may have no event.
+                // The kernel would not take a submission, and there may be no event for when it will.
                 tokio::time::timeout(RETRY_PAUSE, park).await.unwrap_or(Woken::Work)
             } else {
                 park.await
@@ -211,7 +211,7 @@ impl Core {
     pub(crate) fn obey(&mut self, command: Command) {
         match command {
             Command::Attach { kick, build, reply } => {
-                // SAFETY: the eventfd is owned by what is registered, which never replaces it.
+                // SAFETY: the registered value owns the eventfd and never replaces it.
                 let kick = unsafe { AsyncFd::register_with_interest(Kick(kick), Interest::READABLE) };
                 let seat = kick.map_err(io::Error::from).map(|kick| {
                     let free = self.seats.iter().position(Option::is_none);

@@ -21,7 +21,7 @@ pub(super) struct Window {
 
 /// The shortest window worth having.
 const MIN_WINDOW: Duration = Duration::from_micros(4);
-/// So many polls in vain, each of which should have met its work, mean that polling keeps the guest from running.
+/// This many polls in vain, each of which should have met its work, mean that polling keeps the guest from running.
 const MAX_MISSES: u32 = 4;
 const MIN_PAUSE: u32 = 16;
 const MAX_PAUSE: u32 = 2048;

@@ -31,7 +31,7 @@ struct Spent {
 }
 
 impl Budget {
-    /// Room for so many bytes.
+    /// A budget of this many bytes.
     #[must_use]
     pub fn new(bytes: u64) -> Self {
         Self(Mutex::new(Spent { left: bytes, pieces: HashMap::new() }))
@@ -71,11 +71,11 @@ pub(super) struct HeldMemory {
     wanting: bool,
 }
 
-/// A region of guest memory, at the same host address for everybody who uses it.
+/// A region of guest memory, at the same host address for all its users.
 struct Region {
     start: usize,
     len: usize,
-    /// The places in the kernel's table of those of its pieces that are held, from its start on.
+    /// Places in the kernel's table of the pieces held, from the region's start on.
     places: Vec<u16>,
     users: u32,
     /// The kernel would hold no more of it.
@@ -112,7 +112,7 @@ impl HeldMemory {
             self.wanting = false;
             return Ok(false);
         };
-        // Until it has succeeded: what is refused once is not tried again.
+        // Until it has succeeded: refused memory is not tried again.
         region.refused = true;
         let free = match &mut self.free {
             Some(free) => free,
@@ -165,7 +165,7 @@ impl HeldMemory {
         self.free.is_some()
     }
 
-    /// The place in the kernel's table of what a buffer lies in, if all of it is held as one.
+    /// The place in the kernel's table of the memory around a buffer, if all of it is held as one piece.
     #[inline]
     pub(super) fn place(&self, buffer: &libc::iovec) -> Option<u16> {
         for region in &self.regions {

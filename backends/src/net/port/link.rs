@@ -148,7 +148,7 @@ impl Side {
         self.astray.store(astray().unwrap_or(false), Ordering::Relaxed);
     }
 
-    /// Takes frames, or refuses them: senders are told at once then, those that wait for room too.
+    /// Takes frames, or refuses them: senders get an error at once then, also those that wait for room.
     fn set_open(&self, open: bool) -> io::Result<()> {
         let mut closed = self.closed.lock().unwrap_or_else(PoisonError::into_inner);
         let rx = &self.ends.rx;

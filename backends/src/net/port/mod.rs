@@ -54,7 +54,7 @@ pub struct Ends {
     pub tx: Arc<OwnedFd>,
 }
 
-/// The pairs that another process has lent: of each, what is read and then what is written.
+/// The pairs that another process has lent: for each, the descriptor to read from and then the one to write to.
 fn lent_ends(fds: &[RawFd]) -> io::Result<Vec<Ends>> {
     let take = |fd: RawFd| {
         let taken = inherited::take(fd)?;

@@ -21,7 +21,7 @@ use crate::host::retry::outwait;
 /// Bytes of the header in front of each frame (`struct virtio_net_hdr_v1`).
 const HEADER_LEN: libc::c_int = 12;
 
-/// An ioctl, and what it takes: the address of a `T` that the kernel reads or fills in.
+/// An ioctl and its argument: the address of a `T` that the kernel reads or fills in.
 struct Request<T>(libc::c_ulong, PhantomData<T>);
 
 impl<T> Request<T> {
@@ -32,7 +32,7 @@ impl<T> Request<T> {
     }
 
     fn call(&self, file: &impl AsRawFd, argument: &mut T) -> io::Result<()> {
-        // SAFETY: the argument is what the request takes, and borrowed across the call.
+        // SAFETY: the argument has the type of the request, and is borrowed across the call.
         check(unsafe { libc::ioctl(file.as_raw_fd(), self.0, std::ptr::from_mut(argument)) })
     }
 }
@@ -58,17 +58,17 @@ const SET_FLAGS: Request<libc::ifreq> = unsafe { Request::new(libc::SIOCSIFFLAGS
 // SAFETY: tun(4) reads the two numbers and as many addresses as `count` says, of which there are never more than places.
 const SET_FILTER: Request<TunFilter> = unsafe { Request::new(libc::TUNSETTXFILTER) };
 
-/// Why a tap can't be had.
+/// Why a tap can't be opened.
 #[derive(Debug, Error)]
 #[error("tap {name}: {what}: {source}{hint}")]
 pub struct TapError {
     /// The interface, device file or descriptor.
     pub name: String,
-    /// What was tried.
+    /// The operation that failed.
     pub what: &'static str,
-    /// What came back.
+    /// The error that it returned.
     pub source: io::Error,
-    /// What to do, with its own punctuation in front.
+    /// Advice, with its own punctuation in front.
     pub hint: &'static str,
 }
 
@@ -257,7 +257,7 @@ struct TunFilter {
     addresses: [[u8; 6]; MAX_FILTER],
 }
 
-/// Says what may come unfinished from the interface.
+/// Sets the offloads that frames from the interface may use.
 fn set_offloads(file: &OwnedFd, offloads: Offloads) -> io::Result<()> {
     // SAFETY: the argument is a number.
     check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(flags(offloads))) })

@@ -43,7 +43,7 @@ const PMU_LEAVES: [u32; 5] = [0xa, 0x1c, 0x23, 0x8000_001b, 0x8000_0022];
 
 /// Sub-leaves of the cache leaves to look at: no CPU has more levels.
 const MAX_CACHES: u32 = 8;
-/// Caches for a host that tells of none: L1d, L1i, L2 and L3 of a common server, in the format of leaf 4.
+/// Caches for a host that reports none: L1d, L1i, L2 and L3 of a common server, in the format of leaf 4.
 const DEFAULT_CACHES: [Registers; 4] = [
     [0x0000_0121, 0x01c0_003f, 63, 0],
     [0x0000_0122, 0x01c0_003f, 63, 0],
@@ -71,7 +71,8 @@ pub struct Traits {
 }
 
 impl Template {
-    /// From what KVM supports and, for caches it is silent about, from `host`: the CPUID instruction of this CPU.
+    /// From KVM's supported leaves and, for caches that it does not report, from `host`: the CPUID instruction of
+    /// this CPU.
     pub fn new(supported: &CpuId, host: impl Fn(u32, u32) -> Registers, traits: &Traits) -> Self {
         let mut template = Self { entries: supported.as_slice().to_vec() };
         if !traits.nested {
@@ -198,7 +199,7 @@ impl Template {
         }
     }
 
-    /// The caches of `leaf` (4 or 0x8000001d, of one format), shared as this machine's topology has it.
+    /// The caches of `leaf` (4 or 0x8000001d, of one format), shared as in this machine's topology.
     fn caches(&self, leaf: u32, host: &impl Fn(u32, u32) -> Registers, cpus: u32) -> Vec<Registers> {
         let supported = list_caches(|index| self.registers(leaf, index));
         let caches = if supported.is_empty() { list_caches(|index| host(leaf, index)) } else { supported };

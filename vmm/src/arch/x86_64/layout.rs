@@ -1,4 +1,4 @@
-//! The address map: every fixed address of the machine, and what follows from the size of its memory.
+//! The address map: every fixed address of the machine, and those that follow from the size of its memory.
 
 use std::ops::Range;
 
@@ -9,7 +9,7 @@ pub const MIB: u64 = 1 << 20;
 /// One gibibyte.
 pub const GIB: u64 = 1 << 30;
 
-// Below 1 MiB: what the boot protocols need, all in RAM that the kernel may reuse afterwards.
+// Below 1 MiB: tables for the boot protocols, all in RAM that the kernel may reuse afterwards.
 
 /// The boot vCPU's GDT.
 pub const BOOT_GDT: u64 = 0x500;
@@ -37,7 +37,7 @@ pub const EBDA: u64 = 0x9_fc00;
 pub const ACPI_TABLES: Range<u64> = 0xe_0000..0xf_0000;
 /// Where a CPU begins after a reset, and where real-mode software jumps to for one.
 pub const RESET_VECTOR: u64 = 0xf_fff0;
-/// Where RAM goes on above the legacy hole; kernels are loaded from here on.
+/// Where RAM continues above the legacy hole; kernels are loaded from here on.
 pub const HIGH_MEMORY: u64 = 0x10_0000;
 
 // The hole below 4 GiB.
@@ -145,7 +145,7 @@ impl AddressMap {
             ram.push(RAM64..end);
         }
         let window = end.next_multiple_of(GIB);
-        // Enough for every BAR there can be, and within what the CPU can address.
+        // Enough for every BAR there can be, and within the CPU's address width.
         let mmio64 = window..limit.min(window + 64 * GIB);
         if mmio64.end.saturating_sub(mmio64.start) < GIB {
             return Err(too_large());
@@ -170,7 +170,7 @@ impl AddressMap {
 pub enum MemoryKind {
     /// The kernel's.
     Ram = 1,
-    /// Nobody's.
+    /// Not usable.
     Reserved = 2,
 }
 
