@@ -120,7 +120,7 @@ pub(crate) struct Backend<'a> {
     /// Kept open though a device has nothing to tell: User Mode Linux takes its end for the end of the device.
     _channel: Interrupt,
     state: State,
-    /// The features that the device has accepted, if it has any.
+    /// The features that the device has accepted, once it has accepted some.
     features: Option<u64>,
     /// Whether rings start disabled.
     negotiates: bool,

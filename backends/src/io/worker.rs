@@ -170,8 +170,8 @@ impl<H: Handler> Worker<H> {
         self.free.push(index);
     }
 
-    /// An operation of a suspended queue has ended. If that ends the request, the request is answered. If the request needs
-    /// another step, it is left to the next server instead.
+    /// An operation of a suspended queue has ended. If that ends the request, the request is answered. If the request
+    /// needs another step, it is left to the next server instead.
     #[cold]
     fn completed_last(&mut self, index: u32, result: i32, now: Instant) {
         if matches!(-result, libc::ECANCELED | libc::EINTR) {
