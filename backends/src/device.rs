@@ -148,8 +148,8 @@ pub trait Device: Send {
     /// Fills `data` from the device-specific configuration space; bytes beyond its end read as zero.
     fn read_config(&self, offset: u32, data: &mut [u8]);
 
-    /// Bytes of the configuration space that are the driver's: they read back as it has written them, also before the device has
-    /// taken note.
+    /// Bytes of the configuration space that belong to the driver: it reads back its own writes, even before the
+    /// device has seen them.
     fn driver_fields(&self) -> Vec<std::ops::Range<u32>> {
         Vec::new()
     }

@@ -65,8 +65,9 @@ impl RingSetup {
 }
 
 impl DriverSetup {
-    /// Records a write to the configuration space. Writes are replayed whole and in order: a device may refuse a part of a
-    /// field. One that another overwrites entirely is forgotten, so that a driver can't make the record grow without end.
+    /// Records a write to the configuration space. Writes are replayed whole and in order: a device may refuse a part
+    /// of a field. A write that another one overwrites entirely is forgotten, so that a driver can't make the record
+    /// grow without end.
     pub fn wrote_config(&mut self, offset: u32, data: &[u8]) {
         let end = |offset: u32, data: &[u8]| u64::from(offset) + data.len() as u64;
         let covers = |(at, old): &(u32, Vec<u8>)| offset <= *at && end(*at, old) <= end(offset, data);

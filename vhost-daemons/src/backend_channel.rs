@@ -1,5 +1,5 @@
-//! Requests from here to the frontend (vhost-user specification, "Back-end communication"). There is one so far: that the
-//! configuration space has changed.
+//! Requests from here to the frontend (vhost-user specification, "Back-end communication"). There is one so far: that
+//! the configuration space has changed.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;

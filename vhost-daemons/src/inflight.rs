@@ -1,5 +1,5 @@
-//! The messages about the table of requests in flight (vhost-user specification, "Inflight I/O tracking"). Its layout is the
-//! business of the backends.
+//! The messages about the table of requests in flight (vhost-user specification, "Inflight I/O tracking"). Its layout
+//! is the business of the backends.
 
 use std::io;
 use std::os::fd::OwnedFd;

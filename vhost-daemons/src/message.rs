@@ -149,8 +149,8 @@ impl Connection {
         Ok(Some(Message { request, need_reply: flags & NEED_REPLY != 0, body, files, wrong_files }))
     }
 
-    /// Reads exactly as much as there is room for. Returns `false` if the connection has ended before the first byte, where
-    /// that may be.
+    /// Fills the whole room. Returns `false` if the connection has ended before the first byte, where that is
+    /// allowed.
     fn fill(
         &mut self,
         room: &mut [u8],

@@ -1,4 +1,5 @@
-//! The life of a daemon: devices opened, each with a control thread (`control`), until a signal ends them all (`ending`).
+//! The life of a daemon: devices opened, each with a control thread (`control`), until a signal ends them all
+//! (`ending`).
 
 use std::io;
 use std::sync::Arc;

@@ -88,8 +88,9 @@ impl Place {
 /// Places in a piece of the table.
 const PIECE: usize = 256;
 
-/// All mappings, for the handler to find: it takes no lock and allocates nothing. The table grows by pieces that stay, so that
-/// no client can use up the places of others: how many mappings a client has is bounded where they are made.
+/// All mappings, for the handler to find: it takes no lock and allocates nothing. The table grows by pieces that
+/// stay, so that no client can use up the places of others: the code that makes mappings bounds how many a client
+/// has.
 struct Table {
     first: Piece,
     /// Held while the table changes.

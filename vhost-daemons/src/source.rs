@@ -42,7 +42,8 @@ pub(crate) enum SourceError {
 pub(crate) struct Peers(pub(crate) Vec<u32>);
 
 impl Peers {
-    /// Whose the process at the other end is, if it may not be there: for a socket that listens, the one that made it listen.
+    /// The user of the process at the other end, if it may not be there: for a listening socket, of the process that
+    /// made it listen.
     fn refuse(&self, stream: &UnixStream) -> io::Result<Option<u32>> {
         let uid = socket_peercred(stream)?.uid;
         let own = rustix::process::geteuid();

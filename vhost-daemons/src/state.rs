@@ -250,7 +250,8 @@ impl Channel {
             state = &state[count..];
         }
         if let OtherEnd::Socket(socket) = &self.end {
-            // The other side may have gone with all it wanted. Others may have this end too, so closing it is not enough.
+            // The other side may have gone once it had everything. Other processes may have this end too, so closing
+            // it is not enough.
             let _ = rustix::net::shutdown(socket, Shutdown::Write);
         }
         Ok(())

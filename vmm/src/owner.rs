@@ -248,8 +248,8 @@ impl Owner {
         wanted.resets != wanted.resets_done
     }
 
-    /// The driver accepts features. Returns whether the device does so too; one that does not answer within `limit` is taken to, and
-    /// needs a reset if it does not after all.
+    /// The driver accepts features. Returns whether the device does so too. A device that does not answer within
+    /// `limit` is assumed to accept them, and needs a reset if it refuses them later.
     pub fn accept(&self, features: u64, limit: Duration) -> bool {
         self.shared.change(|wanted| {
             wanted.features = Some(features);

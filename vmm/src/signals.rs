@@ -10,8 +10,8 @@ use crate::events::{Ending, Events};
 use crate::exit::Exit;
 use crate::operator::{Wish, Wishes};
 
-/// Starts to listen: SIGTERM, SIGINT, SIGQUIT and SIGHUP end the machine, and the second of them, unless it is SIGHUP, the process at
-/// once. SIGUSR1 asks for statistics, SIGUSR2 for devices to change their place.
+/// Starts to listen: SIGTERM, SIGINT, SIGQUIT and SIGHUP end the machine. The second of them, unless it is SIGHUP,
+/// ends the process at once. SIGUSR1 asks for statistics, SIGUSR2 asks devices to change their place.
 ///
 /// # Errors
 /// When the host has no thread or descriptor left.

@@ -11,10 +11,11 @@ pub(crate) const CONFIG_LEN: usize = 60;
 /// The one field that a driver may write.
 pub(crate) const WRITEBACK: usize = 32;
 
-/// Longest single buffer that a driver should use, in bytes. With as many of them as one request may have, it moves no more than
-/// is served.
+/// Longest single buffer that a driver should use, in bytes. A request with as many of them as it may have moves no
+/// more than we serve.
 const SIZE_MAX: u32 = 1 << 20;
-/// Most sectors of a discard or write-zeroes segment: 32 MiB. The host can't end one once it has begun, and may have to write it.
+/// Most sectors of a discard or write-zeroes segment: 32 MiB. The host can't cancel one once it has begun, and may
+/// have to write zeroes.
 pub(super) const MAX_SEGMENT_SECTORS: u32 = 1 << 16;
 /// Most segments of a discard or write-zeroes request.
 pub(super) const MAX_SEGMENTS: u32 = 32;

@@ -102,7 +102,8 @@ impl BlockDevice {
         Self::with_image(name, options, options.open_image()?, pool)
     }
 
-    /// A disk over an image that [`Checked::<BlockOptions>::open_image`] has opened, for these options or others with the same image.
+    /// A disk over an image that [`Checked::<BlockOptions>::open_image`] has opened, for these options or others with
+    /// the same image.
     ///
     /// # Errors
     /// Anything that is wrong with the image.

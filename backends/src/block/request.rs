@@ -1,5 +1,5 @@
-//! Parsing of block requests (virtio 1.3, section 5.2.6): a header of 16 bytes, data, and a status byte at the very end,
-//! split over descriptors in any way.
+//! Parsing of block requests (virtio 1.3, section 5.2.6): a header of 16 bytes, data, and a status byte at the very
+//! end, split over descriptors in any way.
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
@@ -12,9 +12,9 @@ use crate::virtqueue::dirty::MOST_WRITTEN;
 /// Unit of addresses and lengths in requests, in bytes, whatever the block size.
 pub const SECTOR: u64 = 512;
 
-/// Most bytes that one request moves, discards or zeroes. Without a limit it would be every byte of the disk once for each
-/// descriptor. Drivers that honour the configuration space stay below it (`super::config`); firmware does not look there: OVMF
-/// reads a boot image in one piece of up to this size, which is where it draws the line itself.
+/// Most bytes that one request moves, discards or zeroes. Without a limit it would be every byte of the disk once for
+/// each descriptor. Drivers that honour the configuration space stay below it (`super::config`). Firmware does not
+/// look there: OVMF reads a boot image in one piece of up to this size, its own limit.
 pub const MAX_TRANSFER: u64 = 1 << 30;
 
 const _: () = assert!(MAX_TRANSFER <= MOST_WRITTEN, "all that a read writes is marked in a log");

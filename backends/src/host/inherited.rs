@@ -28,13 +28,14 @@ fn found() -> MutexGuard<'static, BTreeMap<RawFd, Option<OwnedFd>>> {
     FOUND.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-// SAFETY: the section holds pointers to functions that the C runtime calls once before main; this one uses system calls and the heap.
+// SAFETY: the section holds pointers to functions that the C runtime calls once before main; this one uses system
+// calls and the heap.
 #[used]
 #[unsafe(link_section = ".init_array")]
 static CLAIM: extern "C" fn() = claim;
 
-/// Takes note of every descriptor that is open, and closes it to programs that this process will start. They stay open here: a path
-/// like /dev/fd/63 may lead to one.
+/// Notes every open descriptor, and closes it to programs that this process will start. The descriptors stay open
+/// here: a path like /dev/fd/63 may lead to one.
 extern "C" fn claim() {
     // SAFETY: with this flag nothing is closed; numbers that are not open do not count.
     let marked =

@@ -88,7 +88,7 @@ impl SharedFile {
     pub fn map(&self, offset: u64, len: u64) -> io::Result<Mapping> {
         self.check(offset, len)?;
         let within = offset % self.page;
-        // The sum is at most a page beyond the end of the file. An unmapping of less than all of a huge page would fail.
+        // The sum is at most a page beyond the end of the file. Unmapping only part of a huge page would fail.
         let mapped = usize::try_from((within + len).next_multiple_of(self.page)).map_err(io::Error::other)?;
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         let flags = MapFlags::SHARED | MapFlags::NORESERVE;

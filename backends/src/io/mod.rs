@@ -1,7 +1,8 @@
 //! The I/O threads: their reactor, the data ring that each has, and the loops that serve a queue there.
 //!
-//! [`reactor`] calls a task a turn at a time. A queue is such a task: a [`worker`] if its chains are requests, a [`receiver`] if they
-//! wait for frames. Both have a [`service`], and push operations into the [`ring`], a request through [`ops`].
+//! [`reactor`] calls a task a turn at a time. A queue is such a task: a [`worker`] if its chains are requests, a
+//! [`receiver`] if they wait for frames. Both have a [`service`], and push operations into the [`ring`], a request
+//! through [`ops`].
 
 pub mod ops;
 pub(crate) mod queues;

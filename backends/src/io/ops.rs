@@ -67,7 +67,8 @@ impl<'a> Io<'a> {
         unsafe { ring.read_now(self.token, fd, data.pieces()) }
     }
 
-    /// Writes the pieces of `data` at `offset`, through to stable storage if `durable`; at most [`MAX_BYTES`], as `read`.
+    /// Writes the pieces of `data` at `offset`, through to stable storage if `durable`; at most [`MAX_BYTES`], as
+    /// `read`.
     ///
     /// # Safety
     /// As for [`Self::read`].
@@ -93,7 +94,8 @@ impl<'a> Io<'a> {
     /// Reads into a buffer of the host's.
     ///
     /// # Safety
-    /// The buffer must stay where it is until the request is resumed, and nothing else may touch it; `fd` must stay open.
+    /// The buffer must stay in place until the request is resumed, and nothing else may touch it; `fd` must stay
+    /// open.
     pub unsafe fn read_buf(&mut self, fd: BorrowedFd<'_>, buf: &mut [u8], offset: u64) {
         let Some(ring) = &mut self.ring else { return };
         let piece = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };

@@ -145,8 +145,8 @@ impl ReactorPool {
         self.0.iter().min_by_key(|reactor| reactor.load.load(Ordering::Relaxed)).expect("at least one thread")
     }
 
-    /// Has every ring keep a file open until nothing is in flight in it any more, also when the process is killed. Returns
-    /// whether all do; the descriptor may then be closed.
+    /// Has every ring keep a file open until nothing is in flight in it any more, even when the process is killed.
+    /// Returns whether all do; the descriptor may then be closed.
     #[must_use]
     pub fn keep(&self, file: &Arc<OwnedFd>) -> bool {
         self.0.iter().all(|reactor| {

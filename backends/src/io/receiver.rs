@@ -28,8 +28,8 @@ pub trait Source {
     /// Whether a frame may span chains.
     fn merges(&self) -> bool;
 
-    /// Fewest bytes of a chain that can hold a frame where frames don't span chains: those of a header and of the addresses
-    /// and type of an Ethernet frame.
+    /// Fewest bytes of a chain that can hold a frame where frames don't span chains: those of a header and of the
+    /// addresses and type of an Ethernet frame.
     fn least_room(&self) -> u64 {
         26
     }
@@ -78,8 +78,8 @@ const MOST_RECEIVED: u64 = 4 << 20;
 /// The least that drivers offer per chain: a frame of the usual MTU with its header.
 const PLAIN_BUFFER: u64 = 1530;
 
-/// Bursts that may be refused in a row before the source counts as gone: its queue may have been disabled and enabled again
-/// in between.
+/// Bursts that may be refused in a row before the source counts as gone: its queue may have been disabled and enabled
+/// again in between.
 const MAX_STRIKES: u8 = 3;
 
 /// One read in flight: the chains that offer their room to it. Most need one, which stays where it was popped to.
@@ -242,8 +242,8 @@ impl<S: Source> Stock<S> {
         self.spare.push(chain);
     }
 
-    /// Whether the ring is so short that its driver may wait for frames before it offers more than `room`. Only a frame that
-    /// does not fit is lost then, and counted.
+    /// Whether the ring is so short that its driver may wait for frames before it offers more than `room`. Only a
+    /// frame that does not fit is lost then, and counted.
     fn has_all_there_is(&self, room: u64) -> bool {
         let often = u64::from(self.service.queue.size()) / 2 * PLAIN_BUFFER;
         self.service.is_running() && often < self.source.frame_len() && room >= PLAIN_BUFFER
@@ -368,8 +368,8 @@ impl<S: Source> Task for Receiver<S> {
         while count < burst && self.stock.gather(&mut reads[count], count) {
             let mut io = Io::new(ring, Token { task: self.stock.service.task(), slot: count as u32 });
             #[allow(unsafe_code)]
-            // SAFETY: the room stays as it is until the read has completed, its chains until they are given back, and the source
-            // with its descriptor as long as the receiver.
+            // SAFETY: the room stays as it is until the read has completed, its chains until they are given back, and
+            // the source with its descriptor as long as the receiver.
             unsafe {
                 let (fd, room) = (self.stock.source.fd(), reads[count].room());
                 if self.patient { io.read_next(fd, room) } else { io.read_now(fd, room) }

@@ -128,8 +128,8 @@ impl Ring {
         Err(last.expect("every wish was tried"))
     }
 
-    /// Has the kernel hold a file for operations to come, which saves it the look-up each time. [`Self::release`] must be
-    /// called before the descriptor is closed.
+    /// Has the kernel hold a file for operations to come, which saves it the look-up each time. [`Self::release`]
+    /// must be called before the descriptor is closed.
     pub fn hold(&mut self, fd: BorrowedFd<'_>) {
         let raw = fd.as_raw_fd();
         let index = raw as usize;
@@ -224,8 +224,8 @@ impl Ring {
     /// Reads at `offset` into the pieces, at most [`MAX_PIECES`] of them, and of a single one at most [`MAX_BYTES`].
     ///
     /// # Safety
-    /// The pieces must stay mapped, the list in place and `fd` open until the completion for `token` was reaped or the ring
-    /// dropped.
+    /// The pieces must stay mapped, the list in place and `fd` open until the completion for `token` was reaped or
+    /// the ring dropped.
     pub unsafe fn read(&mut self, token: Token, fd: BorrowedFd<'_>, pieces: &[libc::iovec], offset: u64) {
         let (fd, flags) = self.name(fd);
         let entry = self.entry_for_read(fd, pieces, offset, 0);
@@ -311,7 +311,8 @@ impl Ring {
         self.push(token, opcode::PollAdd::new(fd, events).build().flags(flags));
     }
 
-    /// Ends the operation pushed for `token`, if it waits; it completes with ECANCELED then, and as usual if it does not.
+    /// Cancels the operation pushed for `token`, if it waits; it completes with ECANCELED then, and as usual if it
+    /// does not.
     pub fn cancel(&mut self, token: Token) {
         let entry = opcode::AsyncCancel::new(token.pack()).build();
         self.push(CANCEL, entry);
@@ -467,8 +468,8 @@ fn one_piece(piece: &libc::iovec) -> u32 {
     piece.iov_len.min(MAX_BYTES as usize) as u32
 }
 
-/// Bounds the kernel's workers for the calling thread. Of itself the kernel starts up to four for each CPU, and of those that are
-/// not for files as many as there may be processes: a guest decides how many operations wait.
+/// Bounds the kernel's workers for the calling thread. By default the kernel starts up to four for each CPU and, for
+/// operations that are not on files, as many as there may be processes: a guest decides how many operations wait.
 fn bound_workers(submitter: &Submitter<'_>) {
     // Zero asks. Kernels before 5.15 answer with an error, and keep limits of their own.
     let mut limits = [0; 2];

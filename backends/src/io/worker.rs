@@ -41,8 +41,8 @@ pub trait Handler {
     /// server starts it again.
     fn abandon(&mut self, _request: &mut Self::Request) {}
 
-    /// Whether a pending request waits for others instead of an operation. It is resumed with 0 when [`Self::next_woken`] has
-    /// named it.
+    /// Whether a pending request waits for others instead of an operation. It is resumed with 0 when
+    /// [`Self::next_woken`] has named it.
     fn is_waiting(&self, _request: &Self::Request) -> bool {
         false
     }
@@ -69,7 +69,8 @@ pub trait Handler {
 /// How far a request has come.
 #[derive(Debug)]
 pub enum Step {
-    /// One operation was pushed, and its result comes to [`Handler::resume`]; or it waits for others, see [`Handler::is_waiting`].
+    /// One operation was pushed, and its result comes to [`Handler::resume`]; or it waits for others, see
+    /// [`Handler::is_waiting`].
     Pending,
     /// The chain can be given back.
     Done(Outcome),

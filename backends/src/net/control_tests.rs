@@ -23,7 +23,8 @@ const DATA: u64 = 0x1000;
 const ANSWER: u64 = 0xf000;
 const PAIRS: u16 = 4;
 
-/// A command of a driver: one that exists for the most part, in pieces of some lengths, with room for an answer or without.
+/// A command of a driver: one that exists for the most part, in pieces of some lengths, with room for an answer or
+/// without.
 #[derive(Clone, Debug, TypeGenerator)]
 struct Said {
     command: Command,

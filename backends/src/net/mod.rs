@@ -111,8 +111,9 @@ impl NetDevice {
         device
     }
 
-    /// A NIC over a port that may be served by others, here and in other processes, while no queue runs here: until the first
-    /// starts the port stays as it is, then it becomes as the driver wants it, and when all have stopped it stays so.
+    /// A NIC over a port that others, here and in other processes, may serve while no queue runs here. Until the
+    /// first queue starts the port stays as it is; then it follows the driver's settings, and it keeps them when all
+    /// queues have stopped.
     pub fn over_lent(name: &str, port: Arc<dyn Port>, mac: [u8; 6], options: &NetOptions, pool: &ReactorPool) -> Self {
         let pairs = port.pairs() as u16;
         let mtu = options.mtu.or(port.mtu());

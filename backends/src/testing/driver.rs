@@ -1,5 +1,5 @@
-//! The driver's side of a split virtqueue, in a host process: for measuring a device without a guest, and for tests, which
-//! also misuse it. Plain and safe; a guest's driver would be faster.
+//! The driver's side of a split virtqueue, in a host process: for measuring a device without a guest, and for tests,
+//! which also misuse it. Plain and safe; a guest's driver would be faster.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{Ordering, fence};

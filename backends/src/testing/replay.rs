@@ -150,8 +150,8 @@ impl Replay {
     }
 }
 
-/// The whole path of a request over storage that does nothing, served by the calling thread: the reactor's turn, the worker,
-/// the queue, the request, its answer, statistics, publication.
+/// The whole path of a request over storage that does nothing, served by the calling thread: the reactor's turn, the
+/// worker, the queue, the request, its answer, statistics, publication.
 pub struct NullDisk {
     replay: Replay,
     // The device goes before the memory that its queue lies in.

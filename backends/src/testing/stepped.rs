@@ -21,7 +21,8 @@ pub struct Stepped<D: Send> {
 }
 
 impl<D: Send> Stepped<D> {
-    /// Makes one. `start` makes the device and starts its queues; they run on the pool it is given, and nothing else may.
+    /// Makes one. `start` makes the device and starts its queues; they run on the pool that it is given, and nothing
+    /// else may.
     ///
     /// # Errors
     /// When the host refuses an io_uring.

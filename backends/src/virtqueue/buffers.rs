@@ -1,13 +1,14 @@
 //! I/O vectors over guest memory, in host addresses.
 //!
-//! A [`GuestIo`] is filled by the queue and handed to the kernel as it is. It keeps the guest memory mapped that its addresses
-//! lie in, so it may be moved and kept at will; only an operation in flight asks for more (see [`crate::io::ring`]).
+//! The queue fills a [`GuestIo`] and hands it to the kernel as it is. It keeps the guest memory of its addresses
+//! mapped, so it may be moved and kept at will; only an operation in flight asks for more (see [`crate::io::ring`]).
 //!
-//! The model: guest memory is no memory of this program. The guest's CPUs, the kernel and other I/O threads write to it at any
-//! moment, in any size, and a guest may lay buffers and rings of several queues over each other. So no reference to its bytes is
-//! ever made and no value in it is read twice. Bytes are copied out and in, by volatile accesses or by calls that the compiler
-//! does not look through; ring indices, which order other accesses, are atomics. Rust has no name for mixed accesses of this
-//! kind; like everybody else's, this program relies on the compiler treating them as it treats memory of a device.
+//! The model: guest memory is no memory of this program. The guest's CPUs, the kernel and other I/O threads write to
+//! it at any moment, in any size, and a guest may lay buffers and rings of several queues over each other. So no
+//! reference to its bytes is ever made and no value in it is read twice. Bytes are copied out and in, by volatile
+//! accesses or by calls that the compiler does not look through; ring indices, which order other accesses, are
+//! atomics. Rust has no name for mixed accesses of this kind; like every other VMM, this program relies on the
+//! compiler treating them as it treats memory of a device.
 #![allow(unsafe_code, reason = "host pointers into guest memory, checked when they are made by the queue")]
 
 use std::ptr;
@@ -25,7 +26,8 @@ pub const MAX_PIECES: usize = 1024;
 /// megabyte is still one operation.
 pub const MAX_BYTES: u64 = 2 << 20;
 
-/// Pieces that a list keeps room for from one request to the next: as many as there are in requests of a queue of the usual size.
+/// Pieces that a list keeps room for from one request to the next: as many as requests of a queue of the usual size
+/// have.
 const KEPT: usize = 256;
 
 /// A list of host-mapped pieces of guest memory, consumed from either end as a request is parsed and served.
@@ -90,8 +92,8 @@ impl GuestIo {
     /// Appends a piece. Empty ones are left out.
     ///
     /// # Safety
-    /// `base..base + len` must be mapped, and stay so for as long as the memory of the last [`Self::reset`] does or, without
-    /// one, for as long as this list is used.
+    /// `base..base + len` must be mapped, and stay so for as long as the memory of the last [`Self::reset`] does or,
+    /// without one, for as long as this list is used.
     pub(crate) unsafe fn push(&mut self, base: *mut u8, len: usize) {
         if len > 0 {
             self.iov.push(libc::iovec { iov_base: base.cast(), iov_len: len });
@@ -150,8 +152,8 @@ impl GuestIo {
         &self.iov[self.first..]
     }
 
-    /// The pieces of one operation: all that are left or, if these are too many bytes, as many from the front as are not, but one
-    /// at least, of which the ring takes as much as it may.
+    /// The pieces of one operation: all that are left or, if these have too many bytes, as many from the front as
+    /// fit. At least one piece is returned, of which the ring takes as much as it may.
     #[inline]
     pub(crate) fn next_pieces(&self) -> &[libc::iovec] {
         if self.len <= MAX_BYTES { self.pieces() } else { self.first_pieces() }
@@ -353,8 +355,8 @@ pub struct Chain {
     pub readable: GuestIo,
     /// Device-writable bytes.
     pub writable: GuestIo,
-    /// A buffer was not (all) in guest memory, or in far too many regions of it; the lists hold only those before it and, if it is
-    /// sound, the last one.
+    /// A buffer was not (entirely) in guest memory, or in far too many regions of it. The lists hold only the buffers
+    /// before it and, if it is valid, the last one.
     pub unmapped: bool,
 }
 

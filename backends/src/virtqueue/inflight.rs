@@ -230,8 +230,8 @@ impl InflightFile {
     }
 }
 
-/// A place between two stores that others can see, where a process may end. The compiler keeps the order of the stores around
-/// it, and the processor shows it to others.
+/// A place between two stores that others can see, where a process may end. The compiler keeps the order of the
+/// stores around it, and the processor makes that order visible to others.
 #[inline(always)]
 pub(crate) fn crash_point() {
     fence(Ordering::Release);

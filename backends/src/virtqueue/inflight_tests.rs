@@ -352,7 +352,8 @@ fn start_and_stop(device: &mut dyn Device) -> (Model, QueueState) {
     (model, state)
 }
 
-/// A position can't say that something before it was not answered, so that a queue which stops owes it to its predecessor.
+/// A position can't express that an earlier chain was not answered, so a queue that stops owes its predecessor that
+/// answer.
 #[test]
 fn pitfall_55_a_queue_that_stops_has_answered_what_its_predecessor_left() {
     let pool = ReactorPool::new(&ReactorOptions::default()).unwrap();

@@ -30,9 +30,9 @@ use suppression::{Words, ask_for_kick, wants_interrupt};
 pub const RING_FEATURES: u64 =
     1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
 
-/// Most descriptors followed in an indirect table, if the queue itself has no more: as many segments as the kernel takes in one
-/// vector, and a header and a status. A driver may make a chain as long as the queue (2.7.5.3.1), which bounds the work that one
-/// available entry can cause.
+/// Most descriptors followed in an indirect table, if the queue itself has no more: as many segments as the kernel
+/// takes in one vector, and a header and a status. A driver may make a chain as long as the queue (2.7.5.3.1), which
+/// bounds the work that one available entry can cause.
 pub const MAX_INDIRECT: u32 = 1024 + 2;
 
 const DESC_LEN: u64 = 16;
@@ -285,7 +285,8 @@ impl Queue {
         true
     }
 
-    /// Gives a chain back with the number of bytes written into it. The driver learns of it at the next [`Self::notify`].
+    /// Gives a chain back with the number of bytes written into it. The driver learns of it at the next
+    /// [`Self::notify`].
     #[inline]
     pub fn complete(&mut self, head: u16, len: u32) {
         let (word, bit) = (usize::from(head / 64), 1 << (head % 64));

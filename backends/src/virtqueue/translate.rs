@@ -8,9 +8,9 @@ use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, Me
 use crate::virtqueue::GuestMemory;
 use crate::virtqueue::buffers::{GuestIo, MAX_PIECES};
 
-/// Most pieces of a list that has buffers across several regions of guest memory: as many regions as a buffer touches, it has
-/// pieces, and 256 regions of a page each would make a quarter of a million of a chain. This is two for each segment of the longest
-/// request.
+/// Most pieces of a list that has buffers across several regions of guest memory. A buffer has as many pieces as it
+/// touches regions, and 256 regions of a page each would make a quarter of a million of a chain. This is two for each
+/// segment of the longest request.
 pub(super) const MAX_SPREAD: usize = 2 * MAX_PIECES;
 
 /// The region of guest memory that a buffer was found in last: the next one is most likely in it too.
@@ -44,7 +44,8 @@ pub(super) fn host_range(mem: &GuestMemory, addr: u64, len: u64) -> Option<*mut 
     region.get_host_address(MemoryRegionAddress(offset)).ok()
 }
 
-/// Appends a guest range, which may span regions, to an I/O vector. `None` if any of it is not memory, or there are too many pieces.
+/// Appends a guest range, which may span regions, to an I/O vector. `None` if any of it is not memory, or there are
+/// too many pieces.
 pub(super) fn translate(
     mem: &GuestMemory,
     near: &Cell<Near>,

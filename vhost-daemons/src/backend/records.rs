@@ -13,7 +13,8 @@ use crate::message::Message;
 use crate::vring::{MAX_SIZE, Vring};
 use crate::{descriptor, inflight};
 
-/// In the answer to SET_DEVICE_STATE_FD: there is no descriptor, the one that came is taken. The bits below tell of an error.
+/// In the answer to SET_DEVICE_STATE_FD: there is no descriptor, the received one is used. The bits below report an
+/// error.
 const STATE_NO_FD: u64 = 1 << 8;
 
 impl Backend<'_> {

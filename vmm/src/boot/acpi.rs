@@ -1,7 +1,7 @@
 //! ACPI tables (ACPI 6.5, chapter 5): RSDP, XSDT, FADT, MADT, MCFG, and the DSDT of `dsdt.rs`.
 //!
-//! The platform is hardware-reduced: no SCI, no PM timer, no legacy interrupt controllers; sleep and reset are registers
-//! in I/O space.
+//! The platform is hardware-reduced: no SCI, no PM timer, no legacy interrupt controllers; sleep and reset are
+//! registers in I/O space.
 
 use acpi_tables::Aml;
 use acpi_tables::fadt::{FADTBuilder, Flags};

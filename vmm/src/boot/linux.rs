@@ -1,4 +1,5 @@
-//! The zero page of the Linux 64-bit boot protocol (Documentation/arch/x86/boot of the kernel, protocol 2.12 and later).
+//! The zero page of the Linux 64-bit boot protocol (Documentation/arch/x86/boot of the kernel, protocol 2.12 and
+//! later).
 
 use std::ops::Range;
 

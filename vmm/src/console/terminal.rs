@@ -113,8 +113,8 @@ mod fatal {
         // SAFETY: each was filled in by the loop above.
         BEFORE.get_or_init(|| before.map(|action| unsafe { action.assume_init() }));
         for signal in SIGNALS {
-            // SAFETY: zero is a valid sigaction, and the handler is async-signal-safe: atomics and system calls only. It
-            // runs on the alternate stack that Rust's own handler for stack overflows has set up.
+            // SAFETY: zero is a valid sigaction, and the handler is async-signal-safe: atomics and system calls only.
+            // It runs on the alternate stack that Rust's own handler for stack overflows has set up.
             let installed = unsafe {
                 let mut action = MaybeUninit::<libc::sigaction>::zeroed().assume_init();
                 action.sa_sigaction =

@@ -1,8 +1,8 @@
 //! Interrupts: GSI routes, MSI-X vectors as irqfds, shared level lines.
 //!
-//! An MSI-X vector is one eventfd for its whole life. While it is unmasked that eventfd is an irqfd, so a device's signal
-//! reaches the guest without a thread of ours. While it is masked the irqfd is taken off, and signals stay in the
-//! eventfd: that is the pending bit, and the kernel delivers it when the irqfd is put on again.
+//! An MSI-X vector is one eventfd for its whole life. While it is unmasked that eventfd is an irqfd, so a device's
+//! signal reaches the guest without a thread of ours. While it is masked the irqfd is taken off, and signals stay in
+//! the eventfd: that is the pending bit, and the kernel delivers it when the irqfd is put on again.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -40,7 +40,8 @@ struct Table {
 }
 
 impl Irqs {
-    /// The routes of `vm`, which has an in-kernel irqchip. Only the I/O APIC is wired: hardware-reduced ACPI has no PICs.
+    /// The routes of `vm`, which has an in-kernel irqchip. Only the I/O APIC is wired: hardware-reduced ACPI has no
+    /// PICs.
     pub(super) fn new(vm: Arc<VmFd>) -> io::Result<Arc<Self>> {
         let gsis = IdAllocator::new(IOAPIC_PINS, MAX_GSI - 1).map_err(io::Error::other)?;
         let table = Table { gsis, msi: BTreeMap::new(), asserted: BTreeMap::new() };

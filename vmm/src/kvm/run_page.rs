@@ -57,8 +57,8 @@ impl RunPage {
     /// The access to carry out after KVM_EXIT_IO; `None` if the kernel's values are impossible.
     pub(super) fn port_io(&mut self) -> Option<PortIo<'_>> {
         let run = self.base.cast::<kvm_run>().as_ptr();
-        // SAFETY: the structure is mapped, and `io`, like every member of the union, is plain numbers. The kernel writes to it in
-        // KVM_RUN only, which this thread is not in.
+        // SAFETY: the structure is mapped, and `io`, like every member of the union, is plain numbers. The kernel
+        // writes to it in KVM_RUN only, which this thread is not in.
         let io = unsafe { (&raw const (*run).__bindgen_anon_1.io).read() };
         let size = usize::from(io.size);
         let len = size * io.count as usize;

@@ -192,8 +192,8 @@ impl VcpuThread {
         signal::kick(&self.thread);
     }
 
-    /// Stops vCPUs and waits for their threads. Returns those that do not stop in time; they run no guest any more once the end of
-    /// the machine was reported.
+    /// Stops vCPUs and waits for their threads. Returns those that do not stop in time; they run no guest code any
+    /// more once the end of the machine was reported.
     pub fn stop_all(threads: Vec<Self>, deadline: Instant) -> Vec<Self> {
         for thread in &threads {
             thread.tell(Command::Stop);

@@ -97,7 +97,8 @@ impl Vm {
         // Real mode on Intel hosts without unrestricted guests needs these four pages; AMD ignores them.
         fd.set_identity_map_address(KVM_IDENTITY_MAP).map_err(call("placing the identity map page"))?;
         fd.set_tss_address(KVM_TSS as usize).map_err(call("placing the TSS pages"))?;
-        // Before the interrupt controllers: a slot that is set within some 8 ms after they are made waits for these to pass.
+        // Before the interrupt controllers: a slot that is set within some 8 ms of their creation waits until these
+        // have passed.
         for (slot, region) in memory.iter().enumerate() {
             set_memory_region(&fd, slot as u32, region)?;
         }
@@ -108,8 +109,8 @@ impl Vm {
         Ok(Self { fd, irqs, memory })
     }
 
-    /// Takes the performance counters away from vCPUs that are created after this. A KVM that can't (before Linux 5.18) just does not
-    /// tell of them in CPUID.
+    /// Takes the performance counters away from vCPUs that are created after this. On a KVM that can't (before Linux
+    /// 5.18), CPUID just does not report them.
     pub(super) fn disable_pmu(&self) -> Result<(), KvmError> {
         let can = self.fd.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into());
         if can <= 0 || can as u32 & KVM_PMU_CAP_DISABLE == 0 {
@@ -131,8 +132,8 @@ fn set_memory_region(fd: &VmFd, slot: u32, region: &vm_memory::GuestRegionMmap) 
         userspace_addr: region.as_ptr() as u64,
         flags: 0,
     };
-    // SAFETY: the region is mapped for as long as `Vm::memory` lives, which is as long as the VM's descriptor is held by
-    // `Vm`; threads that hold the descriptor longer hold the memory too (see `Vcpus`).
+    // SAFETY: the region is mapped for as long as `Vm::memory` lives, which is as long as the VM's descriptor is held
+    // by `Vm`; threads that hold the descriptor longer hold the memory too (see `Vcpus`).
     unsafe { fd.set_user_memory_region(kvm_region) }
         .map_err(call(format!("giving the VM {} MiB of memory at {guest:#x}", region.len() >> 20)))
 }

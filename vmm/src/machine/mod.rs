@@ -1,7 +1,7 @@
 //! The machine: from a configuration and devices to running vCPUs, and back. Devices come and go while it runs.
 //!
-//! Devices outlive the machine. A reboot stops it, takes its devices back, reset, and builds the next one around them, so
-//! a disk keeps its lock and its statistics.
+//! Devices outlive the machine. A reboot stops it, takes its devices back, reset, and builds the next one around
+//! them, so a disk keeps its lock and its statistics.
 
 pub mod ending;
 pub mod memory;
@@ -106,10 +106,11 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Builds a machine around `devices`, and takes them once it has all that the host may lack: memory, a VM and vCPUs.
+    /// Builds a machine around `devices`, and takes them once it has everything that the host may lack: memory, a VM
+    /// and vCPUs.
     ///
     /// # Errors
-    /// For the first thing that can't be; nothing of the machine is left then.
+    /// For the first fault; nothing of the machine is left then.
     pub fn build(blueprint: &Blueprint<'_>, devices: &mut Vec<Box<dyn Device>>) -> Result<Self, MachineError> {
         let map = AddressMap::new(blueprint.memory.size, blueprint.memory.page(), blueprint.kvm.physical_bits())?;
         let memory = memory::allocate(blueprint.memory, &map.ram)?;
@@ -187,7 +188,8 @@ impl Running {
     /// Attaches a device: the guest finds it the next time it looks at the bus.
     ///
     /// # Errors
-    /// When there is one of that name, no slot or address is left, or the host has run out of something. The device is gone then.
+    /// When the name is taken, no slot or address is left, or the host has run out of a resource. The device is gone
+    /// then.
     pub fn attach(&self, device: Box<dyn Device>) -> Result<Bdf, MachineError> {
         self.board.attach(device)
     }

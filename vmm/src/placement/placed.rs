@@ -26,8 +26,8 @@ pub(super) trait Source: Send + Sync {
     /// Name of the device.
     fn name(&self) -> &str;
 
-    /// Makes the device ready in a place. It may be served in another at the same time, and must not disturb that before a queue
-    /// starts.
+    /// Makes the device ready in a place. It may be served in another place at the same time, and must not disturb
+    /// that before a queue starts.
     fn serve(&self, place: Place) -> Result<Box<dyn Server>, PlaceError>;
 
     /// The driver has reset the device: brings the shared parts to their state for a fresh driver.
@@ -109,8 +109,8 @@ struct Placed {
     lent: bool,
 }
 
-/// The interrupt of a queue as a place may use it. One that was lent to a daemon is raised with care from then on; a daemon is
-/// given the event itself.
+/// The interrupt of a queue, in the form that a place may use. An interrupt that was lent to a daemon is raised with
+/// care from then on; a daemon is given the event itself.
 fn interrupt(call: &Interrupt, lent: bool, place: Place) -> io::Result<Interrupt> {
     match call {
         Interrupt::Event(event) if lent && place == Place::Process => {

@@ -1,5 +1,5 @@
-//! The table of requests in flight that a daemon has made. It outlives the daemon here, in a file that the daemon may still have
-//! open and do anything to, so it is only ever copied (pread, pwrite), never mapped.
+//! The table of requests in flight that a daemon has made. It outlives the daemon here. The daemon may still have its
+//! file open and do anything to it, so the table is only ever copied (pread, pwrite), never mapped.
 
 use std::fs::File;
 use std::io;

@@ -504,7 +504,8 @@ impl Keeper {
         Some(saved.map_err(|error| DeviceError::Save { device, reason: error.to_string() }))
     }
 
-    /// Gives the daemon the state of another, and every daemon that comes. Returns whether the one that is there takes it.
+    /// Gives another device's state to the daemon, and to every later one. Returns whether the present daemon takes
+    /// it.
     pub(super) fn load_state(&mut self, state: Vec<u8>) -> bool {
         let result = self.try_with(|keeper, link| {
             link.load_state(&state)?;
@@ -599,7 +600,8 @@ impl Keeper {
 
 impl Drop for Keeper {
     fn drop(&mut self) {
-        // Before the program is waited for: a daemon of ours ends with its connection, which the breaker has a handle to as well.
+        // Before waiting for the program: a daemon of ours ends with its connection, and the breaker has a handle to
+        // that as well.
         if let Some(link) = self.link.take() {
             let _ = shutdown(link.socket(), Shutdown::Both);
         }

@@ -13,7 +13,7 @@ use virtio_bindings::virtio_net::{
 use super::Wanted;
 use super::link::About;
 
-/// Feature bits of the ring and the transport (virtio 1.3, section 6), of which only those that our transport has are taken.
+/// Feature bits of the ring and the transport (virtio 1.3, section 6). Only those that our transport has are taken.
 const RESERVED_FEATURES: u64 = ((1 << 42) - 1) & !((1 << 24) - 1);
 /// Largest configuration space to ask for: the size that fits a message.
 const MAX_CONFIG: u32 = 256;

@@ -193,8 +193,8 @@ fn kill(running: &Running) {
     let _ = pidfd_send_signal(&running.process, Signal::KILL);
 }
 
-/// Starts programs. The kernel kills them with the *thread* that has started them (PR_SET_PDEATHSIG), so all are started by one
-/// that lives as long as the process.
+/// Starts programs. The kernel kills them with the *thread* that has started them (PR_SET_PDEATHSIG), so a thread
+/// that lives as long as the process starts all of them.
 fn spawn(command: Command) -> io::Result<Child> {
     type Order = (Command, Sender<io::Result<Child>>);
     static STARTER: Mutex<Option<Sender<Order>>> = Mutex::new(None);

@@ -91,8 +91,8 @@ impl Shared {
         }
     }
 
-    /// Waits until nothing of a daemon that was lost is in flight, for so long at most or for as long as it takes. Returns whether
-    /// that is so.
+    /// Waits until a lost daemon has nothing in flight, for the given time at most or for as long as it takes.
+    /// Returns whether that is so.
     pub(super) fn outlast(&self, limit: Option<Duration>) -> bool {
         let Some(afterlife) = self.view().afterlife.clone() else { return true };
         let over = afterlife.is_over(limit);

@@ -673,8 +673,8 @@ fn check_rules(bench: &Bench) {
     assert!(function.mapped.is_none_or(|base| (BAR..BAR + 0x1000_0000).contains(&base)));
 }
 
-/// The fuzz target of PCI configuration space and the transport; `cargo bolero test virtio_pci::tests::fuzz` runs it for
-/// hours.
+/// The fuzz target of PCI configuration space and the transport; `cargo bolero test virtio_pci::tests::fuzz` runs it
+/// for hours.
 #[test]
 fn fuzz_a_guest_can_do_anything_and_the_rules_hold() {
     bolero::check!().with_type::<Vec<Access>>().for_each(|accesses| {

@@ -151,7 +151,8 @@ impl Transport {
         self.queues.get(usize::from(self.queue_select))
     }
 
-    /// Reads the common configuration structure. Fields answer to accesses of their own size, 64-bit ones to halves too.
+    /// Reads the common configuration structure. Fields answer to accesses of their own size, 64-bit ones to halves
+    /// too.
     pub(super) fn read_common(&self, offset: u64, data: &mut [u8]) {
         let queue = self.selected();
         let of_queue = |get: fn(&Queue) -> u64| queue.map_or(0, get);

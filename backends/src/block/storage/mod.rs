@@ -88,8 +88,8 @@ pub trait Storage {
     /// Forgets an operation that is pending, with no ring operation in flight.
     fn abandon(&mut self, _op: &mut Self::Op) {}
 
-    /// Whether a pending operation waits for others instead of the ring. It is resumed with 0 when [`Self::next_woken`] has named
-    /// its request.
+    /// Whether a pending operation waits for others instead of the ring. It is resumed with 0 when
+    /// [`Self::next_woken`] has named its request.
     fn is_waiting(&self, _op: &Self::Op) -> bool {
         false
     }

@@ -49,7 +49,8 @@ pub struct Raw {
 }
 
 impl Raw {
-    /// An image over an open file, of which `geometry.capacity` bytes are used. With `align`, the file is open for O_DIRECT.
+    /// An image over an open file, of which `geometry.capacity` bytes are used. With `align`, the file is open for
+    /// O_DIRECT.
     #[must_use]
     pub fn new(file: Arc<File>, geometry: Geometry, align: Option<DirectAlign>) -> Self {
         // Requests come in sectors of 512 bytes; only a larger unit can be written in part.
@@ -211,8 +212,8 @@ impl Raw {
         unsafe { io.write_buf(self.file.as_fd(), op.bounce.bytes(), op.bounce.offset(), op.durable) };
     }
 
-    /// Takes a buffer that the rest of the operation can be bounced in, part by part. Its progress instead, if it has to wait for
-    /// that or can't have it.
+    /// Takes a buffer to bounce the rest of the operation in, part by part. Returns the operation's progress instead,
+    /// if it has to wait for the buffer or can't have it.
     fn take_bounce(&mut self, op: &mut RawOp, io: &mut Io<'_>) -> Option<Progress> {
         let (unit, align) = self.units();
         // A block may be cut at either end.

@@ -12,8 +12,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// Bytes for the bounce buffers of a disk, whatever its queues: enough for a hundred of the longest. A guest has as many requests
-/// in flight as its queues have descriptors, and each would hold a buffer.
+/// Bytes for the bounce buffers of a disk, whatever its queues: enough for a hundred of the longest. A guest has as
+/// many requests in flight as its queues have descriptors, and each would hold a buffer.
 pub(super) const MEMORY: u64 = 16 << 20;
 
 /// The resource that an operation may have to wait for.

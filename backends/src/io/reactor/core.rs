@@ -264,8 +264,8 @@ impl Core {
         }
     }
 
-    /// Has the kernel hold some more of the guest memory that it is to hold, where queues are busy for a tenth of the time.
-    /// Returns whether there was any.
+    /// Has the kernel hold the next piece of guest memory; where queues are always busy, for a tenth of the time.
+    /// Returns whether there was one.
     fn hold_more(&mut self, busy: bool) -> bool {
         if !self.ring.wants_memory() {
             return false;

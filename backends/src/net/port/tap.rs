@@ -1,5 +1,5 @@
-//! Taps and macvtaps of Linux (Documentation/networking/tuntap.rst): one descriptor per queue pair, a virtio-net header of 12
-//! bytes in front of each frame, offloads and filters by ioctl.
+//! Taps and macvtaps of Linux (Documentation/networking/tuntap.rst): one descriptor per queue pair, a virtio-net
+//! header of 12 bytes in front of each frame, offloads and filters by ioctl.
 #![allow(unsafe_code, reason = "ioctls of tun(4) and netdevice(7) have no safe wrapper among our dependencies")]
 
 use std::fs::{File, OpenOptions};
@@ -55,7 +55,8 @@ const SET_MTU: Request<libc::ifreq> = unsafe { Request::new(libc::SIOCSIFMTU) };
 const GET_FLAGS: Request<libc::ifreq> = unsafe { Request::new(libc::SIOCGIFFLAGS) };
 // SAFETY: likewise.
 const SET_FLAGS: Request<libc::ifreq> = unsafe { Request::new(libc::SIOCSIFFLAGS) };
-// SAFETY: tun(4) reads the two numbers and as many addresses as `count` says, of which there are never more than places.
+// SAFETY: tun(4) reads the two numbers and as many addresses as `count` says, of which there are never more than
+// places.
 const SET_FILTER: Request<TunFilter> = unsafe { Request::new(libc::TUNSETTXFILTER) };
 
 /// Why a tap can't be opened.

@@ -24,7 +24,8 @@ pub(super) trait Words {
     fn fence(&self);
 }
 
-/// Whether the driver is to be interrupted for the entries from `old` up to `new` of the used ring, which were just published.
+/// Whether the driver is to be interrupted for the entries from `old` up to `new` of the used ring, which were just
+/// published.
 #[inline(always)]
 pub(super) fn wants_interrupt(words: &impl Words, event_idx: bool, old: u16, new: u16) -> bool {
     // The index must be visible before the driver's wish is read (2.7.10.1), else both sides may go to sleep.

@@ -1,5 +1,6 @@
-//! A driver and a device that sleep and wake each other, through all interleavings within a bound, under the memory model of
-//! the language (loom). The device's steps are those of the queue; around them it does as the I/O thread does.
+//! A driver and a device that sleep and wake each other, through all interleavings within a bound, under the memory
+//! model of the language (loom). The device's steps are those of the queue; around them it does as the I/O thread
+//! does.
 //!
 //! The bound is on preemptions, as most mistakes need few; LOOM_MAX_PREEMPTIONS raises it, for hours if need be.
 
@@ -283,7 +284,8 @@ fn together(event_idx: bool, total: u16, depth: u16, serve: impl FnOnce(&Ring) +
     drop(ring.call.sleeper.set(thread::current()));
     let device = thread::spawn(move || serve(&theirs));
     drop(ring.kick.sleeper.set(device.thread().clone()));
-    // The model ends with both threads. Joined, one would be woken by a late ring of its bell, which loom does not expect.
+    // The model ends with both threads. Joined, one would be woken by a late ring of its bell, which loom does not
+    // expect.
     Driver::new(&ring, event_idx).run(total, depth);
 }
 

@@ -32,7 +32,8 @@ const NESTED: [(u32, Registers); 3] =
 /// The abilities of SVM.
 const NESTED_LEAVES: [u32; 1] = [0x8000_000a];
 
-/// Performance monitoring: DTES64 and PDCM, DS; LBR; AMD's IBS and its counters of the core, the north bridge and the L3 cache.
+/// Performance monitoring: DTES64 and PDCM, DS; LBR; AMD's IBS and its counters of the core, the north bridge and the
+/// L3 cache.
 const PMU: [(u32, Registers); 3] = [
     (1, [0, 0, 1 << 2 | 1 << 15, 1 << 21]),
     (7, [0, 0, 0, 1 << 19]),

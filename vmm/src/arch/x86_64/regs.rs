@@ -1,7 +1,8 @@
 //! Registers of the boot vCPU for each boot protocol.
 //!
-//! PVH: the Xen PVH start-of-day state (32-bit protected mode without paging). Linux 64-bit: Documentation/arch/x86/boot
-//! of the kernel, "64-bit boot protocol" (long mode with the first 4 GiB mapped one to one).
+//! PVH: the Xen PVH start-of-day state (32-bit protected mode without paging). Linux 64-bit:
+//! Documentation/arch/x86/boot of the kernel, "64-bit boot protocol" (long mode with the first 4 GiB mapped one to
+//! one).
 
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use ringvm_backends::device::GuestMemory;
