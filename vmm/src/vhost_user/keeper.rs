@@ -13,17 +13,16 @@ use std::time::{Duration, Instant};
 use ringvm_backends::device::{DeviceError, GuestMemory, QueueState, Suspended};
 use ringvm_backends::host::event::{SharedEvent, borrow, take};
 use ringvm_backends::setup::{DriverSetup, RingSetup};
-use ringvm_backends::virtqueue::interrupt::Interrupt;
 use ringvm_backends::virtqueue::split::used_index;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{Shutdown, shutdown};
 use tracing::{debug, info, warn};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::error::LinkError;
 use super::inflight::Inflight;
 use super::link::{Link, Vring};
 use super::peer::Peer;
+use super::ring::{Ring, relay};
 use super::sentinel::timespec;
 use super::shared::{Breaker, Shared};
 
@@ -41,25 +40,6 @@ const EVENT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What the keeper is asked to do.
 pub(super) type Job = Box<dyn FnOnce(&mut Keeper) + Send>;
-
-/// What a ring of a daemon has beside its setup.
-pub(super) struct Ring {
-    /// What the daemon raises: the driver's own interrupt, or an event of ours where that can't be given away.
-    pub(super) call: Arc<EventFd>,
-    /// Raises doorbell and call, which every daemon that was here holds as well.
-    pub(super) again: [SharedEvent; 2],
-    pub(super) err: EventFd,
-    /// The fault was raised, which is the end until a reset.
-    pub(super) faulty: bool,
-    pub(super) from: QueueState,
-    /// What the table of requests in flight does not hold yet.
-    pub(super) left: Vec<u16>,
-}
-
-/// Where calls go that can't go straight.
-fn relay(call: &Interrupt) -> Option<&Interrupt> {
-    (!matches!(call, Interrupt::Event(_) | Interrupt::None)).then_some(call)
-}
 
 /// What the driver has set up, and the daemon that is told.
 pub(super) struct Keeper {

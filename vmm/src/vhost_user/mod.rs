@@ -13,6 +13,7 @@ mod offer;
 mod patience;
 pub mod peer;
 mod program;
+mod ring;
 mod sentinel;
 mod shared;
 #[cfg(test)]
@@ -42,10 +43,11 @@ use tracing::{debug, warn};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use error::LinkError;
-use keeper::{Job, Keeper, Ring};
+use keeper::{Job, Keeper};
 use link::Link;
 use offer::Field;
 use peer::Peer;
+use ring::Ring;
 use shared::Shared;
 
 /// How long the first connection may take.
