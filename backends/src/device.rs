@@ -1,8 +1,9 @@
-//! The one seam every placement shares: a virtio device as a synchronous control plane over queues that run elsewhere.
+//! The one seam that every placement shares: a virtio device as a synchronous control plane over queues that run
+//! elsewhere.
 //!
-//! The virtio-pci transport and, in a daemon, the vhost-user server both drive a [`Device`]; neither knows which kind it
-//! is. What happens to a request is below `start_queue`, on I/O threads, and never crosses this trait.
-//! Terms are those of the virtio 1.3 specification, sections 2.1 to 2.7.
+//! The virtio-pci transport and, in a daemon, the vhost-user server both drive a [`Device`]; neither knows which kind
+//! it is. Requests are processed below `start_queue`, on I/O threads, and never cross this trait. The terms are those
+//! of the virtio 1.3 specification, sections 2.1 to 2.7.
 
 use thiserror::Error;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -129,9 +130,10 @@ pub type Flusher = Box<dyn Fn() -> Result<(), DeviceError> + Send>;
 
 /// A virtio device.
 ///
-/// Calls come from one thread at a time and may block for as long as requests in flight need to end; nothing here is on
-/// the path of a request. A device starts with no features accepted and no queue running. The transport calls
-/// `ack_features` once per negotiation, before the first `start_queue`, and stops every queue before it negotiates anew.
+/// Calls come from one thread at a time and may block for as long as requests in flight take to end; none of them is
+/// on the request path. A device starts with no features accepted and no queue running. The transport calls
+/// `ack_features` once per negotiation, before the first `start_queue`, and stops every queue before it negotiates
+/// again.
 pub trait Device: Send {
     /// What the device is.
     fn info(&self) -> &DeviceInfo;
@@ -164,12 +166,13 @@ pub trait Device: Send {
     /// When the index is out of range, the queue runs already, its layout does not lie in memory or the host refuses.
     fn start_queue(&mut self, index: u16, parts: QueueParts) -> Result<(), DeviceError>;
 
-    /// Begins to stop queues, all at once, and returns what tells when they have: then nothing of them is in flight, every
-    /// completion is published, and each says where it stands. One that does not run says nothing, or where it stood before.
+    /// Begins to stop queues, all at once, and returns a handle that tells when they have stopped. From then on none
+    /// of their requests is in flight, every completion is published, and each queue has reported its position. A
+    /// queue that does not run reports nothing, or its earlier position.
     ///
-    /// `End::Drained` answers everything that was taken. `End::Suspended` waits for no more than has to be waited for: a request
-    /// that can be cancelled is, and left to whoever goes on with the queue. Queues that drain already are suspended by another
-    /// call that asks for it. A queue starts again only after it has stopped.
+    /// `End::Drained` answers every request that was taken. `End::Suspended` waits only for requests that can't be
+    /// cancelled; the others are cancelled and left to the next server of the queue. Another call with
+    /// `End::Suspended` suspends queues that are already draining. A queue starts again only after it has stopped.
     fn stop(&mut self, queues: &[u16], end: End) -> Stopping;
 
     /// Drains one queue, waits for that, and returns where it stands, or `None` if it was not running.
@@ -185,8 +188,8 @@ pub trait Device: Send {
     /// Returns the device to its state before `ack_features`. All queues are stopped first.
     fn reset(&mut self);
 
-    /// Says how to tell the driver that the configuration space has changed by itself. Devices whose space never does ignore
-    /// it.
+    /// Tells the device how to notify the driver of a change of configuration space that the device makes itself.
+    /// Devices whose space never changes ignore it.
     fn on_config_change(&mut self, _notify: Interrupt) {}
 
     /// Makes everything that was acknowledged durable, e.g. before the process ends.
@@ -197,27 +200,29 @@ pub trait Device: Send {
         (self.flusher())()
     }
 
-    /// What does the same where the device itself can't be had: it may be waiting for a request that never ends.
+    /// Does the same without access to the device itself, which may be waiting for a request that never ends.
     fn flusher(&self) -> Flusher {
         Box::new(|| Ok(()))
     }
 
-    /// What the device remembers of its driver besides features and the positions of queues, for [`Self::load_state`] of
-    /// another of its kind: at most [`MAX_STATE`](crate::state::MAX_STATE) bytes. No queue runs. A device that remembers nothing
-    /// answers the empty state.
+    /// The device's memory of its driver besides features and queue positions, for [`Self::load_state`] of another
+    /// device of its kind: at most [`MAX_STATE`](crate::state::MAX_STATE) bytes. No queue runs during the call. A
+    /// device that remembers nothing returns the empty state.
     ///
     /// # Errors
-    /// [`DeviceError::Save`] when the state is where it can't be had from.
+    /// [`DeviceError::Save`] when the device can't obtain its state.
     fn save_state(&self) -> Result<Vec<u8>, DeviceError>;
 
-    /// Goes on with the state of another device, which may have come from anywhere. No queue runs. Before `ack_features` it is
-    /// only known whether it could be taken over: `reset` forgets it, so that it is then loaded once more behind them.
+    /// Continues with the state of another device, which may have come from anywhere. No queue runs during the call.
+    /// A call before `ack_features` only tests whether the state could be taken over: `reset` forgets it, and the
+    /// caller loads it once more after the features.
     ///
     /// # Errors
-    /// [`DeviceError::State`] for what can't be such a state; nothing was changed then. [`DeviceError::Host`] when the host
-    /// refuses. A device that remembers nothing takes the empty state alone ([`check_empty`](crate::state::check_empty)).
+    /// [`DeviceError::State`] when the bytes can't be such a state; nothing was changed then. [`DeviceError::Host`]
+    /// when the host refuses. A device that remembers nothing takes the empty state alone
+    /// ([`check_empty`](crate::state::check_empty)).
     fn load_state(&mut self, state: &[u8]) -> Result<(), DeviceError>;
 
-    /// What the device has done since its creation.
+    /// Counters since the device was created.
     fn stats(&self) -> DeviceStats;
 }

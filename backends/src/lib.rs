@@ -19,8 +19,8 @@ pub mod stats;
 pub mod testing;
 pub mod virtqueue;
 
-/// Where tests put images: beside the test binary, on a disk. The usual directory for such files may be a tmpfs, where
-/// O_DIRECT, holes and io_uring behave otherwise.
+/// Where tests put images: next to the test binary, on a disk. The usual directory for such files may be a tmpfs,
+/// where O_DIRECT, holes and io_uring behave differently.
 #[cfg(test)]
 fn scratch_dir() -> std::path::PathBuf {
     let exe = std::env::current_exe().expect("a test knows where it runs");

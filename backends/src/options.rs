@@ -86,14 +86,14 @@ pub trait Options: Default + 'static {
     /// When the value is not one of the option's type.
     fn read<'de, A: MapAccess<'de>>(&mut self, name: &str, map: &mut A) -> Result<bool, A::Error>;
 
-    /// Writes the options, without those whose values are those of `defaults`.
+    /// Writes the options, except those whose values equal those of `defaults`.
     ///
     /// # Errors
     /// When the format can't hold a value.
     fn write<M: SerializeMap>(&self, map: &mut M, defaults: Option<&Self>) -> Result<(), M::Error>;
 }
 
-/// What is read from options: the options themselves, or what was made of them.
+/// A value that is read from options: the options themselves, or a type built from them.
 pub trait Described {
     /// Its options.
     type Options: Options;
@@ -211,7 +211,7 @@ macro_rules! options {
         $(#[derive($($derive),*)])?
         pub struct $name {
             $(
-                /// The options beside these.
+                /// Options of the flattened structure.
                 pub $rest: $rest_type,
             )?
             $(

@@ -28,7 +28,7 @@ pub struct RngDevice {
 }
 
 impl RngDevice {
-    /// An entropy device whose queue is served by a thread of `pool`.
+    /// An entropy device; a thread of `pool` serves its queue.
     #[must_use]
     pub fn new(name: &str, pool: &ReactorPool) -> Self {
         Self {

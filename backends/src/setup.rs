@@ -1,7 +1,9 @@
-//! What a driver has set up on a device, kept apart from the device: whatever serves the queues next goes on from this record.
+//! The driver's setup of a device, kept apart from the device: the next server of the queues continues from this
+//! record.
 //!
-//! Three users keep one: the vhost-user frontend, which replays it to every daemon that comes; a device that moves between
-//! places; and whoever saves a machine. With [`Device::save_state`] and the positions of the queues it is all that is needed.
+//! It has three users: the vhost-user frontend, which replays it to every new daemon; a device that moves between
+//! places; and code that saves a machine. Together with [`Device::save_state`] and the queue positions it is
+//! complete.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -12,7 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::device::{Device, DeviceError, GuestMemory, QueueParts, RingConfig, Suspended};
 use crate::virtqueue::interrupt::Interrupt;
 
-/// What a driver has set up on one device since the last reset.
+/// The driver's setup of one device since the last reset.
 #[derive(Default)]
 pub struct DriverSetup {
     /// Features that the driver has accepted, once it has.
@@ -22,7 +24,7 @@ pub struct DriverSetup {
     config_writes: Vec<(u32, Vec<u8>)>,
 }
 
-/// A ring that runs, as the driver has set it up.
+/// A running ring, as the driver has set it up.
 pub struct RingSetup {
     /// Where it lies.
     pub ring: RingConfig,
@@ -47,7 +49,7 @@ impl RingSetup {
         Ok(Self { ring: *ring, mem: Arc::clone(mem), kick, call, fault })
     }
 
-    /// What it takes to go on with the ring where it was suspended.
+    /// The parts needed to continue with the ring at the position where it was suspended.
     ///
     /// # Errors
     /// When the host has no descriptor left for the doorbell.
@@ -77,10 +79,11 @@ impl DriverSetup {
         self.config_writes.iter().map(|(offset, data)| (*offset, data.as_slice()))
     }
 
-    /// Brings a fresh device to where the driver has it, short of the device's own state and its queues.
+    /// Brings a fresh device to the state that the driver negotiated, except for the device's own state and its
+    /// queues.
     ///
     /// # Errors
-    /// What the device refuses.
+    /// When the device refuses.
     pub fn negotiate(&self, to: &mut dyn Device) -> Result<(), DeviceError> {
         if let Some(features) = self.features {
             to.ack_features(features)?;
@@ -88,11 +91,11 @@ impl DriverSetup {
         self.config_writes().try_for_each(|(offset, data)| to.write_config(offset, data))
     }
 
-    /// Starts the rings on a device that was negotiated with and has its state, each where `at` has it, or from its beginning.
-    /// `call` gives the interrupt that the device may raise for a ring's own.
+    /// Starts the rings on a device that has its features and its state, each at its position in `at`, or else from
+    /// its beginning. `call` maps a ring's own interrupt to the one that the device may raise.
     ///
     /// # Errors
-    /// What the device refuses, or the host. Some of the rings may run then.
+    /// When the device or the host refuses. Some of the rings may be running then.
     pub fn start_rings(
         &self,
         to: &mut dyn Device,
@@ -113,10 +116,10 @@ impl DriverSetup {
         Ok(())
     }
 
-    /// Brings a fresh device to where another was that was suspended at `at` and had `state`.
+    /// Brings a fresh device to the state of another one that was suspended at `at` with `state`.
     ///
     /// # Errors
-    /// What the device refuses, or the host. Some of the rings may run then.
+    /// When the device or the host refuses. Some of the rings may be running then.
     pub fn replay(&self, to: &mut dyn Device, state: &[u8], at: &BTreeMap<u16, Suspended>) -> Result<(), DeviceError> {
         self.negotiate(to)?;
         to.load_state(state)?;

@@ -1,8 +1,8 @@
-//! What a device remembers besides the positions of its queues, as bytes that travel to another of its kind (vhost-user
-//! specification, "Migrating back-end state").
+//! A device's memory besides the positions of its queues, as bytes that travel to another device of its kind
+//! (vhost-user specification, "Migrating back-end state").
 //!
-//! They may come from anywhere: the kind of device and the version stand in front, every field is checked before any is
-//! applied, and nothing may be missing or left over. Numbers are little-endian.
+//! The bytes may come from anywhere. They start with the kind of device and the version; every field is checked
+//! before any is applied, and nothing may be missing or left over. Numbers are little-endian.
 
 use crate::device::DeviceError;
 

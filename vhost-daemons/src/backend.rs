@@ -1,7 +1,8 @@
-//! What a frontend has said so far, and what that means for the device (vhost-user specification, "Front-end message types").
+//! The frontend's messages so far, and their meaning for the device (vhost-user specification, "Front-end message
+//! types").
 //!
-//! Messages are taken in any order that makes sense, and nothing in them is believed. Those about memory, about rings, and about
-//! what outlives a backend have a file each.
+//! Messages are taken in any order that makes sense, and their contents are not trusted. Those about memory, those
+//! about rings and those about state that outlives a backend have a file each.
 
 mod memory;
 mod records;
@@ -41,7 +42,7 @@ const SUSPENDS_IF_ASKED: Protocol = Protocol::from_bits_retain(1 << 23);
 /// VHOST_USER_GET_VRING_BASE_SKIP_DRAIN, for which the crate has no name yet.
 pub(crate) const SKIP_DRAIN: u32 = 45;
 
-/// What is offered: all that is served.
+/// The offered features: all that are served.
 fn protocol_features() -> Protocol {
     SUSPENDS
         | SUSPENDS_IF_ASKED
@@ -87,11 +88,11 @@ fn malformed(what: impl Into<String>) -> Refused {
     Refused::Malformed(what.into())
 }
 
-/// What a request is answered.
+/// The answer to a request.
 pub(crate) enum Answer {
     /// Success, if anybody wants to know.
     Done,
-    /// What was asked for.
+    /// The requested data.
     Reply(Vec<u8>, Option<OwnedFd>),
     /// That it is not met, in the way that the message has for it.
     Refused(u64, Refused),
@@ -118,7 +119,7 @@ pub(crate) struct Backend<'a> {
     /// Kept open though a device has nothing to tell: User Mode Linux takes its end for the end of the device.
     _channel: Interrupt,
     state: State,
-    /// What the device has accepted, if it has.
+    /// The features that the device has accepted, if it has any.
     features: Option<u64>,
     /// Whether rings start disabled.
     negotiates: bool,
@@ -126,7 +127,7 @@ pub(crate) struct Backend<'a> {
     status: u8,
     /// A driver broke its ring.
     broken: Arc<AtomicBool>,
-    /// Raised when memory is cut short. Behind `memory`, `inflight` and `logging`, whose guards know it.
+    /// Raised when memory is cut short. Declared after `memory`, `inflight` and `logging`, whose guards refer to it.
     alarm: Event,
 }
 
@@ -308,7 +309,7 @@ impl<'a> Backend<'a> {
         Ok(Answer::Done)
     }
 
-    /// The driver has given the device up. It waits for none of its requests, and they are nobody's.
+    /// The driver has given the device up. It waits for none of its requests, and no server will answer them.
     fn reset(&mut self) -> Result<(), Refused> {
         for (index, end) in self.end_all(End::Suspended)? {
             let table = self.inflight.as_ref().and_then(|inflight| inflight.area().table(index as u16));

@@ -9,8 +9,8 @@ use rustix::net::sockopt::{socket_domain, socket_type};
 use rustix::net::{AddressFamily, SendFlags, SocketType};
 use vhost::vhost_user::message::BackendReq;
 
-/// Makes an interrupt that tells the frontend of a change of the configuration space; `None` if the descriptor is no stream
-/// socket. No answer is asked for, and none awaited: whoever raises it never blocks.
+/// Makes an interrupt that tells the frontend of a change of the configuration space; `None` if the descriptor is no
+/// stream socket. The message asks for no answer, and none is awaited: raising the interrupt never blocks.
 pub(crate) fn config_change(socket: OwnedFd) -> Option<Interrupt> {
     let is_stream = socket_domain(&socket) == Ok(AddressFamily::UNIX) && socket_type(&socket) == Ok(SocketType::STREAM);
     if !is_stream {

@@ -1,4 +1,4 @@
-//! A device's control thread: it serves one client after another, and tells the main thread when nobody is left to serve.
+//! A device's control thread: it serves one client after another, and tells the main thread when no more can come.
 
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -17,7 +17,7 @@ use crate::source::{Next, Source};
 /// Between two attempts to accept, when the host has no descriptor left.
 const HOST_PAUSE: Duration = Duration::from_millis(200);
 
-/// What the main thread is told.
+/// Reports to the main thread.
 pub(crate) enum Told {
     /// A signal asks for statistics.
     Statistics,
@@ -27,13 +27,13 @@ pub(crate) enum Told {
     AtOnce,
     /// The I/O thread of this number has panicked.
     Died(usize),
-    /// The control thread of this number has nobody to serve any more.
+    /// The control thread of this number has no more clients to serve.
     Ended(usize, Report),
     /// The device of this number was flushed without its control thread.
     Flushed(usize, Result<(), DeviceError>),
 }
 
-/// What a control thread leaves behind.
+/// The remains of a control thread.
 pub(crate) struct Report {
     /// The device, unless the thread has died.
     pub(crate) device: Option<Box<dyn Device>>,
@@ -63,7 +63,7 @@ impl Control {
         let theirs = Arc::clone(&mailbox);
         std::thread::Builder::new().name(name.clone()).spawn(move || {
             let served = catch_unwind(AssertUnwindSafe(|| serve_clients(device.as_mut(), &mut source, &theirs, grace)));
-            // Nobody may connect to what is not served any more.
+            // Stop listening: no client may connect to a device that is no longer served.
             drop(source);
             let flushed = device.flush();
             let (idle, device) = match served {
@@ -116,7 +116,7 @@ fn serve_client(device: &mut dyn Device, stream: UnixStream, mailbox: &Mailbox, 
     let result = session.run();
     mailbox.serves(None);
     match result {
-        // What the end of the daemon does to the connection is not the client's fault.
+        // An error caused by the end of the daemon is not the client's fault.
         _ if mailbox.stopped() => {}
         Ok(End::Disconnected) => info!(device = %name, "the client has gone"),
         Ok(End::Stopped) => {}

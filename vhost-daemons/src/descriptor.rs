@@ -9,7 +9,7 @@ use ringvm_backends::host::event::SharedEvent;
 use ringvm_backends::virtqueue::interrupt::Interrupt;
 use vmm_sys_util::eventfd::EventFd;
 
-/// Whether it is an eventfd. Without /proc nobody can tell, and then it is taken for one.
+/// Whether it is an eventfd. Without /proc there is no way to tell, and then it is taken for one.
 pub(crate) fn is_eventfd(fd: BorrowedFd<'_>) -> bool {
     let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
     link.map_or(true, |link| link.as_os_str() == "anon_inode:[eventfd]")

@@ -1,8 +1,8 @@
-//! What a frontend has said of the log of written pages (vhost-user specification, "Migration"). The log itself is the business
-//! of the backends.
+//! The frontend's settings for the log of written pages (vhost-user specification, "Migration"). The backends keep
+//! the log itself.
 //!
-//! Three things must come together before anything is marked, in whatever order they come and while rings run: where the log
-//! is, VHOST_F_LOG_ALL, and a ring that runs; for its used ring, a flag of the ring besides.
+//! Three things must come together before any page is marked, in whatever order they come and while rings run: the
+//! place of the log, VHOST_F_LOG_ALL, and a running ring. Marking its used ring needs a flag of the ring besides.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -79,7 +79,7 @@ impl Logging {
             return;
         };
         let before = base.log.replace(log);
-        // The log before is unmapped behind its guard.
+        // Unmap the previous log only after its guard was replaced.
         base.guard = guard;
         drop(before);
     }
@@ -89,12 +89,12 @@ impl Logging {
         self.all = all;
     }
 
-    /// What is raised when something was marked.
+    /// Sets the event that is raised when a page was marked.
     pub(crate) fn set_event(&mut self, event: Interrupt) {
         self.event = event;
     }
 
-    /// What a ring needs, whose used ring is logged at `used`.
+    /// The log settings of a ring whose used ring is logged at `used`.
     pub(crate) fn of_ring(&self, used: Option<u64>) -> Option<QueueLog> {
         let base = self.base.as_ref().filter(|_| self.all)?;
         Some(QueueLog { log: Arc::clone(&base.log), used, marked: self.event.clone() })

@@ -19,12 +19,12 @@ const LOOK_PAUSE: Duration = Duration::from_millis(10);
 /// Why a daemon ends: lines to print, and the exit code.
 pub(crate) type Failure = (String, Exit);
 
-/// How much of the time that the end may take is whose.
+/// The deadlines of the stages of the end.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Deadlines {
     /// For requests in flight that can't be cancelled.
     pub(crate) session: Duration,
-    /// Until devices whose control thread has not come so far are flushed without it.
+    /// Deadline of the control threads; devices whose thread is not done by then are flushed without it.
     flush: Duration,
     /// Until all is given up.
     last: Duration,
@@ -47,8 +47,8 @@ pub(crate) fn exit_soon(over: &AtomicBool) {
     }
 }
 
-/// Ends the threads, and makes what was written durable. What can't be ended is left to the end of the process, which comes
-/// here then. `died` is the number of the I/O thread whose panic is the reason.
+/// Ends the threads, and makes written data durable. Threads that can't be ended are left to the exit of the process,
+/// which follows. `died` is the number of the I/O thread whose panic is the reason.
 pub(crate) fn finish(
     program: &str,
     mut controls: Vec<Control>,

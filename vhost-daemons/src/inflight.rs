@@ -31,8 +31,8 @@ pub(crate) fn make(asked: &VhostUserInflight, queues: u16, size: u16) -> io::Res
     Ok((VhostUserInflight::new(area.size(), 0, asked.num_queues, asked.queue_size), area))
 }
 
-/// Goes on with an area that the frontend has kept. Who made it may not have let anybody seal it (DPDK): a table that is cut
-/// short while its queue runs ends the session.
+/// Continues with an area that the frontend has kept. Its maker may have made it unsealable (DPDK): a table that is
+/// truncated while its queue runs ends the session.
 pub(crate) fn take(
     given: &VhostUserInflight,
     file: OwnedFd,

@@ -1,14 +1,16 @@
-//! RingVM's devices served over vhost-user: the other place that a [`Device`](ringvm_backends::device::Device) can run in.
+//! RingVM's devices served over vhost-user: the other place that a [`Device`](ringvm_backends::device::Device) can
+//! run in.
 //!
-//! [`serve`] gives each device a `control` thread of its own, which takes one client after another from a `source` and runs a
-//! `session` with each: messages (`message`) come in, and a `backend` turns them into calls of the device: `memory` maps what the client
-//! shares, a `vring` collects what was said of one ring until it can run, `inflight` keeps what survives a crash, `dirty`
-//! says where written pages are logged, `state` carries what a device remembers. Descriptors are sorted by `received` as they come.
-//! Requests themselves are the business of the backends and never come here.
+//! [`serve`] gives each device a `control` thread of its own, which takes one client after another from a `source`
+//! and runs a `session` with each. Messages (`message`) come in, and a `backend` turns them into calls of the device:
+//! `memory` maps the client's memory, a `vring` collects the settings of one ring until it can run, `inflight` keeps
+//! the requests that survive a crash, `dirty` knows where written pages are logged, `state` carries the device's
+//! memory of its driver. `received` sorts descriptors as they come. Requests themselves are the business of the
+//! backends and never come here.
 //!
-//! The protocol is that of QEMU's `docs/interop/vhost-user.rst`. Its message types are those of the `vhost` crate, but not its
-//! request handler: that refuses what common clients send (padded payloads, rings enabled before features are set, device
-//! status), and keeps to itself what would be needed to answer for it.
+//! The protocol is that of QEMU's `docs/interop/vhost-user.rst`. Its message types are those of the `vhost` crate,
+//! but not its request handler: that refuses messages that common clients send (padded payloads, rings enabled before
+//! features are set, device status), and keeps the data needed to answer for it to itself.
 
 mod backend;
 mod backend_channel;

@@ -1,4 +1,4 @@
-//! What the rest of the process asks of a device's control thread, and how that thread waits: for its client, for mail, and
+//! The process's requests to a device's control thread, and how that thread waits: for its client, for mail, and
 //! never longer than it was told.
 
 use std::io;
@@ -30,7 +30,7 @@ impl Event {
     }
 
     fn clear(&self) {
-        // EAGAIN: somebody else was faster.
+        // EAGAIN: another thread was faster.
         let _ = rustix::io::read(&self.0, &mut [0; 8]);
     }
 }
@@ -54,7 +54,7 @@ pub(crate) struct Mailbox {
 /// Why a wait has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Woken {
-    /// What was waited for is there.
+    /// The awaited event has come.
     Ready,
     /// Something is in the letter box.
     Mail,
@@ -84,7 +84,7 @@ impl Mailbox {
         *self.peer.lock().unwrap_or_else(PoisonError::into_inner) = peer;
     }
 
-    /// Whether the thread shall end.
+    /// Whether the thread is to end.
     pub(crate) fn stopped(&self) -> bool {
         self.stop.load(Ordering::Acquire)
     }
@@ -99,7 +99,7 @@ impl Mailbox {
     pub(crate) fn serve(&self, device: &dyn Device) {
         self.mail.clear();
         for answer in self.asked.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
-            // Whoever asked may have given up.
+            // The requester may have given up.
             drop(answer.try_send(device.stats()));
         }
     }
@@ -131,7 +131,7 @@ impl Mailbox {
     }
 }
 
-/// Tells whether anybody wants what is waited for: not once the client has gone or the daemon shall end.
+/// Tells whether a result is still wanted: not once the client has gone or the daemon is to end.
 #[derive(Debug)]
 pub(crate) struct Wanted<'a> {
     mailbox: &'a Mailbox,

@@ -91,7 +91,7 @@ impl Mapped {
         let host = |what, source| MemoryError::Host { region: layout.name(), what, source };
         let mapping = file.map(layout.offset, layout.size).map_err(|e| host("mapping it", e))?;
         let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_NORESERVE);
-        // SAFETY: it is mapped until nobody but us has a handle to the region.
+        // SAFETY: it stays mapped until ours is the only handle to the region.
         let region = unsafe { MmapRegion::build_raw(mapping.base(), layout.size as usize, protection, flags) };
         let region = region.map_err(|e| host("mapping it", io::Error::other(e)))?;
         let guest = GuestRegionMmap::new(region, GuestAddress(layout.guest));
@@ -101,7 +101,8 @@ impl Mapped {
 }
 
 impl Drop for Mapped {
-    /// Unmaps the region once nobody has it. An I/O thread drops its handle just after it has said that a queue is stopped.
+    /// Unmaps the region once all other handles are gone. An I/O thread drops its handle just after it has reported
+    /// that a queue is stopped.
     fn drop(&mut self) {
         let deadline = Instant::now() + LET_GO_PATIENCE;
         while Arc::get_mut(&mut self.guest).is_none() {
@@ -116,10 +117,10 @@ impl Drop for Mapped {
     }
 }
 
-/// All regions of a session. Whatever uses them must have stopped before one is taken away.
+/// All regions of a session. Their users must have stopped before one is taken away.
 #[derive(Debug, Default)]
 pub(crate) struct Memory {
-    /// Goes first: regions wait until nobody has them.
+    /// Goes first: regions wait until no other handle is left.
     guest: GuestMemory,
     regions: Vec<Region>,
 }
@@ -204,7 +205,7 @@ impl Memory {
         let file = SharedFile::new(file).map_err(|e| host("its descriptor", e))?;
         file.check(layout.offset, layout.size).map_err(|e| host("its place", e))?;
         let page = file.page();
-        // Parts of huge pages nobody shares; of ordinary ones some clients do, at the end of a region.
+        // No client shares part of a huge page; some clients share part of an ordinary one, at the end of a region.
         if !layout.offset.is_multiple_of(page) || file.is_huge() && !layout.size.is_multiple_of(page) {
             let what =
                 format!("offset {:#x} or size are no multiple of its file's pages of {page} bytes", layout.offset);

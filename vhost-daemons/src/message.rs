@@ -23,7 +23,7 @@ use vm_memory::ByteValued;
 use crate::mailbox::poll;
 use crate::received::Received;
 
-/// Longest payload. The largest there is, a configuration space, may take 4 KiB behind its 12 bytes of header.
+/// Longest payload. The largest there is, a configuration space, may take 4 KiB after its 12 bytes of header.
 const MAX_BODY: usize = 8 << 10;
 /// Most descriptors of a message: a region each.
 pub(crate) const MAX_FILES: usize = 32;
@@ -58,14 +58,14 @@ pub(crate) enum WireError {
 /// A request of the frontend.
 #[derive(Debug)]
 pub(crate) struct Message {
-    /// What is asked for, maybe something nobody knows.
+    /// The request's number, which may be unknown.
     pub(crate) request: u32,
     /// Whether an answer is wanted to what has none of its own.
     pub(crate) need_reply: bool,
     pub(crate) body: Vec<u8>,
     /// As many as a message of its kind can bring, of kinds that some message needs.
     pub(crate) files: Vec<OwnedFd>,
-    /// What was wrong with those that came, of which none is left then.
+    /// The fault of the descriptors that came; none of them is kept then.
     pub(crate) wrong_files: Option<String>,
 }
 
@@ -136,7 +136,7 @@ impl Connection {
         }
         let mut body = vec![0; size as usize];
         self.fill(&mut body, &mut came, deadline, false)?;
-        // A message may be kept for a while with those behind it, and its descriptors only if it can have some.
+        // A message may be kept for a while with those that follow it, and its descriptors only if it can have some.
         let (count, most) = (came.count(), most_files(request));
         let wrong_files = if count > most {
             Some(format!("{count} descriptors came with it, at most {most} can"))

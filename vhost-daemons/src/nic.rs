@@ -1,5 +1,5 @@
-//! What is different about NICs: common frontends (QEMU, DPDK) serve the control queue themselves, pass on data queues only, and
-//! count those in pairs. A frontend that passes the control queue on as well, behind the last pair, is served too.
+//! Differences of NICs: common frontends (QEMU, DPDK) serve the control queue themselves, pass on data queues only,
+//! and count those in pairs. A frontend that passes on the control queue as well, after the last pair, is served too.
 
 use ringvm_backends::device::DeviceInfo;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
@@ -11,7 +11,7 @@ pub(crate) fn queue_num(info: &DeviceInfo) -> u64 {
     if info.device_type == VIRTIO_ID_NET { queues / 2 } else { queues }
 }
 
-/// What the driver has accepted, of which the frontend may have kept to itself that there is a control queue.
+/// The features that the driver has accepted. The frontend may have hidden that there is a control queue.
 pub(crate) fn driver_features(info: &DeviceInfo, said: u64) -> u64 {
     let kept = if info.device_type == VIRTIO_ID_NET { info.features & 1 << VIRTIO_NET_F_CTRL_VQ } else { 0 };
     said | kept

@@ -20,7 +20,7 @@ const LISTEN_FDS_START: RawFd = 3;
 /// The time within which a daemon ends, unless it is told otherwise.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Who may connect: processes of the daemon's user.
+/// Default access mode of a socket: processes of the daemon's user may connect.
 const SOCKET_MODE: u32 = 0o600;
 
 /// How devices are served.

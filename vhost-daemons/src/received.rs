@@ -1,6 +1,6 @@
-//! Descriptors as they come with messages. A client may pass anything it has open, and closing that may wait for whoever stands
-//! behind it: a file server (FUSE) is asked to flush, a TCP socket may linger. Those kinds that a message can need close at
-//! once; all others are closed here, by threads that nobody waits for.
+//! Descriptors as they come with messages. A client may pass any descriptor that it has open, and closing one may
+//! wait for the other side: a file server (FUSE) is asked to flush, a TCP socket may linger. The kinds that a message
+//! can need close at once; all others are closed here, by threads that no other thread waits for.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -17,7 +17,7 @@ use crate::descriptor;
 const MOST_CLOSING: usize = 8;
 static CLOSING: AtomicUsize = AtomicUsize::new(0);
 
-/// What came with one message.
+/// The descriptors of one message.
 #[derive(Debug, Default)]
 pub(crate) struct Received {
     /// Those of kinds that some message can need.
@@ -52,7 +52,8 @@ pub(crate) fn raise_limit() {
     }
 }
 
-/// Whether it is shared memory, an eventfd, a Unix socket or a pipe. The kernel answers all of these questions by itself.
+/// Whether it is shared memory, an eventfd, a Unix socket or a pipe. The kernel answers all of these questions
+/// without asking another process.
 fn is_known(file: &OwnedFd) -> bool {
     rustix::fs::fcntl_get_seals(file).is_ok()
         || descriptor::is_eventfd(file.as_fd())

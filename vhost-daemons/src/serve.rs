@@ -29,12 +29,12 @@ const SIGNALS: [i32; 5] = [SIGTERM, SIGINT, SIGQUIT, SIGHUP, SIGUSR1];
 /// Opens a device of this name, whose queues run on threads of the pool.
 pub type Open<T> = fn(&str, &T, &ReactorPool) -> Result<Box<dyn Device>, String>;
 
-/// What a daemon is, apart from how it is served.
+/// A daemon's kind of device, apart from how it is served.
 #[derive(Clone, Copy, Debug)]
 pub struct Program<T> {
     /// Its name, in front of its errors.
     pub name: &'static str,
-    /// What its devices are called, with a number behind, e.g. `disk`.
+    /// The name of its devices, which a number follows, e.g. `disk`.
     pub kind: &'static str,
     /// Reads one device's option string.
     pub read: fn(&str) -> Result<T, String>,
@@ -119,8 +119,8 @@ fn run<T>(program: &Program<T>, options: &ServeOptions, texts: &[String]) -> Res
     ended
 }
 
-/// Waits until there is nobody left to serve, or a signal says that it is enough. Returns the number of an I/O thread that has
-/// died: its queues would never be served again, whoever they belong to.
+/// Waits until there is no client left to serve, or a signal ends the daemon. Returns the number of an I/O thread
+/// that has died: its queues would never be served again, whichever device they belong to.
 fn wait(threads: &mut [Control], told: &Receiver<Told>) -> Option<usize> {
     while threads.iter().any(|control| control.report.is_none()) {
         match told.recv() {

@@ -25,12 +25,12 @@ const LOOK_PAUSE: Duration = Duration::from_millis(100);
 /// When to say that they do not.
 const LONG: Duration = Duration::from_secs(5);
 
-/// How a session ended that nobody is to blame for.
+/// How a session ended without a fault of either side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum End {
     /// The frontend has closed the connection.
     Disconnected,
-    /// The daemon shall end.
+    /// The daemon is to end.
     Stopped,
 }
 
@@ -88,8 +88,9 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Ends what the frontend has left behind. What can be cancelled is not waited for. The rest is, for the device can serve
-    /// nobody else until then; but if the daemon shall end, no longer than `grace`. Returns whether nothing is in flight.
+    /// Ends the frontend's unfinished requests. Those that can be cancelled are not waited for. The others are,
+    /// because the device can't serve another client until then; but for no longer than `grace` if the daemon is to
+    /// end. Returns whether nothing is in flight.
     pub(crate) fn end(mut self, grace: Duration) -> bool {
         let begun = Instant::now();
         let (mut said, mut last) = (false, None);
@@ -109,8 +110,8 @@ impl<'a> Session<'a> {
         true
     }
 
-    /// Handles a message and, if it is about a ring that shall not be waited for, those that have come behind it: what other
-    /// rings have under way would keep it waiting.
+    /// Handles a message. If it is about a ring that must not be waited for, handles the messages that have come
+    /// after it too: requests in flight on other rings would keep it waiting.
     fn handle_with_next(&mut self, first: Message) -> Result<(), SessionError> {
         let mut messages = vec![first];
         while messages.len() < MOST_TOGETHER
@@ -171,7 +172,7 @@ impl<'a> Session<'a> {
     }
 }
 
-/// Why the session ends: a message is refused, unless there is nobody left to refuse it to.
+/// Why the session ends: a message is refused, unless its sender is gone.
 fn refused(message: String, reason: Refused) -> SessionError {
     if matches!(reason, Refused::Unwanted) { WireError::Gone.into() } else { SessionError::Refused { message, reason } }
 }

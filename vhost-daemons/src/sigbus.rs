@@ -32,7 +32,7 @@ impl Drop for Guard {
     }
 }
 
-/// What the handler has to know of a mapping.
+/// The facts about a mapping that the handler needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Entry {
     start: usize,
@@ -64,7 +64,7 @@ impl Place {
     fn set(&self, entry: Entry) {
         let changes = self.changes.load(Ordering::Relaxed);
         self.changes.store(changes.wrapping_add(1), Ordering::Relaxed);
-        // Whoever sees a field of the new entry sees the odd number, at the latest when it looks a second time.
+        // A reader that sees a field of the new entry sees the odd number, at the latest when it looks a second time.
         fence(Ordering::Release);
         self.start.store(entry.start, Ordering::Relaxed);
         self.len.store(entry.len, Ordering::Relaxed);
@@ -72,7 +72,7 @@ impl Place {
         self.changes.store(changes.wrapping_add(2), Ordering::Release);
     }
 
-    /// What is here; `None` while it changes.
+    /// The entry here; `None` while it changes.
     fn get(&self) -> Option<Entry> {
         let changes = self.changes.load(Ordering::Acquire);
         let entry = Entry {
@@ -132,8 +132,9 @@ impl Table {
         place.set(Entry { start: 0, len: 0, alarm: -1 });
     }
 
-    /// The mapping that an address lies in. Whoever touches a mapping has protected it before and does not stop while it is
-    /// touched, so that its place does not change meanwhile: one that does is that of another mapping, and is passed over.
+    /// The mapping that an address lies in. A thread that touches a mapping has protected it before, and keeps it
+    /// protected while it touches it, so its place does not change then. A place that does change belongs to another
+    /// mapping, and is passed over.
     fn find(&'static self, address: usize) -> Option<Entry> {
         let entries = self.pieces().flat_map(|piece| &piece.places).filter_map(Place::get);
         entries.into_iter().find(|entry| address.wrapping_sub(entry.start) < entry.len)
@@ -163,10 +164,10 @@ extern "C" fn on_sigbus(_signal: i32, info: *mut libc::siginfo_t, _context: *mut
     } else {
         None
     };
-    // SAFETY: errno is this thread's own. What it was is put back below.
+    // SAFETY: errno is this thread's own. Its value is put back below.
     let errno = unsafe { *libc::__errno_location() };
     if !found.is_some_and(replace) {
-        // Not ours. The signal comes once more when this handler returns, and does what it always does.
+        // Not ours. The signal comes once more when this handler returns, and takes its default action.
         // SAFETY: the default action is always valid, and raising a signal is allowed in a handler.
         unsafe {
             libc::signal(libc::SIGBUS, libc::SIG_DFL);
@@ -181,7 +182,7 @@ extern "C" fn on_sigbus(_signal: i32, info: *mut libc::siginfo_t, _context: *mut
 fn replace(entry: Entry) -> bool {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
     let protection = libc::PROT_READ | libc::PROT_WRITE;
-    // SAFETY: the place is that of a mapping of ours that is alive as long as it is in the table.
+    // SAFETY: the place belongs to a mapping of ours that is alive as long as it is in the table.
     let mapped = unsafe { libc::mmap(entry.start as *mut libc::c_void, entry.len, protection, flags, -1, 0) };
     if mapped == libc::MAP_FAILED {
         return false;

@@ -36,8 +36,8 @@ pub(crate) enum SourceError {
     NoSocket(RawFd),
 }
 
-/// The users whose processes may be at the other end, besides root and the daemon's own: whoever is gets the device, and the
-/// daemon the guest's memory.
+/// The users whose processes may be at the other end, besides root and the daemon's own: the peer gets the device,
+/// and the daemon the guest's memory.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Peers(pub(crate) Vec<u32>);
 
@@ -62,15 +62,15 @@ pub(crate) enum Source {
 }
 
 impl Source {
-    /// Listens at a path. What an earlier daemon has left there is removed, but only if nobody serves it.
+    /// Listens at a path. The socket of an earlier daemon is removed, but only if no process serves it.
     pub(crate) fn listen(path: &Path, mode: u32, peers: Peers) -> Result<Self, SourceError> {
         let failed = |source| SourceError::Bind { path: path.to_owned(), source };
         SocketAddrUnix::new(path).map_err(|error| failed(error.into()))?;
-        // Until it listens: what is only bound looks like what somebody has left.
+        // Held until it listens: a socket that is only bound looks like a leftover.
         let claim = Claim::new(path).map_err(failed)?;
         match connect_now(path) {
             Err(error) if error.kind() == ErrorKind::NotFound => {}
-            // Nobody listens, or it is no socket at all.
+            // No process listens, or it is no socket at all.
             Err(error) if error.kind() == ErrorKind::ConnectionRefused => claim.remove_stale().map_err(failed)?,
             _ => return Err(SourceError::InUse(path.to_owned())),
         }
@@ -97,7 +97,7 @@ impl Source {
         Ok(Self::Connected(Some(socket.into())))
     }
 
-    /// The next client; `None` if there is none any more, or whenever the letter box has something.
+    /// The next client; `None` if no more can come, or whenever the letter box has something.
     pub(crate) fn next(&mut self, mailbox: &Mailbox) -> io::Result<Next> {
         match self {
             Self::Listen { listener, peers, name, .. } => loop {
@@ -123,7 +123,7 @@ impl Source {
     }
 }
 
-/// What a source has.
+/// The outcome of a wait at a source.
 #[derive(Debug)]
 pub(crate) enum Next {
     Client(UnixStream),

@@ -53,7 +53,7 @@ pub(crate) struct State {
     transfer: Option<Transfer>,
     /// Whether the last transfer went well.
     moved: bool,
-    /// What has come, until rings run on it: features may be set once more before that.
+    /// The state received, until rings run on it: features may be set once more before that.
     loaded: Option<Vec<u8>>,
 }
 
@@ -105,12 +105,12 @@ impl State {
         Ok(())
     }
 
-    /// Loads once more what has come, into a device that was reset.
+    /// Loads the received state once more, into a device that was reset.
     pub(crate) fn reload(&self, device: &mut dyn Device) -> Result<(), DeviceError> {
         self.loaded.as_ref().map_or(Ok(()), |state| device.load_state(state))
     }
 
-    /// What has come is the device's own now, or nobody's.
+    /// The received state belongs to the device now, or is void.
     pub(crate) fn forget(&mut self) {
         self.loaded = None;
     }
@@ -167,7 +167,7 @@ impl Drop for Transfer {
     fn drop(&mut self) {
         if let Some(thread) = self.thread.take() {
             self.cancel.raise();
-            // Whatever came of it, nobody wants to know.
+            // The result does not matter any more.
             drop(thread.join());
         }
     }
@@ -212,7 +212,7 @@ impl AsFd for OtherEnd {
     }
 }
 
-/// A way to somebody whom nobody trusts, who is never waited for but within limits.
+/// A way to an untrusted peer, which is waited for only within limits.
 struct Channel {
     end: OtherEnd,
     cancel: Arc<Event>,
@@ -330,7 +330,7 @@ mod tests {
         for nonblocking in [true, false] {
             let (from, to) = UnixStream::pair().unwrap();
             [&from, &to].iter().for_each(|socket| socket.set_nonblocking(nonblocking).unwrap());
-            // Somebody keeps the end that it is written to, as a frontend may.
+            // Another holder keeps the end that it is written to, as a frontend may.
             let _kept = from.try_clone().unwrap();
             let save = Transfer::save(from.into(), state.clone()).unwrap();
             let load = Transfer::load(to.into()).unwrap();

@@ -1,4 +1,5 @@
-//! What was said of one ring (vhost-user specification, "Ring states"), in whatever order, and the queue made of it.
+//! The settings of one ring (vhost-user specification, "Ring states"), in whatever order they come, and the queue
+//! made of them.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -65,8 +66,8 @@ impl Vring {
         self.size.is_some() && self.addresses.is_some() && self.kick.is_some()
     }
 
-    /// Starts the queue. What the driver made available before is found without a kick, and it is interrupted once: either may
-    /// have been missed.
+    /// Starts the queue. It finds chains that the driver made available before without a kick, and interrupts the
+    /// driver once: either notification may have been missed.
     pub(crate) fn start(
         &mut self,
         index: u16,

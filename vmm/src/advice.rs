@@ -1,8 +1,8 @@
-//! What to do about a host that ran out of something.
+//! Advice for a host that ran out of a resource.
 
 use std::io;
 
-/// What to do about `error`, with its own punctuation in front, or nothing.
+/// Advice for `error`, with its own punctuation in front, or nothing.
 #[must_use]
 pub fn advice(error: &io::Error) -> &'static str {
     match error.raw_os_error() {

@@ -1,7 +1,7 @@
 //! Address to handler, for port I/O and memory-mapped I/O alike.
 //!
 //! Only configuration passes here: doorbells of running queues are ioeventfds and never leave the kernel. Addresses
-//! nobody claims read as all ones and swallow writes, as on a PC.
+//! without a handler read as all ones and swallow writes, as on a PC.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -56,7 +56,7 @@ impl Bus {
     /// Claims `len` addresses from `base` on.
     ///
     /// # Errors
-    /// When the range is none, or overlaps another.
+    /// When the range is empty or too long, or overlaps another.
     pub fn insert(&self, base: u64, len: u64, handler: Handler) -> Result<(), BusError> {
         let end = base.checked_add(len).filter(|&end| end > base).ok_or(BusError::Range { base, len })?;
         let mut claims = self.claims.write().unwrap_or_else(PoisonError::into_inner);
@@ -74,7 +74,7 @@ impl Bus {
         self.claims.write().unwrap_or_else(PoisonError::into_inner).remove(&base);
     }
 
-    /// Reads; all ones where nobody answers for the whole access.
+    /// Reads; all ones where no handler covers the whole access.
     pub fn read(&self, address: u64, data: &mut [u8]) {
         match self.find(address, data.len()) {
             // The claim is looked up first and its handler locked after: a handler may claim ranges itself.
@@ -85,7 +85,7 @@ impl Bus {
         }
     }
 
-    /// Writes; ignored where nobody answers for the whole access.
+    /// Writes; ignored where no handler covers the whole access.
     pub fn write(&self, address: u64, data: &[u8]) {
         if let Some((base, handler)) = self.find(address, data.len()) {
             handler.lock().unwrap_or_else(PoisonError::into_inner).write(base, address - base, data);

@@ -61,7 +61,7 @@ extern "C" fn on_sigbus(_signal: i32, info: *mut libc::siginfo_t, _context: *mut
             // SAFETY: eight bytes that live across the call.
             let _ = unsafe { libc::write(event.as_raw_fd(), (&raw const one).cast(), 8) };
             if code == libc::BUS_MCEERR_AO {
-                // The kernel tells any thread of a page that nobody has touched yet.
+                // The kernel reports a bad page early (BUS_MCEERR_AO), to any thread; none has touched it yet.
                 return;
             }
             loop {
@@ -69,7 +69,7 @@ extern "C" fn on_sigbus(_signal: i32, info: *mut libc::siginfo_t, _context: *mut
                 unsafe { libc::pause() };
             }
         }
-        // The signal comes once more when this handler returns, and does what it always does.
+        // The signal comes once more when this handler returns, and takes its default action.
         // SAFETY: the default action is always valid, and raising a signal is allowed in a handler.
         _ => unsafe {
             libc::signal(libc::SIGBUS, libc::SIG_DFL);

@@ -1,7 +1,8 @@
-//! Requests to a machine while it runs, each with a reply. Any thread may make one; the main thread serves them, and never waits.
+//! Requests to a machine while it runs, each with a reply. Any thread may make one; the main thread serves them, and
+//! never waits.
 //!
-//! What takes its time is answered by whoever does it: a device's owner, the thread of a move, a vCPU. So a device that drains delays
-//! nobody's answer but its own, and nothing delays the end of the machine.
+//! A request that takes time is answered by the thread that does the work: a device's owner, the thread of a move, a
+//! vCPU. So a device that drains delays only its own answer, and nothing delays the end of the machine.
 
 use std::thread;
 
@@ -20,9 +21,9 @@ const REQUESTS: usize = 16;
 /// A move needs little stack.
 const STACK: usize = 256 << 10;
 
-/// What can be asked of a running machine. A reply's sender is dropped when nothing more comes.
+/// Requests to a running machine. A reply's sender is dropped when no more answers follow.
 pub enum Request {
-    /// What have the devices done? Each answers for itself.
+    /// The devices' statistics. Each device answers for itself.
     Statistics(Sender<Vec<Asked>>),
     /// Devices that can be served elsewhere move to where they are not; all of them, or the one of this name.
     Move(Option<String>, Sender<Result<Moved, PlaceError>>),
@@ -75,7 +76,7 @@ impl Control {
 
 /// Serves one request, without waiting for anything.
 pub fn serve(request: Request, running: &Running, movers: &[Mover]) {
-    // Whoever has asked may not wait any more: replies are dropped then.
+    // The requester may have stopped waiting: its reply is dropped then.
     match request {
         Request::Statistics(reply) => drop(reply.send(running.ask_statistics())),
         Request::Move(name, reply) => {

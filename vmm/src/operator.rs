@@ -1,4 +1,4 @@
-//! What an operator asks for by signals: a client of the machine's control that prints the answers.
+//! The operator's requests by signal: a client of the machine's control that prints the answers.
 
 use std::io;
 use std::thread;
@@ -10,7 +10,7 @@ use ringvm_cli::summary::summary;
 use crate::control::{Control, ControlError, Request};
 use crate::placement::{Moved, Place, PlaceError};
 
-/// What an operator wants.
+/// A request of the operator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wish {
     /// The statistics of all devices.
@@ -67,7 +67,7 @@ impl Operator {
         self.wishes.clone()
     }
 
-    /// Lets the thread end, for a while at most: what it waits for may never come.
+    /// Lets the thread end, but waits for it only for a limited time: its answer may never come.
     pub fn finish(self) {
         drop(self.wishes);
         // A disconnect.

@@ -1,8 +1,9 @@
 //! The thread that owns a device.
 //!
-//! A vCPU never waits for a device: what its driver sets up is noted as what is [`Wanted`], and the thread brings the device there.
-//! Only the last word counts, so a driver that changes its mind in a loop piles up nothing. What the driver reads comes from copies.
-//! Questions are answered while the device drains, for the thread waits for both at once.
+//! A vCPU never waits for a device: the driver's setup is noted as [`Wanted`], and the thread brings the device
+//! there. Only the latest setup counts, so a driver that changes its mind in a loop piles up nothing. The driver's
+//! reads are served from copies. The thread answers questions while the device drains, because it waits for both at
+//! once.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
@@ -23,13 +24,13 @@ const STACK: usize = 256 << 10;
 /// Most different places of the configuration space that a driver may have written before the device takes note.
 const MAX_WRITES: usize = 64;
 
-/// What the owner tells the transport, from its own thread.
+/// Reports from the owner to the transport, on the owner's thread.
 pub trait Listener: Send + Sync {
     /// A reset that the driver asked for is complete.
     fn reset(&self);
     /// The device can't go on for this reason.
     fn need_reset(&self, reason: &str);
-    /// The device has changed its configuration space by itself.
+    /// The device itself has changed its configuration space.
     fn space_changed(&self);
 }
 
@@ -40,18 +41,18 @@ pub struct Setup {
     pub ring: RingConfig,
     /// Raised for used buffers.
     pub call: Interrupt,
-    /// Differs from one way of interrupting to the next: the queue is started anew for it.
+    /// Changes whenever the way of interrupting does: the queue is then stopped and started with the new one.
     pub wiring: u64,
 }
 
-/// What the driver wants of its device.
+/// The state that the driver wants its device to be in.
 #[derive(Default)]
 struct Wanted {
     /// How often it has reset the device.
     resets: u64,
-    /// What it has accepted since.
+    /// The features that it has accepted since.
     features: Option<u64>,
-    /// What it has written to the configuration space and the device has not seen.
+    /// Writes to the configuration space that the device has not seen yet.
     writes: BTreeMap<u32, Vec<u8>>,
     /// The queues that run.
     queues: Vec<Option<Setup>>,
@@ -73,9 +74,9 @@ struct Shared {
     wanted: Mutex<Wanted>,
     settled: Condvar,
     wake: Sender<()>,
-    /// What the driver reads as the configuration space.
+    /// The configuration space as the driver reads it.
     space: RwLock<Vec<u8>>,
-    /// What in it is the driver's own.
+    /// The fields in it that belong to the driver.
     driver_fields: Vec<std::ops::Range<u32>>,
 }
 
@@ -98,7 +99,7 @@ impl Shared {
     fn read_space(&self, device: &dyn Device) {
         let mut space = vec![0; device.info().config_len as usize];
         device.read_config(0, &mut space);
-        // Under the lock: what the driver has written meanwhile is kept.
+        // Under the lock, so that a driver's write in the meantime is kept.
         let wanted = self.lock();
         wanted.writes.iter().for_each(|(&offset, data)| self.write_own(&mut space, offset, data));
         *self.space.write().unwrap_or_else(PoisonError::into_inner) = space;
@@ -115,9 +116,9 @@ impl Shared {
     }
 }
 
-/// What the thread is asked.
+/// Questions to the thread.
 enum Question {
-    /// What has the device done?
+    /// The device's statistics.
     Stats(Sender<DeviceStats>),
     /// The device is wanted back, reset.
     Take(Sender<Taken>),
@@ -127,7 +128,7 @@ enum Question {
 pub struct Taken {
     /// The device, reset.
     pub device: Box<dyn Device>,
-    /// What it has done.
+    /// Its statistics.
     pub stats: DeviceStats,
 }
 
@@ -203,7 +204,7 @@ impl Owner {
         Ok(Self { info, shared, questions: Questions(questions) })
     }
 
-    /// What the device is.
+    /// The device's fixed properties.
     #[must_use]
     pub fn info(&self) -> &DeviceInfo {
         &self.info
@@ -230,7 +231,7 @@ impl Owner {
         true
     }
 
-    /// The driver resets its device. What it has set up is forgotten.
+    /// The driver resets its device. Its setup is forgotten.
     pub fn reset(&self) {
         self.shared.change(|wanted| {
             wanted.resets += 1;
@@ -270,8 +271,8 @@ impl Owner {
         read_space(&self.shared.space.read().unwrap_or_else(PoisonError::into_inner), offset, data);
     }
 
-    /// The driver writes to the configuration space. What is its own there it reads back at once; a device that refuses it has the
-    /// last word.
+    /// The driver writes to the configuration space. It reads its own fields back at once; a device that refuses the
+    /// write has the last word.
     pub fn write_config(&self, offset: u32, data: &[u8]) {
         self.shared.change(|wanted| {
             if wanted.writes.len() < MAX_WRITES {
@@ -303,7 +304,7 @@ struct Keeper {
     shared: Arc<Shared>,
     features: Option<u64>,
     queues: Vec<Queue>,
-    /// Who wants the device back.
+    /// The receiver of the device, once it is wanted back.
     taker: Option<Sender<Taken>>,
 }
 
@@ -314,7 +315,7 @@ impl Keeper {
                 recv(woken) -> _ => self.settle(asked),
                 recv(asked) -> question => match question {
                     Ok(question) => self.answer(question),
-                    // Nobody can ask for the device any more: it goes with the machine.
+                    // The questions' sender is gone, so no one can take the device back: it goes with the machine.
                     Err(_) => return,
                 },
             }
@@ -324,7 +325,7 @@ impl Keeper {
         let stats = self.device.stats();
         self.device.reset();
         if let Some(taker) = self.taker.take() {
-            // If nobody waits any more, the device goes here.
+            // If the receiver is gone, the device is dropped here.
             drop(taker.send(Taken { device: self.device, stats }));
         }
     }
@@ -439,7 +440,8 @@ impl Keeper {
         if self.features.is_none() || self.taker.is_some() {
             return;
         }
-        // Indices are kept as they are, gaps and all (pitfall 16). The last comes first: a control queue is behind those it is about.
+        // Indices are kept as they are, gaps and all (pitfall 16). The last queue comes first: a control queue
+        // follows the queues that it controls.
         for (index, setup) in wanted.iter().enumerate().rev() {
             let queue = &mut self.queues[index];
             match setup {
@@ -478,8 +480,8 @@ impl Keeper {
         }
     }
 
-    /// Suspends queues, all at once, and remembers where each stands: what can be cancelled is not waited for, and is served when
-    /// the queue goes on. Questions are answered meanwhile.
+    /// Suspends queues, all at once, and remembers their positions. Requests that can be cancelled are not waited
+    /// for; they are served when the queue goes on. The thread answers questions in the meantime.
     fn stop(&mut self, running: &[u16], asked: &Receiver<Question>) {
         if running.is_empty() {
             return;

@@ -1,11 +1,11 @@
-//! What devices ask of the hypervisor, so that only `kvm/` sees KVM and tests need none.
+//! The devices' interface to the hypervisor, so that only `kvm/` sees KVM and tests need none.
 
 use std::io;
 use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
-/// What a message-signalled interrupt writes where (PCI 3.0, 6.8.1).
+/// A message-signalled interrupt: the data it writes and the address it writes to (PCI 3.0, 6.8.1).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MsiMessage {
     /// The 64-bit message address.
@@ -18,7 +18,7 @@ pub struct MsiMessage {
 ///
 /// While no message is set the way is closed, and what was signalled stays in the event: that is the vector's pending bit.
 pub trait MsiRoute: Send {
-    /// What the device signals. The same event for as long as the route lives.
+    /// The event that the device signals. The same event for as long as the route lives.
     fn event(&self) -> Arc<EventFd>;
 
     /// Opens the way with `message`, delivering what is pending, or closes it with `None`.
@@ -80,7 +80,7 @@ pub(crate) mod fake {
     pub(crate) struct FakePlatform {
         /// Attached doorbells: address to descriptor.
         pub(crate) doorbells: Mutex<BTreeMap<u64, i32>>,
-        /// What each route was last set to, in the order of creation.
+        /// The latest message of each route, in the order of creation.
         pub(crate) routes: Arc<Mutex<Vec<Option<MsiMessage>>>>,
         /// Level of the one line that is told apart.
         pub(crate) line: Arc<FakeLine>,

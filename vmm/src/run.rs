@@ -46,9 +46,9 @@ pub enum RunError {
     /// More memory than there is.
     #[error("--memory: {wanted} MiB are more than this host has, {available} MiB; ask for less")]
     Memory {
-        /// What was asked for, in MiB.
+        /// Memory asked for, in MiB.
         wanted: u64,
-        /// What there is, in MiB.
+        /// Memory available, in MiB.
         available: u64,
     },
     /// A CPU that this process may not use.
@@ -59,7 +59,7 @@ pub enum RunError {
         /// Those there are.
         allowed: Vec<usize>,
     },
-    /// The kernel or initramfs is none.
+    /// The kernel or initramfs is not usable.
     #[error(transparent)]
     Boot(#[from] BootError),
     /// A disk can't be opened.
@@ -219,7 +219,7 @@ fn run_machines(
         let limits = Limits::within(Duration::from_secs(config.stop_timeout));
         let Stopped { mut devices, stats, mut abandoned } = running.stop(limits);
         if abandoned.is_empty() && ending.as_ref().is_ok_and(|ending| restarts(config, ending)) {
-            // What came meanwhile and ends more than this machine must not be lost.
+            // Another ending may have come in the meantime. One that ends more than this machine must not be lost.
             if let Some(other) = endings.try_iter().find(is_more_than_a_reset) {
                 ending = Ok(other);
             } else {
@@ -281,7 +281,7 @@ fn restarts(config: &Config, ending: &Ending) -> bool {
     }
 }
 
-/// What an ending means for the one who started ringvm.
+/// Translates an ending for the process that started ringvm.
 fn conclude(config: &Config, ending: Ending) -> Result<Exit, RunError> {
     match ending {
         Ending::PowerOff | Ending::Signal(_) | Ending::ConsoleEscape => Ok(Exit::Success),

@@ -18,7 +18,7 @@ use crate::operator::{Wish, Wishes};
 pub fn listen(events: Events, wishes: Wishes) -> io::Result<SignalThread> {
     let mut wanted = vec![SIGTERM, SIGINT, SIGQUIT, SIGUSR1, SIGUSR2];
     if !is_ignored(SIGHUP) {
-        // nohup(1) means that it shall go on.
+        // Ignored under nohup(1): the program is to go on then.
         wanted.push(SIGHUP);
     }
     let mut endings = Endings::default();
@@ -43,7 +43,7 @@ pub fn listen(events: Events, wishes: Wishes) -> io::Result<SignalThread> {
 #[allow(unsafe_code, reason = "asking for a signal's action has no safe wrapper")]
 fn is_ignored(signal: i32) -> bool {
     let mut action = std::mem::MaybeUninit::<libc::sigaction>::zeroed();
-    // SAFETY: the room is that of a sigaction, and none is set.
+    // SAFETY: the buffer has room for a sigaction, and the call sets none.
     let asked = unsafe { libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr()) };
     // SAFETY: zeroed is a valid sigaction, and the call filled it in.
     asked == 0 && unsafe { action.assume_init() }.sa_sigaction == libc::SIG_IGN

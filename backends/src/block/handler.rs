@@ -1,4 +1,4 @@
-//! What happens to one block request between its arrival and its status byte.
+//! Processes one block request, from its arrival to its status byte.
 
 use std::io;
 use std::os::fd::BorrowedFd;

@@ -178,7 +178,7 @@ impl BlockDevice {
         let mut state = StateReader::new(state, VIRTIO_ID_BLOCK, STATE_VERSION)?;
         let writeback = state.flag()?;
         state.finish()?;
-        // Without the feature nobody can have chosen.
+        // Without the feature no driver can have chosen a mode.
         if !writeback && self.info.features & 1 << VIRTIO_BLK_F_CONFIG_WCE == 0 {
             return Err("it has a cache mode that this disk does not offer");
         }

@@ -131,8 +131,8 @@ impl Check for BlockOptions {
 }
 
 impl Checked<BlockOptions> {
-    /// Opens and locks the image, or takes the descriptor that was inherited; `None` for null storage. Whoever is given it
-    /// as `fd` shares the lock, so that the disk can change its place without being free for anybody in between.
+    /// Opens and locks the image, or takes the inherited descriptor; `None` for null storage. A process that gets the
+    /// file as `fd` shares the lock, so the disk can move to another process without being unlocked in between.
     ///
     /// # Errors
     /// Anything that is wrong with the image.
@@ -210,7 +210,8 @@ impl BlockOptions {
         let direct = if self.direct { libc::O_DIRECT } else { 0 };
         let mut options = OpenOptions::new();
         options.read(true).write(!self.readonly).custom_flags(direct | libc::O_NONBLOCK | libc::O_NOCTTY);
-        // EAGAIN: somebody has a lease on the file (fcntl(2), F_SETLEASE), and is being asked to give it back.
+        // EAGAIN: another process has a lease on the file (fcntl(2), F_SETLEASE); the kernel has asked it to give it
+        // back.
         let file = outwait(&[libc::EAGAIN], || options.open(path)).map_err(|e| match e.raw_os_error() {
             Some(libc::EINVAL) if self.direct => host("opening with direct=on", e, NO_DIRECT),
             Some(libc::EACCES | libc::EPERM | libc::EROFS) if !self.readonly => {
@@ -329,11 +330,11 @@ fn whole_file(kind: libc::c_int) -> libc::flock {
     lock
 }
 
-/// Whether holes can be punched, tried where nothing is: behind the end of the file.
+/// Whether holes can be punched. Tries it where there is no data: past the end of the file.
 fn can_punch(file: &File, size: u64) -> bool {
     use rustix::fs::FallocateFlags;
     if file.metadata().is_ok_and(|meta| meta.file_type().is_block_device()) {
-        // A device refuses ranges behind its end; whether it can discard is found out by the first attempt.
+        // A device refuses ranges past its end; the first discard shows whether it can discard.
         return true;
     }
     rustix::fs::fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, size, 4096).is_ok()
@@ -397,7 +398,7 @@ mod tests {
     #[test]
     fn a_fifo_that_takes_the_images_place_does_not_hang_the_start() {
         let dir = tempfile::tempdir_in(crate::scratch_dir()).unwrap();
-        // A reader of a FIFO waits for a writer; somebody who opens it for both does not.
+        // Opening a FIFO for reading waits for a writer; opening it for both does not.
         let options = BlockOptions { readonly: true, ..image(dir.path()) };
         let (path, fifo) = (options.path.clone().unwrap(), dir.path().join("fifo"));
         rustix::fs::mknodat(CWD, &fifo, FileType::Fifo, 0o600.into(), 0).unwrap();

@@ -77,7 +77,7 @@ pub struct Limits {
 /// The header's fields that matter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
-    /// What the driver wants.
+    /// The kind of request.
     pub kind: Kind,
     /// Where, in sectors.
     pub sector: u64,

@@ -1,5 +1,5 @@
-//! Sockets of the Unix domain at paths: bound by one process at a time, for nobody but whom they are for, and removed only by
-//! whoever has bound them.
+//! Unix domain sockets at paths. One process at a time binds a path, only the intended peers can connect, and only
+//! the process that bound a socket removes it.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -12,7 +12,7 @@ use rustix::net::SocketAddrUnix;
 
 use crate::host::retry::outwait;
 
-/// The path with something behind it.
+/// The path with a suffix appended.
 #[must_use]
 pub fn suffixed(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
@@ -20,8 +20,8 @@ pub fn suffixed(path: &Path, suffix: &str) -> PathBuf {
     name.into()
 }
 
-/// The right to look at what is at a path, to remove it and to bind a socket there, which one process has at a time: a path that
-/// is found stale must not be somebody else's by the time it is removed.
+/// The right to look at a path, to remove what is there and to bind a socket, which one process has at a time.
+/// Without it, a path found stale could have been bound by another process before it is removed.
 #[derive(Debug)]
 pub struct Claim<'a> {
     path: &'a Path,
@@ -29,10 +29,11 @@ pub struct Claim<'a> {
 }
 
 impl<'a> Claim<'a> {
-    /// Waits three seconds for whoever has it. It is a lock of the file beside it whose name ends with `.lock`.
+    /// Waits three seconds for another holder to let go. The claim is a lock on the file at the same path with
+    /// `.lock` appended.
     ///
     /// # Errors
-    /// When somebody keeps it, or the file can't be had.
+    /// When another process keeps the lock, or the file can't be opened.
     pub fn new(path: &'a Path) -> io::Result<Self> {
         let beside = suffixed(path, ".lock");
         let failed = |error: io::Error| match error.kind() {
@@ -50,7 +51,7 @@ impl<'a> Claim<'a> {
     /// Removes the socket that an earlier process has left here.
     ///
     /// # Errors
-    /// When it is no socket: then it is nobody's leftover.
+    /// When it is no socket, hence not a leftover.
     pub fn remove_stale(&self) -> io::Result<()> {
         match std::fs::symlink_metadata(self.path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -70,7 +71,7 @@ impl<'a> Claim<'a> {
         rustix::fs::fchmod(&socket, mode)?;
         rustix::net::bind(&socket, &SocketAddrUnix::new(self.path)?)?;
         let bound = BoundPath::new(self.path)?;
-        // What the umask has taken; by a descriptor, for the path may lead elsewhere by now.
+        // Restore the bits that the umask took. By descriptor, because the path may lead elsewhere now.
         let file = rustix::fs::open(self.path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
         let file = File::from(file);
         if identity(&file.metadata()?) == bound.identity && file.metadata()?.mode() & 0o777 != mode.as_raw_mode() {
@@ -100,11 +101,12 @@ impl BoundPath {
 }
 
 impl Drop for BoundPath {
-    /// Somebody else may have removed it, and bound a socket of theirs since.
+    /// Another process may have removed it, and bound a socket of its own since.
     fn drop(&mut self) {
         let ours = std::fs::symlink_metadata(&self.path).is_ok_and(|found| identity(&found) == self.identity);
         if ours {
-            // Gone meanwhile, or in a directory that may not be changed any more: nothing can be done about it.
+            // It may be gone already, or in a directory that may no longer be changed: nothing can be done about
+            // either.
             drop(std::fs::remove_file(&self.path));
         }
     }

@@ -1,10 +1,10 @@
 //! Events that other processes hold too: raised, taken and looked at without ever waiting for those processes.
 //!
-//! The flags of an open file description belong to everybody who holds it. A peer may clear O_NONBLOCK and fill the counter of
-//! an eventfd at any moment, and write(2) then sleeps until the peer reads it. So the kernel raises an eventfd for us: it is
-//! registered with a small io_uring of its own, and each completion of an operation that does nothing signals it. That signal
-//! saturates the counter and never waits (`eventfd_signal()`). A pipe is opened once more, for flags of our own; a
-//! socket takes them with each call.
+//! All holders of an open file description share its flags. A peer may clear O_NONBLOCK and fill the counter of an
+//! eventfd at any moment, and write(2) then sleeps until the peer reads it. So the kernel raises an eventfd for us:
+//! it is registered with a small io_uring of its own, and each completion of a no-op signals it. That signal
+//! saturates the counter and never waits (`eventfd_signal()`). A pipe is opened once more, to get our own flags; a
+//! socket takes flags with each call.
 #![allow(unsafe_code, reason = "borrows and reads descriptors whose type has no safe wrapper")]
 
 use std::fmt;
@@ -22,13 +22,13 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::host::pipe::{ForeignPipe, NO_OFFSET};
 
-/// What is written to pipes and sockets: the bytes that an eventfd would take.
+/// The bytes written to pipes and sockets: the same that an eventfd takes.
 const ONE: [u8; 8] = 1u64.to_ne_bytes();
 
-/// An event that somebody else holds as well, and may have made anything of.
+/// An event that another process holds as well, and may have put into any state.
 pub struct SharedEvent {
     way: OnceLock<Way>,
-    /// What the way is made of when it is needed, if that was put off.
+    /// The descriptor to make the way from, if that was put off until it is needed.
     later: Option<OwnedFd>,
 }
 
@@ -60,16 +60,17 @@ impl Way {
 }
 
 impl SharedEvent {
-    /// An eventfd, a pipe or a Unix socket that came from somebody else, ready to be raised.
+    /// An eventfd, a pipe or a Unix socket that another process sent, ready to be raised.
     ///
     /// # Errors
-    /// `InvalidInput` if it is none of these; else what the host says.
+    /// `InvalidInput` if it is none of these; otherwise the host's error.
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
         let way = Way::of(fd.as_fd())?;
         Ok(Self { way: way.into(), later: None })
     }
 
-    /// Another handle to an eventfd of ours that somebody else was given. What raising it takes is made when it is raised first.
+    /// Another handle to our own eventfd, which another process holds too. The resources for raising it are made when
+    /// it is first raised.
     ///
     /// # Errors
     /// When the process has no descriptor left.
@@ -93,7 +94,7 @@ impl SharedEvent {
         });
         match raised {
             Ok(()) => {}
-            // Full, or nobody is left to hear it.
+            // The event is full, or its reader is gone.
             Err(error)
                 if matches!(
                     error.raw_os_error(),
@@ -223,7 +224,7 @@ mod tests {
         rustix::io::read(&reader, &mut word).unwrap();
         assert_eq!(word, ONE);
         SharedEvent::new(reader.try_clone().unwrap().into()).unwrap_err();
-        // Nobody reads any more.
+        // The reader is gone.
         drop(reader);
         ours.raise();
         assert!(!rustix::fs::fcntl_getfl(&writer).unwrap().contains(OFlags::NONBLOCK), "its flags are its own");

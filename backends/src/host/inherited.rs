@@ -1,8 +1,8 @@
-//! Descriptors that this process was started with. Whoever starts it names some of them by number (`fd=`, `fds=`, `--fd`); each of
-//! those gets one owner, and what is not named is not passed on to children.
+//! Descriptors that this process was started with. The parent names some of them by number (`fd=`, `fds=`, `--fd`);
+//! each of those gets one owner. The others are not passed on to children.
 //!
-//! They are looked for before `main`, when nothing else in the process can own one: a number that was named by mistake is then never
-//! that of a descriptor which the process has opened for itself.
+//! They are collected before `main`, when no other code in the process can own one: a number that was named by
+//! mistake is then never that of a descriptor which the process has opened for itself.
 #![allow(
     unsafe_code,
     reason = "descriptors by number have no owner yet, and a function in .init_array, which runs before main"
@@ -21,7 +21,7 @@ const FIRST: RawFd = 3;
 /// Numbers that are looked at; those beyond are closed to children like the others, but can't be named.
 const NUMBERS: u64 = 1 << 16;
 
-/// What was found at the start; nothing is left at a number that was taken.
+/// The descriptors found at the start; a number that was taken maps to nothing.
 static FOUND: Mutex<BTreeMap<RawFd, Option<OwnedFd>>> = Mutex::new(BTreeMap::new());
 
 fn found() -> MutexGuard<'static, BTreeMap<RawFd, Option<OwnedFd>>> {
@@ -67,11 +67,11 @@ pub fn leave(fd: OwnedFd) -> RawFd {
     number
 }
 
-/// Takes a descriptor that this process was started with. The number itself is owned from now on, so that nothing stays open
-/// under it when the owner goes.
+/// Takes a descriptor that this process was started with. The number itself is owned from now on, so that nothing
+/// stays open under it when the owner goes.
 ///
 /// # Errors
-/// When there is none of that number, it is a standard stream, or it was taken before.
+/// When there is no such descriptor, when it is a standard stream, or when it was taken before.
 pub fn take(number: RawFd) -> io::Result<OwnedFd> {
     if number < FIRST {
         let what = "it is a standard stream (0, 1 and 2); inherit it under a higher number";

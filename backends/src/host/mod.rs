@@ -1,5 +1,5 @@
-//! What the host shares with other processes or passes from one to the next: events, pipes, memory, sockets and inherited
-//! descriptors.
+//! Host resources that are shared with other processes or passed from one to the next: events, pipes, memory, sockets
+//! and inherited descriptors.
 
 pub mod bound;
 pub mod event;

@@ -1,4 +1,4 @@
-//! A pipe that came from somebody else: read and written without ever waiting, whatever flags its other holders give it.
+//! A pipe that another process made: read and written without ever waiting, whatever flags its other holders set.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
@@ -19,7 +19,7 @@ pub struct ForeignPipe(Kind);
 enum Kind {
     /// By an open file description that only this process has, and so its flags.
     Own(File),
-    /// A pipe that may not be opened once more, for its maker is another user: each call says that it must not wait.
+    /// A pipe that can't be reopened because another user made it: each call says that it must not wait.
     Shared(OwnedFd),
 }
 
@@ -27,7 +27,8 @@ impl ForeignPipe {
     /// The end for writing, or the one for reading.
     ///
     /// # Errors
-    /// `InvalidInput` for the other end; what opening it once more says, where the kernel can't do without (before Linux 6.4).
+    /// `InvalidInput` for the other end; the error of reopening it, where the kernel can't do without (before Linux
+    /// 6.4).
     pub fn new(fd: BorrowedFd<'_>, writes: bool) -> io::Result<Self> {
         let (wrong, name) = if writes { (OFlags::RDONLY, "reading") } else { (OFlags::WRONLY, "writing") };
         if rustix::fs::fcntl_getfl(fd)? & OFlags::RWMODE == wrong {

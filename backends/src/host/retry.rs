@@ -1,6 +1,6 @@
-//! What a process that has ended keeps open for a moment: the kernel lets go of the files of an io_uring only when it has
-//! ended what was in flight in it, which is after the process can be waited for; Linux 6.1 takes up to a second for those
-//! that were registered.
+//! Retries for files that an ended process still keeps open for a moment. The kernel releases the files of an
+//! io_uring only when its requests in flight have ended, which is after the process can be waited for; Linux 6.1
+//! takes up to a second for registered files.
 
 use std::io;
 use std::time::{Duration, Instant};

@@ -1,9 +1,9 @@
-//! Memory that another process shares by a descriptor: guest memory, tables, logs. It is mapped only if it is a file of a kind
-//! that nobody but the kernel stands behind, and unmapped as the kernel has mapped it.
+//! Memory that another process shares by a descriptor: guest memory, tables, logs. It is mapped only if the kernel
+//! alone serves files of its kind, and unmapped exactly as the kernel has mapped it.
 //!
-//! What the other side can still do is cut such a file short, or punch holes into one of huge pages. Touching what is gone
-//! raises SIGBUS. A file that can't be cut ([`SharedFile::is_steady`]) may be mapped by anybody, any other only by those who
-//! can bear that signal.
+//! The other side can still truncate such a file, or punch holes into one of huge pages. An access to a missing page
+//! raises SIGBUS. Any code may map a file that can't be truncated ([`SharedFile::is_steady`]); other files only code
+//! that can bear that signal.
 #![allow(unsafe_code, reason = "maps memory of other processes")]
 
 use std::fs::File;
@@ -29,8 +29,8 @@ impl SharedFile {
     /// # Errors
     /// When it is no shared memory, or the host can't say.
     pub fn new(file: OwnedFd) -> io::Result<Self> {
-        // Before anything else: the kernel answers this by itself, for memory only. Other calls may ask whoever serves the
-        // file (FUSE), who need not answer.
+        // Check this first: the kernel answers it without help, and only for memory. Other calls may ask the process
+        // that serves the file (FUSE), which need not answer.
         if rustix::fs::fcntl_get_seals(&file).is_err() {
             return Err(invalid("it is not shared memory; pass a memfd, or a file on tmpfs or hugetlbfs".into()));
         }
@@ -92,7 +92,7 @@ impl SharedFile {
         let mapped = usize::try_from((within + len).next_multiple_of(self.page)).map_err(io::Error::other)?;
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         let flags = MapFlags::SHARED | MapFlags::NORESERVE;
-        // SAFETY: a new mapping, which nobody else knows.
+        // SAFETY: a new mapping, which no other code knows.
         let start = unsafe {
             rustix::mm::mmap(std::ptr::null_mut(), mapped, protection, flags, self.file.as_fd(), offset - within)?
         };
@@ -118,7 +118,7 @@ pub struct Mapping {
     at: usize,
 }
 
-// SAFETY: it is memory. Whoever reaches into it answers for how.
+// SAFETY: it is memory. The code that accesses it answers for how.
 unsafe impl Send for Mapping {}
 // SAFETY: as above.
 unsafe impl Sync for Mapping {}
@@ -148,7 +148,8 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: it was mapped like this, and whoever points into it borrows it or holds a share of it.
+        // SAFETY: it was mapped like this, and every pointer into it belongs to code that borrows it or holds a share
+        // of it.
         let unmapped = unsafe { rustix::mm::munmap(self.start.cast(), self.mapped) };
         debug_assert!(unmapped.is_ok(), "unmapping what was mapped: {unmapped:?}");
     }

@@ -12,7 +12,7 @@ use crate::virtqueue::buffers::MAX_PIECES;
 
 /// Pushes the operations of one request, at most one at a time.
 pub struct Io<'a> {
-    /// `None` if the request is left to somebody else rather than gone on with.
+    /// `None` if the request is left to another server rather than continued.
     ring: Option<&'a mut Ring>,
     token: Token,
 }
@@ -24,7 +24,7 @@ impl<'a> Io<'a> {
         Self { ring: Some(ring), token }
     }
 
-    /// What is pushed here goes nowhere: whoever sees a request wait for it abandons the request.
+    /// Operations pushed here go nowhere: when the worker sees a request wait for one, it abandons the request.
     pub(crate) fn nowhere(token: Token) -> Self {
         Self { ring: None, token }
     }
@@ -34,11 +34,12 @@ impl<'a> Io<'a> {
         self.token.slot
     }
 
-    /// Reads into the pieces of `data` from `offset` on, at most [`MAX_BYTES`]: the rest is asked for once these are there.
+    /// Reads into the pieces of `data` from `offset` on, at most [`MAX_BYTES`]: the rest is asked for once these are
+    /// there.
     ///
     /// # Safety
-    /// `data` must not be changed or dropped, nor `fd` closed, before the request is resumed. What is kept in the request's chain
-    /// or state is safe from being dropped: the worker keeps both until then.
+    /// `data` must not be changed or dropped, nor `fd` closed, before the request is resumed. Values kept in the
+    /// request's chain or state are safe from being dropped: the worker keeps both until then.
     #[inline]
     pub unsafe fn read(&mut self, fd: BorrowedFd<'_>, data: &GuestIo, offset: u64) {
         let Some(ring) = &mut self.ring else { return };

@@ -17,7 +17,7 @@ pub(crate) struct Queues {
     name: String,
     pool: ReactorPool,
     places: Vec<Option<Place>>,
-    /// What earlier runs of each queue counted.
+    /// Counters of each queue's earlier runs.
     ended: Vec<Arc<Mutex<Option<QueueStats>>>>,
 }
 
@@ -41,7 +41,8 @@ impl Queues {
         }
     }
 
-    /// Starts a queue whose chains are requests. The handler is built on the thread that serves it, and may be bound to it.
+    /// Starts a queue whose chains are requests. The handler is built on the I/O thread that serves it, and may be
+    /// bound to it.
     pub(crate) fn start<H: Handler + 'static>(
         &mut self,
         index: u16,
@@ -52,7 +53,7 @@ impl Queues {
         self.attach(index, parts, features, H::OPS, move |service| Box::new(Worker::new(service, handler())))
     }
 
-    /// Starts a queue whose chains wait for frames. The source is built on the thread that serves it.
+    /// Starts a queue whose chains wait for frames. The source is built on the I/O thread that serves it.
     pub(crate) fn start_receiver<S: Source + 'static>(
         &mut self,
         index: u16,
@@ -101,8 +102,8 @@ impl Queues {
         Ok(())
     }
 
-    /// Stops queues as [`Device::stop`](crate::device::Device::stop) does. All are told before one is waited for: what is in flight in
-    /// each ends meanwhile.
+    /// Stops queues as [`Device::stop`](crate::device::Device::stop) does. All are told before the first is waited
+    /// for, so their requests in flight end in parallel.
     pub(crate) fn stop(&mut self, indices: &[u16], end: End) -> Stopping {
         let (gathering, stopping) = Gathering::new(indices.len());
         for (position, &index) in indices.iter().enumerate() {
@@ -138,7 +139,7 @@ impl Queues {
         })
     }
 
-    /// What the queues have counted.
+    /// Counters of the queues.
     pub(crate) fn stats(&self) -> DeviceStats {
         let queues = (0..).zip(self.ended.iter().zip(&self.places)).filter_map(|(index, (ended, place))| {
             // Of one that stops, the last word comes with its end.
@@ -161,7 +162,7 @@ impl Queues {
 }
 
 impl Drop for Queues {
-    /// Nothing may be in flight once the device is gone, and nobody waits for what can be cancelled.
+    /// No request may be in flight once the device is gone, and requests that can be cancelled are not waited for.
     fn drop(&mut self) {
         self.reset();
     }

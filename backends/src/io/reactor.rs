@@ -1,10 +1,10 @@
 //! The I/O thread: a tokio-uring runtime to park in, and the data ring.
 //!
-//! A thread serves any number of queues ([`Task`]s). Each turn drains them all, enters one batch, reaps, publishes. With
-//! nothing left to do it polls for a while, if polling has paid off lately, then asks for kicks, looks once more and
-//! parks in the runtime until a kick, a completion or a command comes.
+//! A thread serves any number of queues ([`Task`]s). Each turn drains them all, enters one batch, reaps, publishes.
+//! When it runs out of work it polls for a while, if polling has paid off lately. Then it asks for kicks, looks once
+//! more and parks in the runtime until a kick, a completion or a command comes.
 //!
-//! This file is how others reach such a thread; what runs there is `reactor/core.rs`.
+//! This file is the interface to such a thread; the code that runs there is in `reactor/core.rs`.
 
 mod core;
 mod window;
@@ -28,9 +28,9 @@ use crate::stats::QueueStats;
 use crate::virtqueue::stopping::Departure;
 use crate::virtqueue::{End, Suspended};
 
-/// What a reactor runs: one queue of some device. Called from one thread only.
+/// A task of a reactor: one queue of some device. Called from one thread only.
 pub trait Task {
-    /// What every queue has.
+    /// The part that every queue has.
     fn service(&mut self) -> &mut Service;
     /// Goes on where it can, and pushes operations. Returns whether there was anything to do.
     fn turn(&mut self, ring: &mut Ring) -> bool;
@@ -38,7 +38,7 @@ pub trait Task {
     fn completed(&mut self, slot: u32, result: i32, now: Instant, ring: &mut Ring);
     /// Whether `turn` would find something. Cheap: this is what polling looks at.
     fn ready(&self) -> bool;
-    /// Asks the driver for kicks, if its next chain is what is waited for; returns whether it has come meanwhile.
+    /// Asks the driver for kicks if the task waits for its next chain; returns whether one has come in the meantime.
     fn arm(&mut self) -> bool;
     /// Calls `with` for every file that operations name, as long as they do.
     fn files(&self, with: &mut dyn FnMut(BorrowedFd<'_>));
@@ -66,7 +66,7 @@ pub struct ReactorOptions {
     pub on_panic: OnPanic,
 }
 
-/// What is done when an I/O thread has panicked, with its number. By default nothing but a line in the log.
+/// Called when an I/O thread has panicked, with the thread's number. The default only writes a line to the log.
 #[derive(Clone, Default)]
 pub struct OnPanic(Option<Arc<dyn Fn(usize) + Send + Sync>>);
 
@@ -173,7 +173,7 @@ pub struct Reactor {
 
 pub(crate) type Build = Box<dyn FnOnce(u32) -> Box<dyn Task> + Send>;
 
-/// What is asked of an I/O thread.
+/// Commands to an I/O thread.
 pub(crate) enum Command {
     Attach {
         kick: EventFd,
@@ -185,7 +185,7 @@ pub(crate) enum Command {
         end: End,
         leave: Leave,
     },
-    /// Looks again at how those that leave shall come to their end.
+    /// Checks again how the leaving tasks are to end.
     Hurry,
     Stats {
         task: u32,
@@ -215,7 +215,7 @@ pub(crate) struct Leave {
 
 impl Leave {
     fn end(self, left: Suspended, stats: &QueueStats) {
-        // Before the end is told: whoever hears of it may ask for the statistics.
+        // Add the counters before reporting the end: the receiver of that report may ask for the statistics at once.
         let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
         match &mut *counted {
             Some(total) => total.merge(stats),
@@ -276,7 +276,7 @@ impl Reactor {
         Ok(task)
     }
 
-    /// Tells a task to leave, without waiting for it. What it has counted goes to `counted` with its end.
+    /// Tells a task to leave, without waiting for it. Its counters are added to `counted` when it ends.
     pub(crate) fn detach(&self, task: u32, end: End, counted: Arc<Mutex<Option<QueueStats>>>) -> Leaving {
         let departure = Arc::new(Departure::default());
         if end == End::Suspended {
@@ -295,7 +295,7 @@ impl Reactor {
         }
     }
 
-    /// What a task has counted so far.
+    /// The task's counters so far.
     pub fn stats(&self, task: u32) -> Option<QueueStats> {
         let (reply, answer) = reply::channel();
         self.send(Command::Stats { task, reply });

@@ -1,9 +1,10 @@
-//! A queue whose chains wait for what comes from outside: buffers are held until the source has a frame for them.
+//! A queue whose chains wait for input from outside: buffers are held until the source has a frame for them.
 //!
-//! Frames land in the driver's buffers without a copy. The source is read in bursts, each one batch of the data ring, for as
-//! long as all of a burst bring something; then one poll of it waits for the next frame. Kernels that know no reads of what is
-//! there now (taps before 6.2 or so) let the reads of a smaller burst wait instead. A frame may fill several chains if
-//! the driver agreed to that; chains that a read had room in but did not need are held for the next.
+//! Frames land in the driver's buffers without a copy. The source is read in bursts, each one batch of the data ring,
+//! for as long as every read of a burst brings a frame; then a single poll waits for the next frame. On kernels
+//! without non-blocking reads of the source (taps before 6.2 or so), the reads of a smaller burst wait instead. A
+//! frame may fill several chains if the driver agreed to that; chains that a read had room in but did not need are
+//! held for the next.
 
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
@@ -42,14 +43,14 @@ pub trait Source {
     /// The source has failed for good.
     fn failed(&mut self) {}
 
-    /// What is read and polled. Reading it must never wait.
+    /// The descriptor to read and poll. Reading it must never wait.
     fn fd(&self) -> BorrowedFd<'_>;
 
     /// Looks at a read that brought `len` bytes into `room`, which lies in `chains` chains once it is shared out.
     fn received(&mut self, room: &GuestIo, len: u64, chains: u16) -> Verdict;
 }
 
-/// What becomes of a frame.
+/// The fate of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// The driver gets it; payload bytes, for statistics.
@@ -74,7 +75,7 @@ const PATIENT: usize = 8;
 /// Bytes that no read brings more of, whatever comes: a frame too long is cut by the room for it, but lies there first.
 const MOST_RECEIVED: u64 = 4 << 20;
 
-/// What drivers offer at least per chain: a frame of the usual MTU with its header.
+/// The least that drivers offer per chain: a frame of the usual MTU with its header.
 const PLAIN_BUFFER: u64 = 1530;
 
 /// Bursts that may be refused in a row before the source counts as gone: its queue may have been disabled and enabled again
@@ -132,7 +133,7 @@ pub struct Receiver<S: Source> {
     patient: bool,
 }
 
-/// What reads take their chains from, and where these go when the reads have ended.
+/// The chains that reads take, and return to when they have ended.
 struct Stock<S: Source> {
     service: Service,
     source: S,
@@ -214,7 +215,7 @@ impl<S: Source> Stock<S> {
             self.put_by(spare);
             return true;
         }
-        // A driver that refills meanwhile what is given back at once waits for the next turn.
+        // Bounded by the queue size: a driver that refills while we return buffers must not keep us in this loop.
         for _ in 0..self.service.queue.size() {
             if !self.service.pop(into) {
                 break;
@@ -288,7 +289,7 @@ impl<S: Source> Stock<S> {
         } else if read.joined.len() >= want {
             return true;
         }
-        // What was collected is kept for when the driver has offered more.
+        // Keep the collected chains until the driver has offered more.
         let kept = self.take(read).collect::<Vec<_>>();
         kept.into_iter().rev().for_each(|chain| self.held.push_front(chain));
         false
@@ -354,7 +355,8 @@ impl<S: Source> Task for Receiver<S> {
         }
         self.stock.service.disable_kicks();
         let burst = match self.patient {
-            // What a read gathers beyond its frame goes back in front of the next read's only once both have ended.
+            // The chains that a read gathers beyond its frame go in front of the next read's only once both reads
+            // have ended.
             _ if self.stock.service.queue.in_order => 1,
             true => PATIENT,
             false => self.burst,
@@ -449,9 +451,9 @@ impl<S: Source> Task for Receiver<S> {
             self.stock.held.push_back(Chain { head, ..Chain::default() });
         }
         while let Some(chain) = self.stock.held.pop_back() {
-            // A frame may have overtaken an empty read, so that later chains are used already. Whoever goes on with a suspended
-            // queue is told of the chain and reads into it first; else it is given back empty, which drivers take for a frame
-            // too short.
+            // A frame may have overtaken an empty read, so that later chains are used already. The next server of a
+            // suspended queue is told of the chain and reads into it first. Otherwise it is given back empty, which
+            // drivers take for a frame that is too short.
             if !self.stock.service.queue.unpop(chain.head) && !self.stock.service.is_suspending() {
                 self.stock.service.queue.complete(chain.head, 0);
             }

@@ -1,12 +1,12 @@
 //! The data ring: the only place that builds io_uring submissions for guest I/O.
 //!
 //! Each I/O thread owns one, next to the runtime that the thread parks in. A plain ring costs half the CPU of the
-//! runtime's own at depth 1 and lets completions be polled. Operations are pushed as they come and entered with one
-//! system call per batch.
+//! runtime's own at depth 1 and lets the thread poll for completions. Operations are pushed as they come and entered
+//! with one system call per batch.
 //!
-//! Buffers belong to whoever pushes: the contract of [`Ring::read`] and [`Ring::write`] is that they stay mapped until the
-//! completion was reaped. Dropping the ring waits for everything in flight, because closing an io_uring does not stop
-//! writes into memory.
+//! Buffers belong to the code that pushes: the contract of [`Ring::read`] and [`Ring::write`] is that they stay
+//! mapped until the completion was reaped. Dropping the ring waits for everything in flight, because closing an
+//! io_uring does not stop writes into memory.
 #![allow(unsafe_code, reason = "submission entries carry raw addresses; see the module's contract")]
 
 mod memory;
@@ -92,7 +92,7 @@ impl Ring {
     /// # Errors
     /// When the kernel has no io_uring, forbids it, or lacks memory that may be locked.
     pub fn with_budget(budget: Arc<Budget>) -> io::Result<Self> {
-        // Each flag is worth something and none is needed: kernels before 6.0 know fewer.
+        // Each flag helps, but none is required: kernels before 6.0 know fewer.
         let wished: [fn(&mut io_uring::Builder); 3] = [
             |b| {
                 b.setup_coop_taskrun().setup_taskrun_flag().setup_single_issuer();
@@ -335,7 +335,7 @@ impl Ring {
         staged
     }
 
-    /// Enters what was pushed. Whatever the kernel does not take now is entered at the next call.
+    /// Enters the pushed operations. Those that the kernel does not take now are entered at the next call.
     ///
     /// # Errors
     /// When the kernel refuses for a reason that waiting does not cure.
@@ -414,7 +414,8 @@ impl Ring {
 }
 
 impl Drop for Ring {
-    /// Waits for everything in flight: its buffers are about to go. What waits for others is ended, they may never come.
+    /// Waits for everything in flight, because its buffers are about to go. Operations that wait for others are
+    /// cancelled: those may never come.
     fn drop(&mut self) {
         let mut completions = Vec::new();
         while self.in_flight > 0 {
@@ -439,7 +440,8 @@ impl Drop for Ring {
             self.reap(&mut completions);
         }
         if self.places.is_some() {
-            // Now rather than when the kernel comes to it: whoever opens such a file next must not find it in use.
+            // Unregister now rather than when the kernel gets to it: the next process that opens such a file must not
+            // find it in use.
             _ = self.ring.submitter().unregister_files();
         }
         if self.memory.has_table() {
@@ -453,7 +455,7 @@ const ENDS_BY_ITSELF: Duration = Duration::from_secs(1);
 
 const ENTER_GETEVENTS: u32 = 1;
 
-/// What is beyond comes back as a short transfer.
+/// The rest comes back as a short transfer.
 fn one_piece(piece: &libc::iovec) -> u32 {
     piece.iov_len.min(MAX_BYTES as usize) as u32
 }
@@ -565,7 +567,7 @@ mod tests {
         let number = writer.as_raw_fd();
         drop(writer);
         assert!(is_open(&reader));
-        // Whatever gets the number of the descriptor next is not taken for it.
+        // The file that gets the number of the descriptor next is not taken for it.
         // SAFETY: the number is only looked up.
         let reused = unsafe { BorrowedFd::borrow_raw(number) };
         assert!(!ring.name(reused).1.contains(squeue::Flags::FIXED_FILE));

@@ -1,5 +1,5 @@
-//! What every queue that a reactor serves has, whatever its chains wait for: the ring's bookkeeping, statistics, and what
-//! happens when the driver breaks it or it is asked to stop.
+//! The part common to every queue that a reactor serves, whatever its chains wait for: the ring's bookkeeping,
+//! statistics, and the handling of a broken ring or a request to stop.
 
 use crate::stats::QueueStats;
 use crate::virtqueue::buffers::Chain;
@@ -55,13 +55,14 @@ impl Service {
         self.state == State::Running
     }
 
-    /// Whether what is in flight is left to somebody else.
+    /// Whether requests in flight are left to another server.
     pub(crate) fn is_suspending(&self) -> bool {
         self.state == State::Suspending
     }
 
-    /// Whether chains may be taken: new ones, or while it stops what a predecessor has left. Nobody else knows of those: a
-    /// position says how far the driver's ring was looked at, and all before it counts as answered.
+    /// Whether chains may be taken: new ones or, while the queue stops, those left by a predecessor. This queue alone
+    /// knows of the latter: a position says how far the driver's ring was looked at, and everything before it counts
+    /// as answered.
     pub(crate) fn may_take(&self) -> bool {
         match self.state {
             State::Running => true,
@@ -95,7 +96,7 @@ impl Service {
         }
     }
 
-    /// Asks the driver for kicks; returns whether something came meanwhile.
+    /// Asks the driver for kicks; returns whether a chain has come in the meantime.
     pub(crate) fn enable_kicks(&mut self) -> bool {
         if self.state != State::Running {
             return false;

@@ -1,9 +1,9 @@
-//! A queue whose chains are requests: each is looked at as it comes, becomes operations of the data ring, and is given back
-//! when they have ended.
+//! A queue whose chains are requests: the worker looks at each as it comes, turns it into operations of the data
+//! ring, and gives it back when they have ended.
 //!
-//! A device brings a [`Handler`], which turns a chain into operations and says when it is done; the worker owns the request
-//! slots, and [`Service`] what every queue has. A queue whose chains wait for what comes from outside is served by a
-//! [`crate::io::receiver::Receiver`] instead.
+//! A device brings a [`Handler`], which turns a chain into operations and says when it is done. The worker owns the
+//! request slots, and [`Service`] the part that every queue has. A queue whose chains wait for input from outside is
+//! served by a [`crate::io::receiver::Receiver`] instead.
 
 use std::os::fd::BorrowedFd;
 use std::time::Instant;
@@ -15,9 +15,9 @@ use crate::io::service::{BATCH, Service};
 use crate::virtqueue::RingError;
 use crate::virtqueue::buffers::Chain;
 
-/// What a kind of device does with the chains of one queue. Lives on one thread.
+/// A device's way of processing the chains of one queue. Lives on one thread.
 pub trait Handler {
-    /// What is remembered of a request in flight. Reused, so that a request costs no allocation.
+    /// The state of a request in flight. Reused, so that a request costs no allocation.
     type Request: Default;
 
     /// Names of the kinds of request, for statistics; [`Outcome::op`] is an index into it.
@@ -36,7 +36,8 @@ pub trait Handler {
     /// Goes on after the operation pushed last has ended with `result` (as of io_uring: a count or a negated errno).
     fn resume(&mut self, chain: &mut Chain, request: &mut Self::Request, result: i32, io: &mut Io<'_>) -> Step;
 
-    /// Forgets a request that has come as far as [`Step::Pending`], with nothing under way for it. Somebody else starts it anew.
+    /// Forgets a request that has come as far as [`Step::Pending`], with no operation under way for it. Another
+    /// server starts it again.
     fn abandon(&mut self, _request: &mut Self::Request) {}
 
     /// Whether a pending request waits for others instead of an operation. It is resumed with 0 when [`Self::next_woken`] has
@@ -126,8 +127,8 @@ impl<H: Handler> Worker<H> {
         })
     }
 
-    /// Requests end by themselves, but for those that may wait for another side, which may never come. Nobody waits for those of a
-    /// queue that is suspended, if it can be helped.
+    /// Requests end without help, except those that may wait for another side that never acts: cancel these. A
+    /// suspending queue waits for no request if it can avoid it, so it leaves or cancels all of them.
     fn end_waiting(&mut self, index: u32, ring: &mut Ring) {
         if self.service.is_suspending() && self.handler.is_waiting(&self.slots[index as usize].request) {
             self.leave(index);
@@ -153,7 +154,7 @@ impl<H: Handler> Worker<H> {
         self.end_listening(ring);
     }
 
-    /// Ends the poll of a queue that is being left, once nobody is there to be woken.
+    /// Ends the poll of a queue that is leaving, once no request is left to be woken.
     fn end_listening(&mut self, ring: &mut Ring) {
         if self.listening && !self.service.is_running() && self.in_flight() == 0 {
             ring.cancel(Token { task: self.service.task(), slot: WAKES });
@@ -228,8 +229,8 @@ impl<H: Handler> Task for Worker<H> {
         self.service.disable_kicks();
         let now = Instant::now();
         let room = self.handler.window().saturating_sub(self.in_flight());
-        // All are taken before the first is looked at: so what the driver has written comes from its CPU meanwhile. If one of
-        // them breaks the queue, those taken with it end as all that is in flight does.
+        // Take all chains before looking at the first, so that the driver's writes travel from its CPU in the
+        // meantime. If one of them breaks the queue, those taken with it end like all requests in flight.
         for _ in 0..H::BATCH.min(room) {
             let index = self.free_slot(now);
             let slot = &mut self.slots[index as usize];

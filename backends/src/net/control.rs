@@ -20,7 +20,7 @@ use crate::virtqueue::buffers::{Chain, GuestIo};
 /// Most addresses of one MAC table.
 pub(super) const MAX_TABLE: u32 = 1024;
 
-/// What the control queue changes, shared with the device and its other queues.
+/// State that the control queue changes, shared with the device and its other queues.
 pub(super) struct Control {
     pub(super) port: Arc<dyn Port>,
     /// The NIC's address.
@@ -29,13 +29,14 @@ pub(super) struct Control {
     pub(super) active: Arc<AtomicU16>,
     /// Whether the driver has said how many.
     pub(super) pairs_said: AtomicBool,
-    /// What the driver takes unfinished now, as feature bits: what was negotiated, until it says otherwise.
+    /// The unfinished frames that the driver takes now, as feature bits: those negotiated, until the driver says
+    /// otherwise.
     pub(super) guest_offloads: Arc<AtomicU64>,
     /// Doorbells of the receive queues that run, by pair.
     pub(super) receivers: Mutex<Vec<Option<SharedEvent>>>,
-    /// The driver shall tell the network where it is, and has not said yet that it did.
+    /// The device wants the driver to announce itself to the network, and the driver has not yet acknowledged that.
     pub(super) announce: AtomicBool,
-    /// What was asked for, in the driver's terms.
+    /// The receive mode that the driver asked for, in its own terms.
     pub(super) rx: Mutex<RxMode>,
 }
 

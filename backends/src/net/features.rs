@@ -29,7 +29,7 @@ pub(super) fn offered(can: Offloads) -> u64 {
     bits.into_iter().fold(0, |all, (on, bits)| if on { all | bits } else { all })
 }
 
-/// What a driver with these features may leave unfinished.
+/// The work on frames that a driver with these features may leave to the host.
 pub(super) fn host_offloads(features: u64) -> Offloads {
     let has = |bit: u32| features & 1 << bit != 0;
     Offloads {
@@ -42,7 +42,7 @@ pub(super) fn host_offloads(features: u64) -> Offloads {
     }
 }
 
-/// What a driver with these features takes unfinished.
+/// The work on frames that a driver with these features lets the host leave to it.
 pub(super) fn guest_offloads(features: u64) -> Offloads {
     let has = |bit: u32| features & 1 << bit != 0;
     Offloads {

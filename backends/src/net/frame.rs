@@ -10,10 +10,10 @@ use crate::net::port::Offloads;
 /// Bytes of the header.
 pub(crate) const HEADER_LEN: usize = 12;
 
-/// Addresses and type of an Ethernet frame: less is none.
+/// Destination, source and EtherType: the shortest frame we accept.
 pub(crate) const MIN_FRAME: u64 = 14;
 
-/// The longest IP packet, behind addresses, type and a VLAN tag.
+/// The longest IP packet, plus addresses, type and a VLAN tag.
 pub(crate) const MAX_FRAME: u64 = 65535 + 14 + 4;
 
 /// Offset of `num_buffers`.
@@ -36,7 +36,7 @@ pub(crate) fn is_sound(header: &[u8; HEADER_LEN], len: u64, agreed: Offloads) ->
         VIRTIO_NET_HDR_GSO_UDP_L4 => agreed.uso4 || agreed.uso6,
         _ => false,
     };
-    // Segments are cut behind the checksum's field, so it has to be said where that is.
+    // Segmentation starts after the checksum field, so the header has to say where that is.
     segmented && (!ecn || agreed.ecn) && open_checksum && segment > 0 && header_len <= len
 }
 

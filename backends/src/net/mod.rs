@@ -42,7 +42,7 @@ const CONTROL_SIZE: u16 = 64;
 /// Ethernet addresses, type and a VLAN tag.
 const FRAME_OVERHEAD: u64 = 18;
 
-/// What a port without a speed of its own is said to have, in Mbit/s: drivers only show it.
+/// Speed to report for a port without one of its own, in Mbit/s: drivers only show it.
 const SPEED: u32 = 10_000;
 const FULL_DUPLEX: u8 = 1;
 
@@ -59,7 +59,7 @@ pub struct NetDevice {
     queues: Queues,
     /// Whether the control queue is served here.
     control_runs: bool,
-    /// What the control queue has said elsewhere has come with the state of another device, so that nothing is inferred.
+    /// The number of pairs came with the state of another device, so nothing is inferred.
     knows_pairs: bool,
     /// The port serves others while no queue runs here, so that it is changed only while one does.
     lent: bool,
@@ -68,7 +68,7 @@ pub struct NetDevice {
     config_changed: Arc<Mutex<Interrupt>>,
 }
 
-/// What a queue of some index is for.
+/// The purpose of the queue at some index.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
     Receive(u16),
@@ -208,8 +208,8 @@ impl NetDevice {
         }
     }
 
-    /// Whoever was reached through the port and then was not may have forgotten the station, or be somebody else by now: the
-    /// driver is asked to announce itself (5.1.6.5.4).
+    /// The peer was lost and found again. It may have dropped our MAC from its tables, or be a different peer, so ask
+    /// the driver to announce itself (5.1.6.5.4).
     fn found_again(&self) -> Interrupt {
         let (control, changed) = (Arc::clone(&self.control), self.config_change());
         let wanted = self.has(features::GUEST_ANNOUNCE);
@@ -230,9 +230,10 @@ impl NetDevice {
         }))
     }
 
-    /// A receive queue has started or stopped whose driver has not said here how many pairs it serves. Somebody else may serve
-    /// its control queue, and have just those queues run that it uses; or it was said to a predecessor of this device, and
-    /// then the driver has buffers in what it uses.
+    /// Infers the number of active pairs from which receive queues run, as long as the driver has not said it to this
+    /// device. The control queue may be served by another process, which runs just the queues that the driver uses.
+    /// Or the driver may have set the number before this device took over; then it has buffers in the queues that it
+    /// uses.
     fn guess_pairs(&self, pair: u16, in_use: bool) -> Result<(), DeviceError> {
         let active = self.control.active.load(Ordering::Acquire);
         let count = if in_use { active.max(pair + 1) } else { active.min(pair.max(1)) };

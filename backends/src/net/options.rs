@@ -71,7 +71,7 @@ impl fmt::Display for Mac {
     }
 }
 
-/// What a port can do whose descriptors another process has lent: asking the port itself would change it.
+/// The abilities of a port whose descriptors another process has lent: asking the port itself would change it.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Lent {

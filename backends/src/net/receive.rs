@@ -11,7 +11,7 @@ use crate::net::port::Ends;
 use crate::virtqueue::buffers::GuestIo;
 use crate::virtqueue::interrupt::Interrupt;
 
-/// What is dropped, as indices into [`ReceiveSource::OPS`].
+/// Reasons to drop a frame, as indices into [`ReceiveSource::OPS`].
 const SHORT: usize = 1;
 const OVERSIZED: usize = 2;
 const UNWANTED: usize = 3;
@@ -24,7 +24,7 @@ pub(super) struct ReceiveSource {
     pub(super) frame_len: u64,
     /// Whether frames may span chains (VIRTIO_NET_F_MRG_RXBUF).
     pub(super) merges: bool,
-    /// What the driver takes unfinished now, as feature bits.
+    /// The unfinished frames that the driver takes now, as feature bits.
     pub(super) agreed: Arc<AtomicU64>,
     /// How many pairs are in use.
     pub(super) active: Arc<AtomicU16>,

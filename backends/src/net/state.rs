@@ -1,4 +1,4 @@
-//! What a NIC remembers of its driver's commands, for another NIC to go on with.
+//! A NIC's memory of its driver's commands, for another NIC to continue with.
 
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
@@ -11,20 +11,20 @@ use crate::state::{Refusal, StateReader, StateWriter};
 
 const VERSION: u32 = 1;
 
-/// What the control queue changes.
+/// State that the control queue changes.
 #[derive(Debug)]
 pub(super) struct NetState {
     pub(super) mac: [u8; 6],
     /// How many pairs are in use, if the driver has said so.
     pub(super) pairs: Option<u16>,
     pub(super) rx: RxMode,
-    /// What the driver takes unfinished, as feature bits.
+    /// The unfinished frames that the driver takes, as feature bits.
     pub(super) guest_offloads: u64,
     pub(super) announce: bool,
 }
 
 impl NetState {
-    /// What is so now.
+    /// The current state.
     pub(super) fn of(control: &Control) -> Self {
         let said = control.pairs_said.load(Ordering::Acquire);
         Self {
@@ -52,7 +52,7 @@ impl NetState {
         state.finish()
     }
 
-    /// Reads what may be anything, for a NIC of so many pairs whose driver may have accepted `accepted`.
+    /// Reads untrusted bytes, for a NIC of so many pairs whose driver may have accepted `accepted`.
     pub(super) fn from_bytes(bytes: &[u8], max_pairs: u16, accepted: u64) -> Result<Self, Refusal> {
         let mut state = StateReader::new(bytes, VIRTIO_ID_NET, VERSION)?;
         let mac: [u8; 6] = state.take()?;

@@ -11,13 +11,13 @@ use crate::net::port::{Ends, Offloads, Port};
 use crate::virtqueue::buffers::{Chain, GuestIo, MAX_PIECES};
 use crate::virtqueue::interrupt::Interrupt;
 
-/// What is counted, in the order of [`TransmitHandler::OPS`].
+/// The counters, in the order of [`TransmitHandler::OPS`].
 #[derive(Clone, Copy)]
 enum Op {
     Sent,
     /// No frame, no header, or a header that lies.
     Malformed,
-    /// Nobody at the other end, or an interface that is down or gone.
+    /// No peer at the other end, or an interface that is down or gone.
     Unreachable,
     /// The port took it for broken.
     Refused,
@@ -28,11 +28,11 @@ pub(super) struct TransmitHandler {
     pub(super) port: Arc<dyn Port>,
     pub(super) pair: usize,
     pub(super) ends: Ends,
-    /// What the driver may leave to the other side.
+    /// The work on frames that the driver may leave to the other side.
     pub(super) agreed: Offloads,
-    /// The last frame found nobody.
+    /// The last frame found no peer.
     pub(super) lost: bool,
-    /// Raised when a frame finds somebody again.
+    /// Raised when a frame finds a peer again.
     pub(super) found: Interrupt,
 }
 
@@ -84,9 +84,10 @@ impl Handler for TransmitHandler {
             // SAFETY: the header is boxed in the request, which outlives the operation.
             unsafe { request.pieces.push(request.header.as_mut_ptr(), HEADER_LEN) };
         }
-        // A header in one piece with its frame stays where it is: the kernel takes one buffer for less than two. The guest may
-        // then change it after the check. Another VM behind the port checks its own copy again; a tap's kernel checks what it
-        // needs to be safe and no more, so such a guest can have frames segmented in ways that were not negotiated.
+        // A header in one piece with its frame stays where it is: the kernel takes one buffer for less than two. The
+        // guest may then change the header after the check. Another VM at the other end of the port checks its own
+        // copy again. A tap's kernel checks only what it needs to be safe, so such a guest can have frames segmented
+        // in ways that were not negotiated.
         request.pieces.append(&chain.readable);
         self.send(request, io)
     }

@@ -1,4 +1,4 @@
-//! What the values of a type look like, found out by asking the type to read one.
+//! The notation for the values of a type, found out by asking the type to read one.
 
 use std::fmt;
 
@@ -7,7 +7,7 @@ use serde::forward_to_deserialize_any;
 
 use serde::de::DeserializeOwned;
 
-/// What a value of the type looks like in a help text: `N`, `on|off`, the words of an enumeration.
+/// The notation for a value of the type in a help text: `N`, `on|off`, the words of an enumeration.
 #[must_use]
 pub fn shape<T: DeserializeOwned>() -> String {
     match T::deserialize(Probe) {

@@ -1,7 +1,7 @@
 //! A log-linear histogram of latencies: 128 steps per power of two, so that a quantile is within 0.8 %.
 //!
-//! In place of a crate's, whose bounds are worked out with logarithms: for the one call every process of ours would map the
-//! mathematical library, half a megabyte.
+//! We do not use a crate's histogram because it computes its bounds with logarithms: for that one call every process
+//! of ours would map the mathematical library, half a megabyte.
 
 mod steps;
 

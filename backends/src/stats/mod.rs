@@ -1,4 +1,4 @@
-//! What a device counts: plain numbers kept by the one thread that serves a queue, copied out on request.
+//! A device's counters: plain numbers kept by the one thread that serves a queue, copied out on request.
 
 pub mod histogram;
 
@@ -27,14 +27,14 @@ struct Run {
     count: u64,
 }
 
-/// What happened on one queue, or on all queues of a device together.
+/// Counters of one queue, or of all queues of a device together.
 #[derive(Clone, Debug)]
 pub struct QueueStats {
     /// One entry per kind of request that the device knows.
     pub ops: Vec<OpStats>,
     /// From seeing a request to its completion, in nanoseconds.
     pub latency: Histogram,
-    /// What was recorded last and is not in the histogram yet.
+    /// The latest values, not in the histogram yet.
     run: Option<Run>,
     /// Doorbells that woke the I/O thread.
     pub kicks: u64,
@@ -80,7 +80,7 @@ impl QueueStats {
         }
     }
 
-    /// Brings the histogram up to date. Whoever records does so before anybody looks.
+    /// Brings the histogram up to date. The recording thread calls it before another one looks.
     pub fn settle(&mut self) {
         if let Some(Run { seen, ended, count }) = self.run.take() {
             self.latency.record(ended.duration_since(seen).as_nanos() as u64, count);

@@ -37,7 +37,7 @@ pub struct GuestIo {
     len: u64,
     /// The byte that was taken off the end last, or null.
     last: *mut u8,
-    /// What the pieces lie in.
+    /// The memory that holds the pieces.
     mem: Option<GuestMemory>,
 }
 
@@ -72,7 +72,7 @@ impl GuestIo {
         self.last = ptr::null_mut();
     }
 
-    /// Gives back memory that only a list of unusually many pieces has needed. What is in it goes.
+    /// Frees the memory that only an unusually long list has needed. Its contents are lost.
     #[inline]
     pub(crate) fn trim(&mut self) {
         if self.iov.capacity() > KEPT {
@@ -244,7 +244,7 @@ impl GuestIo {
         done
     }
 
-    /// Copies bytes into guest memory `offset` bytes behind the front; returns how many fitted.
+    /// Copies bytes into guest memory, starting `offset` bytes after the front; returns how many fitted.
     pub fn copy_from_at(&self, mut offset: u64, buf: &[u8]) -> usize {
         let mut done = 0;
         for piece in self.pieces() {
@@ -267,7 +267,7 @@ impl GuestIo {
         let bytes = self.peek()?;
         match &mut self.iov[self.first..] {
             [piece, ..] if piece.iov_len > N => {
-                // SAFETY: the piece goes on behind these bytes.
+                // SAFETY: the piece continues after these bytes.
                 piece.iov_base = unsafe { piece.iov_base.add(N) };
                 piece.iov_len -= N;
                 self.len -= N as u64;
@@ -291,7 +291,7 @@ impl GuestIo {
         }
     }
 
-    /// Not inlined: the compiler may not find out that it can read guest memory once more instead of the copy.
+    /// Not inlined: the compiler must not discover that it can read guest memory again instead of the copy.
     #[cold]
     #[inline(never)]
     fn peek_at_several<const N: usize>(&self) -> Option<[u8; N]> {
@@ -338,7 +338,8 @@ unsafe fn read_bytes_once<const N: usize>(from: *const u8) -> [u8; N] {
 }
 
 fn slice(piece: &libc::iovec) -> VolatileSlice<'_> {
-    // SAFETY: `push` was promised that the piece is mapped for as long as the list, which is borrowed; nobody borrows its bytes.
+    // SAFETY: `push` was promised that the piece is mapped for as long as the list, which is borrowed; no reference
+    // to its bytes exists.
     unsafe { VolatileSlice::new(piece.iov_base.cast(), piece.iov_len) }
 }
 

@@ -1,10 +1,10 @@
-//! The log of guest pages that a device has written, for whoever copies a running guest elsewhere (vhost-user specification,
-//! "Migration"): a file with one bit per page of 4 KiB, in the order of guest-physical addresses.
+//! The log of guest pages that a device has written, for a process that copies a running guest elsewhere (vhost-user
+//! specification, "Migration"): a file with one bit per page of 4 KiB, in the order of guest-physical addresses.
 //!
-//! The kernel writes to guest memory on our behalf, past any bitmap. So a queue remembers, where it takes a chain, what of
-//! it can be written, and marks all of that where it gives the chain back: whoever reads the log takes bits away at any moment
-//! and copies what they stand for, hence a page is marked behind its last write. The used length does not bound it: a read that
-//! fails half-way has written what nobody claims. A queue without a log does none of this.
+//! The kernel writes to guest memory on our behalf, past any bitmap. So a queue notes the writable part of a chain
+//! when it takes the chain, and marks all of it when it gives the chain back. The reader of the log clears bits at
+//! any moment and copies their pages, hence a page is marked after its last write. The used length is no bound: a
+//! read that fails half-way has written bytes that no used length covers. A queue without a log does none of this.
 
 use std::io;
 use std::ops::RangeInclusive;
@@ -29,11 +29,11 @@ pub(crate) const MOST_WRITTEN: u64 = 1 << 30;
 /// Ranges that are kept room for from one chain to the next.
 const KEPT: usize = 256;
 
-/// A log, shared with whoever reads it.
+/// A log, shared with its reader.
 #[derive(Debug)]
 pub struct DirtyLog {
-    /// Read-locked while pages are marked, so that [`Self::replace`] knows when nobody marks in the old one any more. Only
-    /// queues that log pay for that.
+    /// Read-locked while pages are marked, so that [`Self::replace`] knows when no queue marks in the old area any
+    /// more. Only queues that log pay for that.
     area: RwLock<Area>,
     /// Said once that it is too short.
     told: AtomicBool,
@@ -63,8 +63,8 @@ impl DirtyLog {
         self.area.read().unwrap_or_else(PoisonError::into_inner).map.extent()
     }
 
-    /// Puts the area of another log in place of this one's, for all who mark in it. What was marked before is in the log that
-    /// is returned, and nothing will be marked there any more.
+    /// Puts the area of another log in place of this one's, for all queues that mark in it. The returned log has the
+    /// earlier marks, and no page will be marked there any more.
     #[must_use]
     pub fn replace(&self, with: Self) -> Self {
         let with = with.area.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -72,8 +72,8 @@ impl DirtyLog {
         Self { area: RwLock::new(before), told: AtomicBool::new(false) }
     }
 
-    /// Marks the pages of `len` bytes of guest memory from `addr` on, which have been written. What the log is too short for
-    /// is left out: its reader knows how much memory it looks at.
+    /// Marks the pages of `len` bytes of guest memory from `addr` on, which have been written. Pages beyond the end
+    /// of the log are left out: its reader knows how much memory it looks at.
     pub fn mark(&self, addr: u64, len: u64) {
         let Some(pages) = pages(addr, len) else { return };
         let (first, mut last) = pages.into_inner();
@@ -85,8 +85,8 @@ impl DirtyLog {
             }
             last = end - 1;
         }
-        // What was written must be visible before a bit is found set already: its reader may be about to take it away, and
-        // then to copy the page.
+        // Order the data before the check: if the bit is already set, the reader may clear it and copy the page right
+        // now.
         fence(Ordering::SeqCst);
         // Nothing, if even the first page is beyond the end.
         for byte in first / 8..=last / 8 {
@@ -104,13 +104,14 @@ impl DirtyLog {
     }
 }
 
-/// The pages of `len` bytes from `addr` on; `None` for no bytes. What wraps around ends with the last page there is.
+/// The pages of `len` bytes from `addr` on; `None` for no bytes. A range that wraps around ends with the last page
+/// there is.
 fn pages(addr: u64, len: u64) -> Option<RangeInclusive<u64>> {
     let last = addr.saturating_add(len.checked_sub(1)?);
     Some(addr / LOG_PAGE..=last / LOG_PAGE)
 }
 
-/// What a queue needs to log what it writes.
+/// The parts that a queue needs to log its writes.
 #[derive(Clone, Debug)]
 pub struct QueueLog {
     /// Where pages are marked.
@@ -127,7 +128,7 @@ pub(crate) struct Writes {
     to: QueueLog,
     /// Where regions lie: host address, length and guest-physical address, by host address.
     regions: Vec<(u64, u64, u64)>,
-    /// What can be written of the chains in flight, by head: guest-physical addresses and lengths.
+    /// The writable parts of the chains in flight, by head: guest-physical addresses and lengths.
     writable: Vec<Vec<(u64, u64)>>,
     /// Most bytes that are written to the front of one.
     most: u64,

@@ -1,10 +1,10 @@
-//! The table of requests in flight, in memory that outlives whoever serves the queue, so that its successor can go on where a
-//! crash ended it (vhost-user specification, "Inflight I/O tracking", split virtqueues).
+//! The table of requests in flight, in memory that outlives the server of the queue, so that its successor can
+//! continue after a crash (vhost-user specification, "Inflight I/O tracking", split virtqueues).
 //!
-//! Every head that is popped is marked with a running number, and unmarked once its completion is published. What may have
-//! happened in between is told by two more fields: a batch of completions is linked up before the used index is published,
-//! and the table's own copy of that index follows after the marks are gone. A successor that finds both indices different
-//! knows that the linked batch was published and its marks are stale; all others it serves again, in their old order.
+//! Every head that is popped is marked with a running number, and unmarked once its completion is published. Two more
+//! fields tell what happened in between: a batch of completions is linked up before the used index is published, and
+//! the table's own copy of that index follows after the marks are gone. A successor that finds both indices different
+//! knows that the linked batch was published and its marks are stale; it serves all others again, in their old order.
 #![allow(unsafe_code, reason = "maps and shares memory with other processes")]
 
 use std::fs::File;
@@ -22,7 +22,7 @@ use crate::host::shared::{Mapping, SharedFile};
 const VERSION: u16 = 1;
 /// Tables of different queues share no cache line.
 const ALIGN: u64 = 64;
-/// What is in front of the entries: features, version, number of entries, head of the last batch, used index.
+/// The header before the entries: features, version, number of entries, head of the last batch, used index.
 const HEADER_LEN: u64 = 16;
 /// An entry: the mark, five bytes of nothing, the link, the running number.
 const ENTRY_LEN: u64 = 16;
@@ -53,7 +53,7 @@ impl InflightArea {
     /// Makes one with nothing in flight.
     ///
     /// # Errors
-    /// A size that is none, or what the host says.
+    /// An invalid size, or the host's error.
     pub fn new(queues: u16, queue_size: u16) -> io::Result<Self> {
         check(queues, queue_size)?;
         let len = table_len(queue_size) * u64::from(queues);
@@ -66,11 +66,11 @@ impl InflightArea {
         Ok(Self { map: Arc::new(Map { file, len, map }), queues, queue_size })
     }
 
-    /// Goes on with one that somebody else has kept.
+    /// Continues with one that another process has kept.
     ///
     /// # Errors
-    /// When it is too small for so many queues of that size, can't be mapped, or is not all there for certain: then it is for
-    /// [`Self::from_unsteady_file`] and [`InflightFile`].
+    /// When it is too small for so many queues of that size, can't be mapped, or may be truncated by its owner: then
+    /// use [`Self::from_unsteady_file`] and [`InflightFile`].
     pub fn from_file(file: OwnedFd, offset: u64, len: u64, queues: u16, queue_size: u16) -> io::Result<Self> {
         let area = Self::from_unsteady_file(file, offset, len, queues, queue_size)?;
         if !area.map.file.is_steady() {
@@ -171,8 +171,8 @@ struct Map {
     map: Mapping,
 }
 
-/// Tables in a file of somebody who is not trusted to leave it as long as it is, for those who serve no queue: they are read and
-/// written, never mapped.
+/// Tables in a file whose owner may truncate it, for code that serves no queue: they are read and written, never
+/// mapped.
 #[derive(Debug)]
 pub struct InflightFile {
     file: SharedFile,
@@ -208,7 +208,7 @@ impl InflightFile {
         self.change(index, |table| table.put_in(size, used, left))
     }
 
-    /// Changes a copy of the table and writes it back. Nobody else uses it: its queue is not served.
+    /// Changes a copy of the table and writes it back. The table has no other user: its queue is not served.
     fn change<T>(
         &self,
         index: u16,
@@ -254,8 +254,8 @@ pub struct InflightTable {
 unsafe impl Send for InflightTable {}
 
 impl InflightTable {
-    /// Takes over from whoever served the queue before, which has published `used`: the heads to be served again, oldest
-    /// first.
+    /// Takes over from the queue's previous server, which has published `used`: returns the heads to serve again,
+    /// oldest first.
     ///
     /// # Errors
     /// A table of another layout, or one for smaller queues.
@@ -292,7 +292,8 @@ impl InflightTable {
         Ok(heads.into_iter().map(|(_, head)| head).collect())
     }
 
-    /// Takes what was left over out of the table, oldest first, for somebody who keeps none. `used` was published last.
+    /// Takes the unanswered heads out of the table, oldest first, for a server that keeps none. `used` was published
+    /// last.
     ///
     /// # Errors
     /// A table of another layout, or one for smaller queues.
@@ -302,7 +303,7 @@ impl InflightTable {
         Ok(heads)
     }
 
-    /// Puts what somebody has left who keeps no table into this one, for whoever serves the queue next.
+    /// Puts the heads that a server without a table has left into this one, for the next server of the queue.
     ///
     /// # Errors
     /// A table of another layout, or one for smaller queues, or heads that can't be the queue's.

@@ -10,13 +10,14 @@ use crate::host::event::SharedEvent;
 /// A line from a device to its driver.
 #[derive(Clone, Default)]
 pub enum Interrupt {
-    /// A non-blocking eventfd that nobody else has. For MSI-X it is the irqfd itself: no thread stands in between.
+    /// A non-blocking eventfd that no other process has. For MSI-X it is the irqfd itself: no thread stands in
+    /// between.
     Event(Arc<EventFd>),
-    /// What another process has as well, such as the call descriptor of a vring.
+    /// An event that another process has as well, such as the call descriptor of a vring.
     Shared(Arc<SharedEvent>),
     /// A function of the transport, for what an eventfd can't say: legacy interrupts, a status bit.
     Call(Arc<dyn Fn() + Send + Sync>),
-    /// Nobody listens: the driver polls.
+    /// No listener: the driver polls.
     #[default]
     None,
 }

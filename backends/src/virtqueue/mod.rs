@@ -1,8 +1,9 @@
-//! The device's side of virtqueues (virtio 1.3, sections 2.6 to 2.8): what a transport hands over with one, and how it is served.
+//! The device's side of virtqueues (virtio 1.3, sections 2.6 to 2.8): the parts that a transport hands over, and how
+//! they are served.
 //!
-//! The layout of the ring is that of one file: [`split`]. What is common to all layouts lies beside it: the buffers of a chain
-//! ([`buffers`]), the table of requests in flight ([`inflight`]), the log of written pages ([`dirty`]) and the way to the driver
-//! ([`interrupt`]).
+//! The layout of the ring is confined to one file: [`split`]. Beside it are the parts common to all layouts: the
+//! buffers of a chain ([`buffers`]), the table of requests in flight ([`inflight`]), the log of written pages
+//! ([`dirty`]) and the way to the driver ([`interrupt`]).
 
 pub mod buffers;
 pub mod dirty;
@@ -38,7 +39,7 @@ pub struct RingConfig {
     pub used: u64,
 }
 
-/// The position of a queue, all that is needed to go on with it elsewhere if nothing is left in flight.
+/// The position of a queue: enough to continue elsewhere if nothing is left in flight.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct QueueState {
     /// Index of the next entry of the available ring to look at.
@@ -71,20 +72,20 @@ pub struct QueueParts {
     pub fault: Interrupt,
     /// Where to start.
     pub from: QueueState,
-    /// What a predecessor has left behind ([`Suspended::left`]), to be served first.
+    /// Heads that a predecessor has left unanswered ([`Suspended::left`]), to be served first.
     pub left: Vec<u16>,
-    /// Where requests in flight are noted, if the queue shall survive a crash of whoever serves it. What is noted there
-    /// already is served again first, and `from` is then what follows from the table.
+    /// Where requests in flight are noted, if the queue is to survive a crash of its server. Requests that are
+    /// already noted there are served again first, and `from` must follow from the table.
     pub inflight: Option<InflightTable>,
-    /// Where the pages that are written are marked, while somebody copies the guest elsewhere.
+    /// Where written pages are marked while another process copies the guest elsewhere.
     pub log: Option<QueueLog>,
-    /// Buffers are used in the order in which they came, whatever it costs: without a table of those in flight, whoever goes on
-    /// for this queue after a crash knows no more than how many were used.
+    /// Return buffers in the order in which they came, whatever it costs: without a table of requests in flight, the
+    /// next server of this queue after a crash knows only how many were used.
     pub in_order: bool,
 }
 
 impl QueueParts {
-    /// A queue from its beginning on, which nobody is told about.
+    /// A queue that starts at its beginning, without an interrupt.
     #[must_use]
     pub fn new(ring: RingConfig, mem: GuestMemory, kick: EventFd) -> Self {
         Self {
@@ -138,7 +139,7 @@ pub enum RingError {
     /// The available index is further ahead than the ring is long.
     #[error("available index {avail} is more than the queue size ahead of {next}")]
     AvailIndex {
-        /// What the driver published.
+        /// The index that the driver published.
         avail: u16,
         /// The next entry to look at.
         next: u16,
@@ -163,7 +164,7 @@ pub enum RingError {
         /// Its length in bytes.
         len: u32,
     },
-    /// A device-readable descriptor behind a device-writable one.
+    /// A device-readable descriptor after a device-writable one.
     #[error("chain at descriptor {0} has a readable buffer behind a writable one")]
     Order(u16),
     /// The table of requests in flight can't be that of this queue.
@@ -174,7 +175,7 @@ pub enum RingError {
     Content {
         /// The head of the chain.
         head: u16,
-        /// What is missing.
+        /// The part that is missing.
         what: &'static str,
     },
 }

@@ -1,10 +1,10 @@
 //! The device's side of a split virtqueue (virtio 1.3, section 2.7), with EVENT_IDX and INDIRECT_DESC.
 //!
-//! The guest may write anything at any moment, so: the layout is checked once and frozen, the three areas are reached
-//! through host pointers made then; every index and descriptor is read once and its copy checked; a chain is bounded in
-//! length. What can't be answered breaks the queue ([`RingError`]), which then stays broken until the driver resets.
-//! `virtio-queue` is the oracle of the tests; this one exists because it sits on the request path, where it takes
-//! about a third of the time (`benches/queue.rs` measures both).
+//! The guest may write anything at any moment. So the layout is checked once and frozen, and the three areas are
+//! reached through host pointers made then; every index and descriptor is read once and its copy checked; a chain is
+//! bounded in length. A chain that can't be answered breaks the queue ([`RingError`]), which then stays broken until
+//! the driver resets. `virtio-queue` is the oracle of the tests; this one exists because it sits on the request path,
+//! where it takes about a third of the time (`benches/queue.rs` measures both).
 #![allow(unsafe_code, reason = "ring areas are reached through host pointers that were checked at creation")]
 
 mod suppression;
@@ -84,7 +84,7 @@ pub struct Queue {
     pub(crate) in_order: bool,
     /// Heads that a predecessor has left in flight, the oldest last.
     replay: Vec<u16>,
-    /// What is written is noted here, if anybody wants to know.
+    /// Notes the written pages, if there is a log.
     writes: Option<Box<Writes>>,
     call: Interrupt,
 }
@@ -132,7 +132,8 @@ impl Queue {
         self.writes = Some(Box::new(Writes::new(to, &self.mem, self.size)));
     }
 
-    /// What is served writes no more than so many bytes to the front of a chain, and to its last byte, whatever it offers.
+    /// Promises that the device writes no more than so many bytes to the front of a chain, and to its last byte,
+    /// whatever the chain offers.
     pub(crate) fn writes_at_most(&mut self, bytes: u64) {
         if let Some(writes) = &mut self.writes {
             writes.at_most(bytes);
@@ -332,7 +333,7 @@ impl Queue {
         Some(wanted)
     }
 
-    /// Asks the driver not to kick, as far as it can be asked: with EVENT_IDX a stale event index says so by itself.
+    /// Asks the driver not to kick, as far as possible: with EVENT_IDX a stale event index already says so.
     pub fn disable_kicks(&mut self) {
         if !self.event_idx {
             self.used_word(0).store(VRING_USED_F_NO_NOTIFY as u16, Ordering::Relaxed);
@@ -342,7 +343,8 @@ impl Queue {
         }
     }
 
-    /// Asks for a kick at the next available entry. Returns whether one has appeared meanwhile; then look again.
+    /// Asks for a kick at the next available entry. Returns whether one has appeared in the meantime; then look
+    /// again.
     pub fn enable_kicks(&mut self) -> bool {
         let came = ask_for_kick(self, self.event_idx, self.next_avail);
         if let Some(writes) = &self.writes {
@@ -420,7 +422,8 @@ impl Queue {
         let mut index = 0;
         for _ in 0..count.min(MAX_INDIRECT.max(self.size.into())) {
             // SAFETY: `index` is below `count`, and the whole table is mapped. The driver may have placed it at any
-            // address, hence unaligned; the guest may write to it meanwhile, so it is copied once and the copy used.
+            // address, hence unaligned; the guest may write to it at the same time, so it is copied once and the copy
+            // used.
             let desc = unsafe { Descriptor::read(base.cast::<[u8; DESC_LEN as usize]>().add(index as usize)) };
             if has(&desc, VRING_DESC_F_INDIRECT) {
                 return Err(RingError::Indirect(head));
@@ -486,8 +489,8 @@ impl Walk<'_> {
             return Err(RingError::Order(self.chain.head));
         }
         let io = if writable { &mut self.chain.writable } else { &mut self.chain.readable };
-        // A chain with a hole is answered with an error: what counts then is the header in front and the status at the
-        // end, so of the buffers behind the first hole only the last is kept.
+        // A chain with a hole is answered with an error. That needs only the header in front and the status at the
+        // end, so of the buffers after the first hole only the last is kept.
         if self.broken_piece && writable {
             io.clear();
         }
@@ -508,11 +511,11 @@ fn has(desc: &Descriptor, flag: u32) -> bool {
     u32::from(desc.flags) & flag != 0
 }
 
-/// The used index of a ring that nobody serves, or `None` if the ring does not lie in memory.
+/// The used index of a ring that is not being served, or `None` if the ring does not lie in memory.
 #[must_use]
 pub fn used_index(mem: &GuestMemory, ring: &RingConfig) -> Option<u16> {
     let used = host_range(mem, ring.used, 6 + 8 * u64::from(ring.size)).filter(|_| ring.used.is_multiple_of(4))?;
-    // SAFETY: the ring is mapped for as long as `mem` lives, its index lies behind the flags, on an even address.
+    // SAFETY: the ring is mapped for as long as `mem` lives; its index follows the flags, at an even address.
     Some(unsafe { &*used.cast::<AtomicU16>().add(1) }.load(Ordering::Acquire))
 }
 
@@ -524,7 +527,7 @@ pub fn avail_index(mem: &GuestMemory, ring: &RingConfig) -> Option<u16> {
     Some(unsafe { &*avail.cast::<AtomicU16>().add(1) }.load(Ordering::Acquire))
 }
 
-/// Checks the layout of a ring that somebody else will serve: all three areas lie in memory as a whole.
+/// Checks the layout of a ring that another process will serve: all three areas lie in memory as a whole.
 ///
 /// # Errors
 /// A size, alignment or address that can't be served.
@@ -538,8 +541,8 @@ fn areas(mem: &GuestMemory, ring: &RingConfig) -> Result<[*mut u8; 3], RingError
         return Err(RingError::Size(ring.size));
     }
     let size = u64::from(ring.size);
-    // The two event words are part of the areas whether or not they are negotiated; a driver that leaves them out
-    // at the very end of memory is one nobody has met.
+    // The two event words are part of the areas whether or not they are negotiated. A driver that leaves them out at
+    // the very end of memory has not been seen yet.
     Ok([
         area(mem, "descriptor table", ring.desc, DESC_LEN * size, 16)?,
         area(mem, "available ring", ring.avail, 6 + 2 * size, 2)?,

@@ -56,8 +56,8 @@ impl Stopping {
         }
     }
 
-    /// What becomes ready when the queues have stopped, for a thread that waits for other things as well: the ends, which are
-    /// taken by receiving them, or a disconnect if none of them runs any more.
+    /// Becomes ready when the queues have stopped, for a thread that waits for other things as well: receiving takes
+    /// the ends; a disconnect means that none of the queues runs any more.
     #[must_use]
     pub fn receiver(&self) -> &Receiver<Ends> {
         &self.ends
@@ -87,7 +87,7 @@ impl Gathering {
 impl Drop for Gathering {
     fn drop(&mut self) {
         let ends = std::mem::take(&mut *self.ends.lock().unwrap_or_else(PoisonError::into_inner));
-        // Nobody may be waiting any more.
+        // The receiver may be gone.
         let _ = self.reply.send(ends);
     }
 }

@@ -45,7 +45,7 @@ impl Backend<'_> {
         let file = file.ok_or_else(|| malformed("a log without a descriptor"))?;
         let base = Mapped::new(said, file, &self.alarm).map_err(Refused::Log)?;
         if self.logging.has_base() {
-            // Said with each pass over the memory by some. Rings go on meanwhile.
+            // Some frontends send this with each pass over the memory. Rings keep running.
             self.logging.set_base(base);
         } else {
             self.change_logging(|logging| logging.set_base(base))?;

@@ -99,7 +99,7 @@ impl Backend<'_> {
 
     pub(super) fn set_vring_call(&mut self, message: &Message, file: Option<OwnedFd>) -> Result<Answer, Refused> {
         let (index, call) = self.vring_interrupt(message, file)?;
-        // What was raised before nobody may have seen: the queue starts again and interrupts once.
+        // Interrupts raised on the old descriptor may have been missed: the queue starts again and interrupts once.
         self.stop_ring(index)?;
         self.rings[index].call = call;
         self.settle()?;
@@ -146,8 +146,8 @@ impl Backend<'_> {
         self.vring_base(message)
     }
 
-    /// Stops rings with what can be cancelled left in their tables. Those without one are drained when they end: nobody would
-    /// hear of what is left.
+    /// Stops rings and leaves requests that can be cancelled in their tables. Rings without a table are drained when
+    /// they end: no successor would hear of the requests left.
     fn suspend_rings(&mut self, mut rings: Vec<usize>) -> Result<(), Refused> {
         rings.sort_unstable();
         rings.dedup();
@@ -215,8 +215,8 @@ impl Backend<'_> {
         self.stop_rings((0..self.rings.len()).collect(), end).map(drop)
     }
 
-    /// Stops those of the rings that run, and returns where each stands. What they have under way is waited for as long as
-    /// somebody wants that; then it is suspended, and the session over.
+    /// Stops those of the rings that run, and returns their positions. Waits for their requests in flight as long as
+    /// the answer is wanted; after that the rings are suspended, and the session is over.
     fn stop_rings(&mut self, mut rings: Vec<usize>, end: End) -> Result<Vec<(usize, Suspended)>, Refused> {
         rings.retain(|&index| self.rings[index].runs());
         if rings.is_empty() {

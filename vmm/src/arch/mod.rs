@@ -1,3 +1,3 @@
-//! What depends on the architecture of the guest's CPUs. There is one so far.
+//! Code that depends on the architecture of the guest's CPUs. There is one architecture so far.
 
 pub mod x86_64;

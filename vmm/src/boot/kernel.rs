@@ -26,7 +26,7 @@ const SETUP_MAGIC: [u8; 4] = *b"HdrS";
 /// 64-bit entry of a bzImage, after its load address.
 const BZIMAGE_ENTRY64: u64 = 0x200;
 const XLF_KERNEL_64: u16 = 1;
-/// What Linux takes when its image does not say (COMMAND_LINE_SIZE on x86, less the final zero).
+/// Linux's limit when its image does not say (COMMAND_LINE_SIZE on x86, less the final zero).
 const DEFAULT_CMDLINE_LIMIT: usize = 2047;
 /// Highest address of an initramfs where the kernel does not say.
 const DEFAULT_INITRD_MAX: u64 = 0x37ff_ffff;
@@ -103,7 +103,7 @@ impl Kernel {
         if loaded.end <= HIGH_MEMORY {
             return Err(self.not_a_kernel("it has nothing to load above 1 MiB"));
         }
-        // What it unpacks to, and its zeroed data, come after what is in the file.
+        // The unpacked kernel and its zeroed data lie after the bytes of the file.
         if !map.ram.iter().any(|ram| ram.contains(&(loaded.end - 1))) {
             let reason = format!("it needs memory up to {} MiB", loaded.end.div_ceil(MIB));
             return Err(self.too_large(memory, reason));

@@ -15,7 +15,7 @@ use crate::arch::x86_64::regs::Entry;
 const LOADER_UNDEFINED: u8 = 0xff;
 const BOOT_FLAG: u16 = 0xaa55;
 const SETUP_MAGIC: u32 = u32::from_le_bytes(*b"HdrS");
-/// What an ELF kernel, which has no setup header, is told about itself.
+/// Values for an ELF kernel, which has no setup header of its own.
 const ELF_PROTOCOL: u16 = 0x020c;
 const ELF_ALIGNMENT: u32 = 0x100_0000;
 

@@ -17,12 +17,12 @@ pub use kernel::{Initramfs, Kernel, Protocol};
 use crate::arch::x86_64::layout::AddressMap;
 use crate::arch::x86_64::regs::Entry;
 
-/// Who made the ACPI tables.
+/// The maker of the ACPI tables.
 const OEM_ID: [u8; 6] = *b"RINGVM";
 const OEM_TABLE_ID: [u8; 8] = *b"RINGVM  ";
 const OEM_REVISION: u32 = 1;
 
-/// What the tables tell of.
+/// The parts of the machine that the tables describe.
 #[derive(Clone, Copy, Debug)]
 pub struct Platform {
     /// Number of vCPUs.
@@ -46,7 +46,7 @@ pub enum BootError {
         /// What came back.
         source: std::io::Error,
     },
-    /// A kernel that is none.
+    /// A file that is not a kernel.
     #[error(
         "kernel {}: neither an ELF image (vmlinux) nor a Linux bzImage (vmlinuz) for x86_64: {reason}", .path.display()
     )]
@@ -73,7 +73,7 @@ pub enum BootError {
         path: PathBuf,
         /// Memory of the guest.
         memory: u64,
-        /// What the loader said.
+        /// The loader's message.
         reason: String,
     },
     /// The initramfs does not fit.
@@ -112,7 +112,7 @@ pub enum BootError {
     },
 }
 
-/// What to boot.
+/// The files and the command line to boot.
 #[derive(Clone, Debug)]
 pub struct BootSource<'a> {
     /// The kernel.

@@ -1,6 +1,7 @@
-//! What a PC has at its reset vector, as far as software still uses it: a jump there resets the machine.
+//! Code at the reset vector of a PC, as far as software still uses it: a jump there resets the machine.
 //!
-//! Linux on hardware-reduced ACPI asks EFI for a reset, and without EFI goes back to real mode and jumps to F000:FFF0.
+//! Linux on hardware-reduced ACPI asks EFI for a reset, and without EFI goes back to real mode and jumps to
+//! F000:FFF0.
 
 use ringvm_backends::device::GuestMemory;
 use vm_memory::{Bytes, GuestAddress};

@@ -1,5 +1,6 @@
-//! What this host offers to NICs: the tun driver and the rights to it, and what its taps can do
-//! (Documentation/networking/tuntap.rst). A tap is made to find that out, in a network of its own, so that nobody sees it.
+//! The host's support for NICs: the tun driver, the rights to it, and the features of its taps
+//! (Documentation/networking/tuntap.rst). The check makes a tap in a network namespace of its own, where no other
+//! process sees it.
 #![allow(unsafe_code, reason = "a thread leaves the network of its process; the safe wrapper of that is deprecated")]
 
 use std::fs::OpenOptions;
@@ -16,7 +17,7 @@ use super::{Finding, Level};
 const NAME: &str = "check0";
 const WHAT: &str = "tap";
 
-/// What taps can do.
+/// Features of the host's taps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Features {
     multi_queue: bool,
@@ -106,12 +107,13 @@ fn features(probed: &Result<Features, Unknown>) -> Finding {
 /// Makes a tap in a network of its own and asks it.
 fn probe() -> Result<Features, Unknown> {
     let probing = thread::Builder::new().name("check-net".into()).spawn(|| {
-        // SAFETY: only the network namespace of this thread changes, which nobody else's memory or descriptors depend on.
+        // SAFETY: only the network namespace of this thread changes; no other code's memory or descriptors depend on
+        // it.
         unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.map_err(|error| Unknown::Network(error.into()))?;
         let open = |pairs| Tap::open(NAME, pairs, None).map(|tap| tap.offloads());
         match open(2) {
             Ok(offloads) => Ok(Features { multi_queue: true, offloads }),
-            // Whatever is wrong besides is wrong with one queue too, and said of that.
+            // Any other fault shows with a single queue too, and is reported for that.
             Err(_) => open(1).map(|offloads| Features { multi_queue: false, offloads }).map_err(Unknown::Tap),
         }
     });

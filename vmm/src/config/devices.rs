@@ -1,4 +1,4 @@
-//! What a user says of a device: its name, where it is served, and the options of whatever serves it.
+//! A user's description of a device: its name, where it is served, and the options of its server.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -58,11 +58,11 @@ impl DeviceName {
 pub struct DeviceSpec<O> {
     /// Its name, if it was given one.
     pub id: Option<DeviceName>,
-    /// What serves it.
+    /// The server of its queues.
     pub backend: Backend<O>,
 }
 
-/// What serves a device.
+/// The server of a device's queues.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Backend<O> {
     /// A backend of ringvm's own.
@@ -404,7 +404,7 @@ mod tests {
         }
     }
 
-    /// What was written is read again, in each form.
+    /// A written specification reads back as the same value, in each form.
     fn assert_round_trip<T: Described + Serialize + DeserializeOwned + PartialEq + Debug>(spec: &T) {
         let text = keyval::to_string(spec).unwrap();
         assert_eq!(keyval::read::<T>(&text).as_ref(), Ok(spec), "{text}");

@@ -1,4 +1,5 @@
-//! What a machine is made of besides its devices: vCPUs, memory and the serial port, each an option of a few keys or a word.
+//! The parts of a machine besides its devices: vCPUs, memory and the serial port, each an option of a few keys or a
+//! word.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -9,11 +10,11 @@ use ringvm_cli::keyval::{self, parse_size};
 use serde::de::{self, Deserializer, MapAccess, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 
-/// What a guest may write to a serial file if nobody says how much: more than a person reads, less than a disk holds.
+/// Default limit of a serial file: more than a person reads, less than a disk holds.
 const SERIAL_MAX: u64 = 64 << 20;
 
-/// vCPUs. As an option: `2` or `count=2,nested=on,pmu=on`. What is off by default keeps parts of KVM out of the guest's reach that few
-/// guests need.
+/// vCPUs. As an option: `2` or `count=2,nested=on,pmu=on`. Features that are off by default keep parts of KVM that
+/// few guests need out of the guest's reach.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(into = "CpuKeys")]
 pub struct CpuConfig {
@@ -104,7 +105,7 @@ impl<'de> Deserialize<'de> for CpuConfig {
 pub struct MemoryConfig {
     /// Size in bytes.
     pub size: u64,
-    /// Size of the host's pages behind it, if not the usual.
+    /// Size of the host's pages that back it, if not the usual.
     pub hugepages: Option<HugePages>,
     /// Take all of it from the host before the guest starts.
     pub prefault: bool,
@@ -240,7 +241,7 @@ impl<'de> Deserialize<'de> for ByteSize {
     }
 }
 
-/// What is behind the serial port.
+/// The other end of the serial port.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Serial {
     /// Standard input and output.

@@ -1,8 +1,8 @@
 //! The host's end of the serial port: one thread between file descriptors and the UART.
 //!
-//! Output goes through a buffer of bounded size. If nobody reads it, a vCPU waits a little, once, and from then on bytes
-//! are dropped and counted until there is room again: a guest never hangs on its console for ever. The console outlives
-//! the machine: a reboot attaches the next one.
+//! Output goes through a buffer of bounded size. If the reader stops reading, a vCPU waits a little, once, and from
+//! then on bytes are dropped and counted until there is room again: a guest never hangs on its console for ever. The
+//! console outlives the machine: a reboot attaches the next one.
 
 pub mod serial_file;
 pub mod stdio;
@@ -45,13 +45,13 @@ const STACK: usize = 128 << 10;
 
 /// Where the console's bytes go and come from.
 pub struct Streams {
-    /// What the guest writes.
+    /// Takes the guest's output.
     pub output: File,
     /// Name of the output in messages.
     pub name: String,
     /// How many bytes it may take: a guest that writes without end must not fill a disk.
     pub limit: Option<u64>,
-    /// What the guest reads, if anything.
+    /// Brings the guest's input, if any.
     pub input: Option<File>,
     /// Whether Ctrl-A in the input is the escape: it is when a person types.
     pub escape: bool,
@@ -70,7 +70,7 @@ pub struct Console {
     ended: Receiver<()>,
 }
 
-/// What vCPUs and the console thread share.
+/// State shared by the vCPUs and the console thread.
 pub(crate) struct Shared {
     state: Mutex<State>,
     room: Condvar,
@@ -158,7 +158,7 @@ impl Console {
         Ok(Self { shared, thread: Some(thread), ended })
     }
 
-    /// What a UART writes to.
+    /// The state that a UART writes to.
     pub(crate) fn shared(&self) -> Arc<Shared> {
         Arc::clone(&self.shared)
     }
@@ -169,7 +169,7 @@ impl Console {
         self.shared.wake();
     }
 
-    /// Writes what is left, as long as somebody reads it, and ends the thread.
+    /// Writes the remaining output, as long as it is being read, and ends the thread.
     pub fn finish(mut self) {
         self.stop();
     }
@@ -178,7 +178,8 @@ impl Console {
         let Some(thread) = self.thread.take() else { return };
         self.shared.lock().stopping = true;
         self.shared.wake();
-        // A disconnect is the thread's end. One that hangs in a write is left behind: the process is about to exit.
+        // A disconnect is the thread's end. A thread that hangs in a write is abandoned: the process is about to
+        // exit.
         if self.ended.recv_timeout(FINISH_LIMIT) == Err(crossbeam_channel::RecvTimeoutError::Disconnected) {
             drop(thread.join());
         }
@@ -353,7 +354,7 @@ impl Worker {
     }
 }
 
-/// What became of input.
+/// The outcome of a delivery of input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Delivery {
     /// All of it is in the UART.
@@ -387,7 +388,7 @@ mod tests {
         (Console::start(streams, events).unwrap(), receiver)
     }
 
-    /// What came out of what was put in, and how much was dropped.
+    /// The output for some input, and the number of dropped bytes.
     fn through(text: &[u8]) -> (Vec<u8>, u64) {
         let (mut read, write) = pipe();
         let (console, _events) = console(write, None, false);

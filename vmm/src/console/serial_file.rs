@@ -1,7 +1,7 @@
-//! The file behind `--serial file=PATH`.
+//! The file of `--serial file=PATH`.
 //!
-//! The path may be in a directory that others write to, and what is there already may be theirs: opening never waits for anybody,
-//! follows no link, and empties nothing but a regular file.
+//! Other users may be able to write to its directory, and an existing file may be theirs. So opening never waits for
+//! another process, follows no link, and empties nothing but a regular file.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -17,10 +17,11 @@ pub struct SerialFile {
 }
 
 impl SerialFile {
-    /// Opens the file, which is then empty and may take `max` bytes, or a character device, such as a pty or /dev/null.
+    /// Opens the file, which is then empty and may take `max` bytes, or a character device, such as a pty or
+    /// /dev/null.
     ///
     /// # Errors
-    /// What came back, and what to do about it.
+    /// The host's error and advice on it.
     pub fn open(path: &Path, max: u64) -> Result<Self, (io::Error, &'static str)> {
         let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY;
         let output =

@@ -22,10 +22,10 @@ extern "C" fn look() {
     CLOSED.store(flags < 0, Ordering::Relaxed);
 }
 
-/// Whether anything can be written to standard output.
+/// Whether standard output can be written to.
 ///
 /// # Errors
-/// When it was closed, or is a pipe nobody reads.
+/// When it was closed, or is a pipe without a reader.
 pub fn check_output() -> io::Result<()> {
     if CLOSED.load(Ordering::Relaxed) {
         return Err(io::Error::other("standard output is closed"));

@@ -95,7 +95,7 @@ mod fatal {
 
     const SIGNALS: [libc::c_int; 5] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGABRT];
 
-    /// What was there before, in the order of `SIGNALS`.
+    /// The actions that were set before, in the order of `SIGNALS`.
     static BEFORE: OnceLock<[libc::sigaction; SIGNALS.len()]> = OnceLock::new();
 
     /// Installs the handlers, once.

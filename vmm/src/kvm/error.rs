@@ -1,4 +1,4 @@
-//! What KVM refused, and what to do about it.
+//! KVM's errors, and advice on them.
 
 use std::io;
 
@@ -37,7 +37,7 @@ pub enum KvmError {
     },
 }
 
-/// What to do about a `/dev/kvm` that does not open.
+/// Advice for a `/dev/kvm` that does not open.
 pub(super) fn advice(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {

@@ -1,18 +1,18 @@
-//! What KVM of this host offers, for `ringvm check`.
+//! The abilities of this host's KVM, for `ringvm check`.
 
 use std::io;
 
 use super::error::{KvmError, advice};
 use super::vm::{Kvm, NEEDED};
 
-/// What was found.
+/// The findings.
 #[derive(Debug)]
 pub struct Report {
     /// KVM opened and has every needed capability.
     pub usable: bool,
     /// One line about it.
     pub text: String,
-    /// What to do, if not usable.
+    /// Advice, if not usable.
     pub advice: Option<String>,
 }
 

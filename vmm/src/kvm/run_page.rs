@@ -1,7 +1,8 @@
-//! What a vCPU shares with the kernel (`struct kvm_run` and the data behind it), in a mapping of our own.
+//! The page that a vCPU shares with the kernel (`struct kvm_run` and the data after it), in a mapping of our own.
 //!
-//! kvm-ioctls lends its mapping as `&mut kvm_run`, through which the data behind the structure can't be reached, and which must not
-//! be alive while a signal handler writes to it. Here nothing refers to the mapping but pointers made from it.
+//! kvm-ioctls lends its mapping as `&mut kvm_run`. The data after the structure can't be reached through that, and
+//! the reference must not be alive while a signal handler writes to the structure. Here only pointers made from the
+//! mapping refer to it.
 #![allow(unsafe_code, reason = "a mapping that the kernel and a signal handler write to")]
 
 use std::io;
@@ -29,7 +30,7 @@ pub(super) struct RunPage {
     len: usize,
 }
 
-// SAFETY: the mapping belongs to no thread, and whoever has the value has it alone.
+// SAFETY: the mapping belongs to no thread, and the owner of the value has it alone.
 unsafe impl Send for RunPage {}
 
 impl RunPage {
@@ -53,7 +54,7 @@ impl RunPage {
         self.base.as_ptr().wrapping_add(offset_of!(kvm_run, immediate_exit)).cast_const().cast()
     }
 
-    /// What is to be done after KVM_EXIT_IO; `None` if the kernel says something that can't be.
+    /// The access to carry out after KVM_EXIT_IO; `None` if the kernel's values are impossible.
     pub(super) fn port_io(&mut self) -> Option<PortIo<'_>> {
         let run = self.base.cast::<kvm_run>().as_ptr();
         // SAFETY: the structure is mapped, and `io`, like every member of the union, is plain numbers. The kernel writes to it in
@@ -65,8 +66,8 @@ impl RunPage {
         if size == 0 || start.checked_add(len)? > self.len {
             return None;
         }
-        // SAFETY: the range is inside the mapping and behind the structure; `self` is borrowed for as long, and the kernel is not in
-        // KVM_RUN.
+        // SAFETY: the range is inside the mapping and after the structure; `self` is borrowed for as long, and the
+        // kernel is not in KVM_RUN.
         let data = unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr().add(start), len) };
         Some(PortIo { is_in: u32::from(io.direction) == kvm_bindings::KVM_EXIT_IO_IN, size, data })
     }

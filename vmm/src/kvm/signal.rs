@@ -1,7 +1,7 @@
 //! The signal that breaks KVM_RUN.
 //!
-//! Its handler only sets `immediate_exit` of the vCPU that the interrupted thread runs: a signal that comes while the
-//! thread is outside of KVM_RUN then makes the next KVM_RUN return at once, so that none is ever lost.
+//! Its handler only sets `immediate_exit` of the vCPU that the interrupted thread runs. If the signal comes while the
+//! thread is outside of KVM_RUN, the next KVM_RUN returns at once, so no signal is ever lost.
 #![allow(unsafe_code, reason = "a signal handler that writes to the mapped kvm_run")]
 
 use std::cell::Cell;
@@ -37,8 +37,8 @@ extern "C" fn kicked(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_vo
     }
 }
 
-/// What a vCPU shares with the kernel, and with the signals to this thread, which stop it. Disarms when dropped, and owns the mapping so
-/// that it can't be gone before.
+/// The page shared with the kernel and with the handler of signals that stop this thread. Disarms when dropped, and
+/// owns the mapping so that it can't be gone before.
 pub(super) struct Armed {
     page: RunPage,
 }
@@ -62,7 +62,7 @@ impl Armed {
         unsafe { &*self.page.immediate_exit() }.store(0, Ordering::SeqCst);
     }
 
-    /// What it shares with the kernel.
+    /// The page shared with the kernel.
     pub(super) fn page(&mut self) -> &mut RunPage {
         &mut self.page
     }

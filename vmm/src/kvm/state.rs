@@ -1,4 +1,4 @@
-//! What a vCPU remembers: everything that it takes to go on elsewhere.
+//! The state of a vCPU: everything needed to continue elsewhere.
 
 use kvm_bindings::{
     kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,

@@ -33,7 +33,7 @@ const KICK_INTERVAL: Duration = Duration::from_millis(50);
 const KVM_SYSTEM_EVENT_SHUTDOWN: u32 = 1;
 const KVM_SYSTEM_EVENT_RESET: u32 = 2;
 
-/// What a vCPU thread is told.
+/// Commands to a vCPU thread.
 enum Command {
     /// Leave the guest and end.
     Stop,
@@ -65,7 +65,8 @@ impl Vcpus {
             return Err(KvmError::Cpus { wanted: count, limit });
         }
         if !cpus.pmu {
-            // CPUID only says that there is none; this takes the counters themselves away, from whatever guest asks for them.
+            // CPUID only says that there are no counters; this takes the counters themselves away, even from a guest
+            // that asks for them.
             vm.disable_pmu()?;
         }
         let vcpus = (0..count).map(|id| create(vm, id)).collect::<Result<Vec<_>, _>>()?;
@@ -212,7 +213,7 @@ impl VcpuThread {
     }
 }
 
-/// What the thread of a vCPU works with.
+/// The working state of a vCPU's thread.
 struct Runner {
     id: u32,
     /// Keeps the memory mapped for as long as the guest may run.
@@ -253,11 +254,12 @@ impl Runner {
 
     /// Stays outside of the guest until it may go on. Returns whether it may.
     fn stay_paused(&self, vcpu: &mut VcpuFd, armed: &mut Armed, paused: Sender<u32>) -> bool {
-        // What the last exit has read reaches the guest's registers only with the next KVM_RUN, which returns at once.
+        // The data that the last exit has read reaches the guest's registers only with the next KVM_RUN, which
+        // returns at once.
         armed.raise();
         drop(vcpu.run());
         armed.clear();
-        // Whoever has asked may not wait any more.
+        // The requester may have stopped waiting.
         let _ = paused.send(self.id);
         drop(paused);
         loop {
@@ -268,7 +270,7 @@ impl Runner {
                 }
                 Ok(Command::Save(state)) => match VcpuState::of(self.id, vcpu) {
                     Ok(saved) => drop(state.send(saved)),
-                    // The sender is dropped, which says that there is none.
+                    // The sender is dropped, which tells the requester that there is no state.
                     Err(error) => warn!(vcpu = self.id, %error, "its state can't be read"),
                 },
                 Ok(Command::Stop) | Err(_) => return false,

@@ -20,7 +20,7 @@ use crate::platform::{IrqLine, MsiRoute, Platform};
 
 const API_VERSION: i32 = 12;
 
-/// What ringvm can't do without, with the name KVM gives it.
+/// Capabilities that ringvm needs, with KVM's names for them.
 pub(super) const NEEDED: &[(Cap, &str)] = &[
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
     (Cap::Irqchip, "KVM_CAP_IRQCHIP"),

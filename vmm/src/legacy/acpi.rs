@@ -10,7 +10,7 @@ pub const PORT_SLEEP_CONTROL: u64 = PORT_ACPI.start;
 pub const PORT_SLEEP_STATUS: u64 = PORT_ACPI.start + 1;
 /// Reset register.
 pub const PORT_RESET: u64 = PORT_ACPI.start + 2;
-/// What is to be written to it.
+/// The value to write to it.
 pub const RESET_VALUE: u8 = 1;
 /// SLP_TYP of the soft-off state, as \_S5 has it.
 pub const SLEEP_TYPE_S5: u8 = 5;

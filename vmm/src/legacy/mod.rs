@@ -1,4 +1,4 @@
-//! What a PC has had since 1981 and guests still look for: serial port, clock, reset.
+//! Parts of a PC since 1981 that guests still look for: serial port, clock, reset.
 
 pub mod acpi;
 pub mod i8042;

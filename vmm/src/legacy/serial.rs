@@ -28,7 +28,7 @@ impl Trigger for Edge {
     }
 }
 
-/// The console behind the port, if any.
+/// The console at the other end of the port, if any.
 #[derive(Clone)]
 struct Host(Option<Arc<Shared>>);
 

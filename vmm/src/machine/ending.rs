@@ -1,5 +1,5 @@
-//! The end of a machine: the guest is stopped, its devices are taken back and flushed, all at once, and nothing is waited for
-//! without a limit. A disk whose storage never answers must not keep the other disks from being flushed.
+//! The end of a machine: the guest is stopped, its devices are taken back and flushed, all at once, and every wait
+//! has a limit. A disk whose storage never answers must not keep the other disks from being flushed.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -19,9 +19,9 @@ pub struct Limits {
     whole: Duration,
     /// The vCPUs, one of which may wait for a device.
     vcpus: Instant,
-    /// What devices have in flight; most of it is cancelled.
+    /// The devices' requests in flight; most of them are cancelled.
     stopped: Instant,
-    /// What was written and is not durable.
+    /// The flush of written data that is not durable yet.
     flushed: Instant,
     /// The devices and their daemons.
     gone: Instant,
@@ -37,14 +37,14 @@ impl Limits {
     }
 }
 
-/// What is left of a machine.
+/// The remains of a machine.
 #[derive(Default)]
 pub struct Stopped {
     /// Its devices, reset, in the order of their slots.
     pub devices: Vec<Box<dyn Device>>,
-    /// What each has done.
+    /// Statistics of each.
     pub stats: Vec<DeviceStats>,
-    /// What did not end in time, a line each. It is left behind, for the process to take along when it exits.
+    /// The parts that did not end in time, a line each. They are abandoned, and go when the process exits.
     pub abandoned: Vec<String>,
 }
 
@@ -117,7 +117,7 @@ fn all_until<T: Send + 'static>(
             let (done, result) = unbounded();
             let thread = thread::Builder::new().name(format!("end-{name}"));
             let spawned = thread.spawn(move || {
-                // Nobody waits any more.
+                // The receiver may have given up.
                 drop(done.send(work()));
             });
             if let Err(error) = spawned {

@@ -1,4 +1,4 @@
-//! Guest RAM: one sealed memfd, shared, so that other processes can map it and nobody can shrink it under us.
+//! Guest RAM: one sealed memfd, shared, so that other processes can map it and none of them can shrink it under us.
 
 use std::fs::File;
 use std::io;
@@ -107,7 +107,7 @@ fn map(range: &Range<u64>, file: Option<FileOffset>, config: &MemoryConfig) -> R
         unsafe { madvise(region.as_ptr().cast(), len, kind) }
             .map_err(|error| failure(format!("{what} {len} bytes"), error.into(), config.hugepages))
     };
-    // A core dump is for whoever looks for a bug of ringvm; what the guest keeps in memory is none of their business.
+    // A core dump is for debugging ringvm; the guest's memory does not belong in it.
     advise("keeping out of core dumps", Advice::LinuxDontDump)?;
     if config.ksm {
         advise("offering the kernel to merge", Advice::LinuxMergeable)?;

@@ -82,7 +82,7 @@ pub enum MachineError {
     },
 }
 
-/// What a machine is made of, beside its devices. The same for every reboot.
+/// The parts of a machine besides its devices. The same for every reboot.
 pub struct Blueprint<'a> {
     /// KVM.
     pub kvm: &'a Kvm,
@@ -90,7 +90,7 @@ pub struct Blueprint<'a> {
     pub cpus: CpuConfig,
     /// Memory.
     pub memory: &'a MemoryConfig,
-    /// What to boot.
+    /// The kernel to boot.
     pub boot: BootSource<'a>,
     /// The other end of the serial port.
     pub console: Option<&'a Console>,
@@ -164,11 +164,11 @@ pub struct Running {
     board: Board,
 }
 
-/// What a device was asked, and will answer in its own time.
+/// A question to a device, which will answer in its own time.
 pub struct Asked {
     /// Name of the device.
     pub name: String,
-    /// Where its statistics come. Disconnected if it was taken away meanwhile.
+    /// Brings its statistics. Disconnected if the device was taken away in the meantime.
     pub answer: Receiver<DeviceStats>,
 }
 
@@ -192,11 +192,11 @@ impl Running {
         self.board.attach(device)
     }
 
-    /// Detaches the device of this name: the guest does not find it any more. What it has in flight is cancelled, or waited for; the
-    /// device comes over the channel once that has ended.
+    /// Detaches the device of this name: the guest no longer finds it. Its requests in flight are cancelled, or
+    /// waited for; the device comes over the channel once they have ended.
     ///
     /// # Errors
-    /// When there is none of that name.
+    /// When there is no device of that name.
     pub fn detach(&self, name: &str) -> Result<Receiver<Taken>, MachineError> {
         self.board.detach(name)
     }
@@ -214,7 +214,7 @@ impl Running {
     }
 }
 
-/// What the devices of a machine are put on.
+/// The parts of a machine that its devices are attached to.
 struct Board {
     vm: Arc<Vm>,
     platform: Arc<dyn Platform>,

@@ -34,7 +34,7 @@ const STATUS_CAPABILITIES: u8 = 1 << 4;
 /// First byte after the header.
 const FIRST_CAPABILITY: u16 = 0x40;
 
-/// What a function says it is.
+/// A function's description of itself.
 #[derive(Clone, Copy, Debug)]
 pub struct Identity {
     /// Vendor ID.

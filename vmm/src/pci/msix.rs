@@ -1,7 +1,7 @@
 //! MSI-X (PCI 3.0, 6.8.2): table, pending bits, per-vector and function masks.
 //!
-//! A vector that may fire has its route open; every other one has it closed, and what its device signals meanwhile stays
-//! in the route's event. That is the pending bit, delivered when the vector is unmasked (see [`MsiRoute`]).
+//! A vector that may fire has its route open; every other one has it closed, and a signal of its device then stays in
+//! the route's event. That is the pending bit, delivered when the vector is unmasked (see [`MsiRoute`]).
 
 use std::io;
 use std::sync::Arc;
@@ -96,7 +96,7 @@ impl Msix {
         self.enabled
     }
 
-    /// What a device signals to raise `vector`.
+    /// The event that a device signals to raise `vector`.
     #[must_use]
     pub fn event(&self, vector: u16) -> Option<Arc<EventFd>> {
         self.vectors.get(usize::from(vector)).map(|vector| Arc::clone(&vector.event))
@@ -124,10 +124,10 @@ impl Msix {
         let mut touched = None;
         for (at, &byte) in (offset as usize..).zip(data) {
             let (index, place) = (at / ENTRY, at % ENTRY);
-            // What the access has written before it runs off the table counts.
+            // The part of the access before it runs off the table counts.
             let Some(vector) = self.vectors.get_mut(index) else { break };
             if touched.is_some_and(|touched| touched != index) {
-                // An access across two entries is none (6.8.2): the rest is dropped.
+                // An access across two entries is invalid (6.8.2): the rest is dropped.
                 break;
             }
             touched = Some(index);

@@ -54,7 +54,7 @@ impl PciBus {
     /// Claims the first free slot of bus 0 for a device of one function.
     ///
     /// # Errors
-    /// When there is none.
+    /// When no slot is free.
     pub fn claim(&self) -> Result<Bdf, PciError> {
         let mut functions = self.functions.write().unwrap_or_else(PoisonError::into_inner);
         let slots = (0..SLOTS as u8).map(|slot| Bdf { slot, ..Bdf::default() });

@@ -39,7 +39,7 @@ pub fn open_disk(
     PlacedDevice::open(Arc::new(source), place)
 }
 
-/// What it takes to serve a disk anywhere.
+/// The parts needed to serve a disk anywhere.
 struct Disk {
     name: String,
     options: Checked<BlockOptions>,
@@ -94,7 +94,7 @@ impl Source for Disk {
 
 impl Server for BlockDevice {}
 
-/// What a daemon is told of the disk: the same, with the open image instead of its path.
+/// The daemon's options for the disk: the same, with the open image instead of its path.
 fn arguments(
     name: &str,
     options: &BlockOptions,

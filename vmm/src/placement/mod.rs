@@ -22,7 +22,7 @@ pub use disk::open_disk;
 pub use net::open_nic;
 pub use placed::{Moved, Mover, PlacedDevice};
 
-/// Where the programs are, if not beside this one.
+/// Where the programs are, if not next to this one.
 const DAEMONS: &str = "RINGVM_DAEMONS";
 
 /// Why a device is not where it should be.
@@ -88,7 +88,7 @@ impl Threads {
     }
 }
 
-/// The path of a program of ours: beside this one, or where the environment says.
+/// The path of a program of ours: next to this one, or where the environment says.
 fn program(name: &str) -> PathBuf {
     match std::env::var_os(DAEMONS) {
         Some(dir) => PathBuf::from(dir).join(name),
@@ -96,7 +96,7 @@ fn program(name: &str) -> PathBuf {
     }
 }
 
-/// What every daemon is told, whatever it serves on so many queues.
+/// Arguments for every daemon, whatever it serves on so many queues.
 fn common_arguments(name: &str, reactors: &ReactorOptions, queues: usize, stats: bool) -> Vec<OsString> {
     let mut words = vec!["--name".into(), name.to_owned()];
     words.extend(IoOptions::of(reactors, queues).arguments());

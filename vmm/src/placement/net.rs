@@ -1,5 +1,5 @@
-//! A NIC that is served in this process or in a daemon. Its port is opened here, once, and lent to either: what a tap or a socket
-//! holds stays there while nobody serves the NIC, and whoever is connected to it notices nothing.
+//! A NIC that is served in this process or in a daemon. Its port is opened here, once, and lent to either: frames in
+//! a tap or a socket stay there while the NIC is not served, and the peer at the other end notices nothing.
 
 use std::ffi::OsString;
 use std::io;
@@ -43,7 +43,7 @@ pub fn open_nic(
     PlacedDevice::open(Arc::new(nic), place)
 }
 
-/// What it takes to serve a NIC anywhere.
+/// The parts needed to serve a NIC anywhere.
 struct Nic {
     name: String,
     options: Checked<NetOptions>,
@@ -107,7 +107,7 @@ impl Source for Nic {
 
 impl Server for NetDevice {}
 
-/// What a daemon is told of the NIC: the same, with its open port lent as so many descriptors.
+/// The daemon's options for the NIC: the same, with its open port lent as so many descriptors.
 fn arguments(options: &NetOptions, port: &dyn Port, mac: [u8; 6], lent: usize) -> Result<OsString, keyval::Error> {
     let told = NetOptions {
         tap: None,

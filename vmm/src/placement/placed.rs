@@ -21,7 +21,7 @@ use super::PlaceError;
 use crate::config::Place;
 use crate::vhost_user::VhostUserDevice;
 
-/// What all places of a device share, and how it is served in one of them.
+/// The part of a device that all its places share; it serves the device in one of them.
 pub(super) trait Source: Send + Sync {
     /// Name of the device.
     fn name(&self) -> &str;
@@ -57,7 +57,7 @@ impl Server for VhostUserDevice {
         self.is_connected()
     }
 
-    /// What a daemon that died has in flight could land on top of what the next place writes.
+    /// The in-flight writes of a dead daemon could land on top of those of the next place.
     fn is_quiet(&self) -> bool {
         self.is_quiet()
     }
@@ -69,18 +69,18 @@ pub struct PlacedDevice {
     shared: Arc<Shared>,
 }
 
-/// Moves a device whose other half is the machine's.
+/// Moves a device; its other half is the machine's.
 #[derive(Clone)]
 pub struct Mover(Arc<Shared>);
 
-/// What one move did.
+/// The outcome of one move.
 #[derive(Clone, Debug)]
 pub struct Moved {
     /// Name of the device.
     pub name: String,
     /// Where it is now.
     pub place: Place,
-    /// How long nobody served it.
+    /// How long the device was not served.
     pub pause: Duration,
 }
 
@@ -103,7 +103,7 @@ struct Placed {
     place: Place,
     setup: DriverSetup,
     config_changed: Interrupt,
-    /// What was counted in other places.
+    /// Statistics of other places.
     past: DeviceStats,
     /// A daemon was given the interrupts, and may keep them.
     lent: bool,
@@ -150,7 +150,7 @@ impl Placed {
     }
 
     fn move_to(&mut self, place: Place, mut next: Box<dyn Server>) -> Result<Moved, PlaceError> {
-        // Whatever has changed since the new place was asked for.
+        // The configuration may have changed since the new place was asked for.
         self.check(place)?;
         next.on_config_change(self.config_changed.clone());
         self.setup.negotiate(next.as_mut())?;
@@ -168,7 +168,7 @@ impl Placed {
             return Err(error);
         }
         for ring in self.setup.rings.values() {
-            // What the old place has said last may not have been heard (pitfall 48).
+            // The driver may have missed the old place's last interrupt (pitfall 48).
             interrupt(&ring.call, self.lent, Place::Process).unwrap_or_default().raise();
         }
         let pause = start.elapsed();
@@ -242,7 +242,7 @@ impl Mover {
 
     fn go_to(&self, place: Place) -> Result<Moved, PlaceError> {
         self.0.lock().check(place)?;
-        // Without the lock: a daemon may take its time, and meanwhile the guest uses the device where it is.
+        // Without the lock: a daemon may take its time, and the guest uses the device in its old place until then.
         let next = self.0.source.serve(place)?;
         self.0.lock().move_to(place, next)
     }

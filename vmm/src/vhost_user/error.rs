@@ -1,4 +1,4 @@
-//! What goes wrong between the frontend and a daemon, and whether the connection outlives it.
+//! Errors between the frontend and a daemon, and whether the connection outlives them.
 
 use std::error::Error;
 use std::io;

@@ -18,8 +18,8 @@ pub(super) struct Inflight {
 }
 
 impl Inflight {
-    /// Takes what a daemon has made. Only memory is taken: reading or closing a file of another kind may wait for whoever serves
-    /// its file system.
+    /// Takes the memory that a daemon has made. It takes nothing but memory: reading or closing a file of another
+    /// kind may wait for the server of its file system.
     pub(super) fn new(about: VhostUserInflight, file: File) -> Result<Self, LinkError> {
         // The kernel answers this for memory files alone, and asks no file system.
         if rustix::fs::fcntl_get_seals(file.as_fd()).is_err() {
@@ -80,9 +80,9 @@ impl Inflight {
     }
 }
 
-/// Closes a file whose file system may never answer, on a thread that has nothing else to do.
+/// Closes a file on a thread that has nothing else to do, because its file system may never answer.
 pub(super) fn close_elsewhere(file: File) {
-    // Without a thread it is left open: that costs a descriptor, and nobody waits.
+    // Without a thread it is left open: that costs a descriptor, but no thread waits.
     let file = std::mem::ManuallyDrop::new(file);
     let closed = std::thread::Builder::new()
         .name("vhost-close".into())

@@ -1,5 +1,6 @@
-//! The thread that owns a device's connection. It alone talks to the daemon, so nobody else ever waits for a daemon that does not
-//! answer longer than they want to: the device asks it with a [`Job`] and a limit, and ends the connection when that has passed.
+//! The thread that owns a device's connection. It alone talks to the daemon, so no other thread waits longer than it
+//! wants to for a daemon that does not answer: the device asks the keeper with a [`Job`] and a limit, and ends the
+//! connection when the limit has passed.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -38,7 +39,7 @@ const LONG: Duration = Duration::from_secs(1);
 /// Between two times of hearing what the daemon has to say.
 const EVENT_PAUSE: Duration = Duration::from_millis(100);
 
-/// What the keeper is asked to do.
+/// A job for the keeper.
 pub(super) type Job = Box<dyn FnOnce(&mut Keeper) + Send>;
 
 /// What the driver has set up, and the daemon that is told.
@@ -58,8 +59,8 @@ pub(super) struct Keeper {
     pub(super) setup: DriverSetup,
     /// Beside those of the setup: the same rings, always.
     rings: BTreeMap<u16, Ring>,
-    /// The state that another device has left for this one, which every daemon that comes is given. What the driver has changed
-    /// since through the daemon's queues is lost with the daemon.
+    /// The state that another device has left for this one; every new daemon is given it. Changes that the driver has
+    /// made since through the daemon's queues are lost with the daemon.
     state: Option<Vec<u8>>,
     /// The daemon refuses the features.
     refused: bool,
@@ -68,7 +69,7 @@ pub(super) struct Keeper {
     inflight: Option<Inflight>,
     /// Said once that the daemon is away.
     told_away: bool,
-    /// What was wrong with the last one that came, said once.
+    /// The last daemon's fault, reported once.
     told_reason: String,
     /// Since when a predecessor is waited for, and whether that was said.
     waiting: Option<(Instant, bool)>,
@@ -103,7 +104,7 @@ impl Keeper {
         keeper
     }
 
-    /// The life of the thread. It ends when nobody can ask for anything any more.
+    /// The life of the thread. It ends when the senders of its jobs are gone.
     pub(super) fn run(mut self, jobs: &Receiver<Job>) {
         loop {
             match jobs.try_recv() {
@@ -150,7 +151,7 @@ impl Keeper {
         self.next_attempt = now + self.pause;
     }
 
-    /// Whoever was at the other end is not listened to any more.
+    /// The former daemon is not listened to any more.
     fn end_connection(&mut self, hangs: bool) {
         self.peer.lost(hangs);
         let afterlife = self.peer.program().and_then(|program| program.sentinel()).map(Arc::clone);
@@ -162,7 +163,7 @@ impl Keeper {
         self.shown = None;
     }
 
-    /// Does `work` over the connection. What fails it ends it; a refusal is returned.
+    /// Does `work` over the connection. An error of the connection ends it; a refusal is returned.
     pub(super) fn try_with<T>(
         &mut self,
         work: impl FnOnce(&mut Self, &mut Link) -> Result<T, LinkError>,
@@ -220,7 +221,8 @@ impl Keeper {
         }
     }
 
-    /// Connects, and brings the daemon to where the device is. What is said of a failure is empty if just nobody is there.
+    /// Connects, and brings the daemon to the device's state. The reason for a failure is empty if there is just no
+    /// daemon.
     fn reconnect(&mut self) -> Result<(), String> {
         let socket = self.peer.connect().map_err(|error| match error.kind() {
             io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused if self.peer.program().is_none() => {
@@ -283,13 +285,13 @@ impl Keeper {
         let running: Vec<u16> = self.rings.keys().rev().copied().collect();
         for index in running {
             let Some((setup, ring)) = self.ring(index) else { continue };
-            // All that is known of a ring whose server is gone; the table knows more.
+            // Memory tells no more than this about a ring whose server is gone; the table knows more.
             if let Some(used) = used_index(&setup.mem, &setup.ring) {
                 ring.from = QueueState { next_avail: used, next_used: used };
             }
             self.start_over(link, index)?;
             if let Some((_, ring)) = self.ring(index) {
-                // Whatever was said while nobody listened is said again (pitfall 48).
+                // A doorbell or interrupt may have been missed without a listener, so raise them again (pitfall 48).
                 ring.again.iter().for_each(SharedEvent::raise);
             }
         }
@@ -386,7 +388,7 @@ impl Keeper {
         }
     }
 
-    /// Ends rings. Of those that nobody serves any more, the table knows what is left.
+    /// Ends rings. For those that are no longer served, the table knows the requests that are left.
     pub(super) fn stop(&mut self, queues: &[u16]) -> Vec<Option<Suspended>> {
         let running: Vec<u16> = queues.iter().copied().filter(|&index| self.runs(index)).collect();
         if running.is_empty() {
@@ -414,20 +416,20 @@ impl Keeper {
         self.rings.contains_key(&index)
     }
 
-    /// Where a ring stands that nobody serves any more.
+    /// The position of a ring that is no longer served.
     fn take_ring(&mut self, index: u16) -> Option<Suspended> {
         let (setup, Ring { left: unsaid, .. }) = (self.setup.rings.remove(&index)?, self.rings.remove(&index)?);
         let used = used_index(&setup.mem, &setup.ring).unwrap_or_default();
         Some(Suspended { state: QueueState { next_avail: used, next_used: used }, left: unsaid })
     }
 
-    /// Takes what was left of a ring out of the table, for somebody else.
+    /// Takes a ring's unanswered heads out of the table, for another server.
     pub(super) fn take_left(&self, index: u16, size: u16, end: Suspended) -> Suspended {
         let Suspended { mut state, left: unsaid } = end;
         let mut left = self.inflight.as_ref().map_or(Vec::new(), |table| table.take_out(index, size, state.next_used));
         left.extend(unsaid);
         if !left.is_empty() {
-            // Whatever was looked at was given back or is left, also where nobody could be asked.
+            // Every entry that was looked at was either given back or is left, even where no daemon could be asked.
             state.next_avail = state.next_used.wrapping_add(left.len() as u16);
         }
         Suspended { state, left }
@@ -458,7 +460,7 @@ impl Keeper {
         (link.has_config() && len > 0).then(|| link.read_config(len)).transpose()
     }
 
-    /// Writes to the configuration space over there. Returns whether the daemon takes it; nothing if there is none.
+    /// Writes to the daemon's configuration space. Returns whether the daemon takes it; `None` if there is no daemon.
     pub(super) fn write_config(&mut self, offset: u32, data: &[u8]) -> Option<bool> {
         let config = self.try_with(|keeper, link| {
             if !link.has_config() {
@@ -473,7 +475,7 @@ impl Keeper {
         Some(true)
     }
 
-    /// Has the daemon say its state. Nothing if there is none.
+    /// Asks the daemon for its state. `None` if there is no daemon.
     pub(super) fn save_state(&mut self) -> Option<Result<Vec<u8>, DeviceError>> {
         let device = self.shared.name().to_owned();
         let saved = self.try_with(|_, link| link.save_state())?;

@@ -1,4 +1,4 @@
-//! One connection to a daemon: the messages that bring it to where the device is. Whatever fails ends the connection, never
+//! One connection to a daemon: the messages that bring it to the device's state. A failure ends the connection, never
 //! more than that.
 
 use std::io::{self, Read, Write};
@@ -28,7 +28,7 @@ use super::transfer::{Transfer, state_pipe};
 
 /// Longest wait for what is done in one go: a greeting, a message with its answer, all rings of a device.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// What is asked of a daemon, if it offers it.
+/// Protocol features to use if the daemon offers them.
 const WANTED: Protocol = Protocol::MQ
     .union(Protocol::REPLY_ACK)
     .union(Protocol::CONFIG)
@@ -36,8 +36,8 @@ const WANTED: Protocol = Protocol::MQ
     .union(Protocol::RESET_DEVICE)
     .union(Protocol::INFLIGHT_SHMFD)
     .union(Protocol::DEVICE_STATE);
-/// What the crate has no names for, wanted both or not at all: a ring may leave requests in the table when it stops, and does
-/// so if it is asked to.
+/// Bits that the crate has no names for, wanted both or not at all: a ring may leave requests in the table when it
+/// stops, and does so if it is asked to.
 const SUSPENDING: Protocol = Protocol::from_bits_retain(1 << 20 | 1 << 23);
 /// GET_VRING_BASE.
 const GET_VRING_BASE: u32 = 11;
@@ -54,7 +54,7 @@ const MOST_EVENTS: usize = 64;
 /// More queues than this have no index in the messages that carry descriptors.
 const MAX_QUEUES: u64 = 256;
 
-/// What one ring needs over there.
+/// The parts of one ring that the daemon needs.
 pub(super) struct Vring<'a> {
     pub(super) ring: &'a RingConfig,
     pub(super) from: QueueState,
@@ -76,7 +76,7 @@ impl VhostUserFrontendReqHandlerMut for Listener {
     }
 }
 
-/// What a daemon says of itself.
+/// A daemon's description of its device.
 pub(super) struct About {
     /// Device features, without those of the protocol.
     pub(super) features: u64,
@@ -170,7 +170,7 @@ impl Link {
         self.socket.as_fd()
     }
 
-    /// What becomes readable when the daemon has something to say.
+    /// Becomes readable when the daemon has sent a message.
     #[allow(unsafe_code, reason = "the crate shows this socket as a number only")]
     pub(super) fn events(&self) -> Option<BorrowedFd<'_>> {
         // SAFETY: the handler owns the socket, and is borrowed for as long.
@@ -249,7 +249,7 @@ impl Link {
                 let (about, file) = self.frontend.get_inflight_fd(&wanted).context("GET_INFLIGHT_FD")?;
                 // The crate leaves what it receives open to programs that are started later.
                 rustix::io::fcntl_setfd(&file, rustix::io::FdFlags::CLOEXEC).context("GET_INFLIGHT_FD")?;
-                // What is not answered is as it was asked for.
+                // Keep the requested geometry; daemons answer with the size and offset only.
                 let about = VhostUserInflight { num_queues: queues, queue_size, ..about };
                 kept.insert(Inflight::new(about, file)?)
             }

@@ -1,9 +1,9 @@
 //! A device whose queues run in another process, over vhost-user (the specification is part of QEMU's documentation).
 //!
-//! Doorbells and interrupts pass straight between KVM and the daemon; this is control only, and it never gives up: what the
-//! driver has set up is kept by a thread of the device's own (`keeper`), which brings every new connection to the same state.
-//! While nobody is there, the driver just waits. Requests in flight are in a table that outlives the daemon, and its successor
-//! serves them again.
+//! Doorbells and interrupts pass straight between KVM and the daemon. This module is control only, and it never gives
+//! up: a thread of the device's own (`keeper`) keeps the driver's setup and brings every new connection to the same
+//! state. Without a daemon, the driver just waits. Requests in flight are in a table that outlives the daemon, and
+//! its successor serves them again.
 
 mod error;
 mod inflight;
@@ -66,7 +66,7 @@ const NOTICE: Duration = Duration::from_secs(2);
 /// Waiting needs little stack.
 const STACK: usize = 64 << 10;
 
-/// What a device in another process is to be.
+/// The device that another process is expected to serve.
 #[derive(Clone, Debug)]
 pub struct Wanted {
     /// Virtio device ID.
@@ -109,7 +109,7 @@ impl VhostUserDevice {
     /// Connects to the daemon, waiting a while for it to come.
     ///
     /// # Errors
-    /// When nobody comes, or what is there is not the device that is wanted.
+    /// When no daemon comes, or its device is not the one that is wanted.
     pub fn connect(name: &str, mut peer: Peer, wanted: &Wanted) -> Result<Self, ConnectError> {
         let whom = peer.name();
         let error = |what: &str, reason: String, hint| ConnectError {
@@ -174,7 +174,8 @@ impl VhostUserDevice {
         self.shared.view().connected
     }
 
-    /// Whether nothing is in flight of a daemon of ours that has died. Queues that were suspended may go on elsewhere only then.
+    /// Whether a daemon of ours that has died has no more requests in flight. Only then may its suspended queues go
+    /// on elsewhere.
     #[must_use]
     pub fn is_quiet(&self) -> bool {
         self.shared.outlast(Some(Duration::ZERO))
@@ -183,7 +184,7 @@ impl VhostUserDevice {
     /// Has the keeper do something some time.
     fn send(&self, work: impl FnOnce(&mut Keeper) + Send + 'static) {
         if let Some(jobs) = &self.jobs {
-            // Without a keeper there is no daemon either: whoever waits for an answer sees that.
+            // Without a keeper there is no daemon either: the caller that waits for an answer sees that.
             let _ = jobs.send(Box::new(work));
             self.shared.wake();
         }
@@ -283,7 +284,7 @@ impl Device for VhostUserDevice {
         let answer = self.is_connected().then(|| self.ask(ANSWER, move |keeper| keeper.write_config(offset, &bytes)));
         match answer.flatten().flatten() {
             Some(true) => Ok(()),
-            // While nobody is there to say so, it is known of one field that it is the driver's.
+            // No daemon is there to answer, but this field is known to be the driver's.
             None if field == Field::Drivers => {
                 self.shared.view().config[offset as usize..end].copy_from_slice(data);
                 let bytes = data.to_vec();
@@ -312,7 +313,7 @@ impl Device for VhostUserDevice {
         if !left.is_empty() && connected && !keeps_table {
             return Err(self.queue_error(index, "has requests in flight, of which its daemon can't be told"));
         }
-        // What the driver got wrong is its own fault, and nothing to try a daemon with.
+        // An invalid ring is the driver's own fault, and nothing to try a daemon with.
         check_ring(&mem, &ring).map_err(|source| DeviceError::Ring { device: name(), index, source })?;
         let call = match call {
             Interrupt::Event(call) => call,
@@ -335,7 +336,7 @@ impl Device for VhostUserDevice {
         let running: Vec<_> = queues.iter().map(|&index| self.take_running(index)).collect();
         let states: Vec<_> = running.iter().map(|ring| ring.as_ref().map(|&(_, state)| state)).collect();
         let by_memory = move || {
-            // What the table says is left is served first when the ring starts again.
+            // Requests left in the table are served first when the ring starts again.
             let known = |state: &Option<QueueState>| Some(Suspended { state: (*state)?, left: Vec::new() });
             states.iter().map(known).collect::<Ends>()
         };
@@ -361,11 +362,11 @@ impl Device for VhostUserDevice {
             let ends = await_answer(&shared, &answer, limit);
             spent.fetch_add(start.elapsed().as_millis() as u64, Ordering::Relaxed);
             shared.outlast((end == End::Suspended).then_some(AFTERLIFE));
-            // Nobody may be waiting any more.
+            // The receiver may be gone.
             let _ = reply.send(ends.unwrap_or_else(by_memory));
         };
         let name = format!("stop-{}", self.info.name);
-        // Without a thread nobody waits, and the ends are those that follow from memory.
+        // Without a thread no wait takes place, and the ends are those that follow from memory.
         if let Err(error) = thread::Builder::new().name(name).stack_size(STACK).spawn(wait) {
             warn!(device = self.info.name, %error, "starting a thread to wait for its daemon");
         }

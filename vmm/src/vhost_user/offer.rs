@@ -1,5 +1,5 @@
-//! What of a daemon's device is shown to the driver: features, queues, the configuration space. All that depends on the kind of
-//! device is here.
+//! The parts of a daemon's device that the driver sees: features, queues, the configuration space. All code that
+//! depends on the kind of device is here.
 
 use ringvm_backends::virtqueue::split::RING_FEATURES;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_MQ;
@@ -20,9 +20,9 @@ const MAX_CONFIG: u32 = 256;
 /// Where `writeback` of a disk lies, the one field of its configuration space that is the driver's.
 const BLOCK_WRITEBACK: u32 = 32;
 
-/// What is offered to the driver of what the daemon offers.
+/// The features offered to the driver, out of those that the daemon offers.
 pub(super) fn features(device_type: u32, theirs: u64, has_config: bool) -> u64 {
-    /// What a driver would look for in a configuration space, and what comes with a control queue.
+    /// Features that point a driver to the configuration space, and features that come with a control queue.
     const NEED_CONFIG: u64 = 1 << VIRTIO_NET_F_MTU
         | 1 << VIRTIO_NET_F_MAC
         | 1 << VIRTIO_NET_F_STATUS
@@ -53,18 +53,18 @@ pub(super) fn config_len(device_type: u32) -> u32 {
     }
 }
 
-/// Who decides about a write to the configuration space.
+/// The side that decides about a write to the configuration space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Field {
-    /// Nobody: it is read-only, and the daemon need not be asked.
+    /// Neither: it is read-only, and the daemon need not be asked.
     ReadOnly,
-    /// The driver. It is as the driver has it, also while no daemon is there.
+    /// The driver. Its writes stand, even while there is no daemon.
     Drivers,
     /// The daemon, which knows its kind of device better.
     Daemons,
 }
 
-/// What a driver of virtio 1 writes to (virtio 1.3, sections 5.1.4 and 5.2.4).
+/// The fields that a driver of virtio 1 writes to (virtio 1.3, sections 5.1.4 and 5.2.4).
 pub(super) fn field(device_type: u32, offset: u32, len: usize) -> Field {
     match device_type {
         VIRTIO_ID_BLOCK if (offset, len) == (BLOCK_WRITEBACK, 1) => Field::Drivers,
@@ -86,7 +86,7 @@ pub(super) fn queue_count(wanted: &Wanted, about: &About, config: &[u8], offered
     let there = match wanted.device_type {
         VIRTIO_ID_BLOCK if has(VIRTIO_BLK_F_MQ) => word(BLOCK_QUEUES).unwrap_or(1),
         VIRTIO_ID_BLOCK => 1,
-        // The control queue is behind all pairs (virtio 1.3, 5.1.2), whether or not the daemon counts it.
+        // The control queue follows all pairs (virtio 1.3, 5.1.2), whether or not the daemon counts it.
         VIRTIO_ID_NET => {
             let pairs = if has(VIRTIO_NET_F_MQ) { word(NET_PAIRS).unwrap_or(1) } else { 1 };
             pairs.saturating_mul(2).saturating_add(u16::from(has(VIRTIO_NET_F_CTRL_VQ)))

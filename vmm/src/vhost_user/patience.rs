@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use rustix::net::{Shutdown, shutdown};
 
-/// Ends sockets when somebody waits too long for what comes over them.
+/// Ends sockets when a thread waits too long for a message over them.
 pub(super) struct Patience {
     limits: Sender<Option<Duration>>,
     shared: Arc<Shared>,

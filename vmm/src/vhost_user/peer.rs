@@ -15,13 +15,13 @@ pub use super::program::{INHERITED, Program};
 /// A daemon to connect to, or one of our own.
 #[derive(Debug)]
 pub enum Peer {
-    /// Somebody listens, or will, at this socket.
+    /// A daemon listens, or will, at this socket.
     Socket(Listener),
     /// A program that is started, again and again if need be, and serves what it inherits.
     Program(Program),
 }
 
-/// A socket at which somebody listens.
+/// A socket at which a daemon listens.
 #[derive(Debug)]
 pub struct Listener {
     path: PathBuf,
@@ -36,7 +36,8 @@ impl From<PathBuf> for Listener {
 }
 
 impl Listener {
-    /// Connects. Whoever answers gets the guest's memory, so it must be the user who did so first, or one who may read it anyway.
+    /// Connects. The daemon that answers gets the guest's memory, so it must belong to the user of the first one, or
+    /// to a user who may read that memory anyway.
     fn connect(&mut self) -> io::Result<UnixStream> {
         let stream = connect(&self.path)?;
         let user = socket_peercred(&stream)?.uid;
@@ -55,7 +56,7 @@ impl Listener {
 
     /// Says so if other users could put a socket of theirs in the place of this one.
     fn warn_of_others(&self) {
-        /// Who may write, and that only owners may remove.
+        /// Write permission for others, and the bit that lets only owners remove.
         const WRITABLE: u32 = 0o022;
         const STICKY: u32 = 0o1000;
         let folder = self.path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -71,7 +72,7 @@ impl Listener {
     }
 }
 
-/// Connects without waiting, also not for a listener that accepts nobody.
+/// Connects without waiting, not even for a listener that accepts no connection.
 fn connect(path: &Path) -> io::Result<UnixStream> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
@@ -97,10 +98,10 @@ impl Peer {
         }
     }
 
-    /// Connects, without waiting for somebody to come.
+    /// Connects, without waiting for a daemon to come.
     ///
     /// # Errors
-    /// When nobody is there, or the program can't be started.
+    /// When no daemon is there, or the program can't be started.
     pub fn connect(&mut self) -> io::Result<UnixStream> {
         match self {
             Self::Socket(listener) => listener.connect(),
@@ -167,13 +168,13 @@ mod tests {
         let mut peer = Listener::from(path);
         peer.connect().unwrap();
         assert_eq!(peer.user, Some(geteuid()));
-        // As if somebody else had been there first: ours and root's are as good.
+        // As if another user's daemon had been there first: ours and root's are as good.
         peer.user = Some(Uid::from_raw(4242));
         peer.connect().unwrap();
         if !geteuid().is_root() {
             return;
         }
-        // A listener of somebody who is neither.
+        // A listener of a user who is neither.
         std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
         let theirs = folder.path().join("t");
         let serve = "import os,socket,sys,time;os.setuid(4343);s=socket.socket(socket.AF_UNIX);s.bind(sys.argv[1]);\

@@ -27,7 +27,8 @@ const CONNECTION: i32 = 3;
 const OUT_OF_THE_WAY: i32 = 128;
 /// The first number under which it finds what else it inherits.
 pub const INHERITED: i32 = 4;
-/// What a program gets of our environment. Not what speaks for us to a service manager (NOTIFY_SOCKET, LISTEN_FDS).
+/// The part of our environment that a program gets. It leaves out the variables that speak for us to a service
+/// manager (NOTIFY_SOCKET, LISTEN_FDS).
 const ENVIRONMENT: [&str; 4] = ["PATH", "LD_LIBRARY_PATH", "RUST_LOG", "RUST_BACKTRACE"];
 
 /// A program that serves a device over an inherited connection.
@@ -36,10 +37,10 @@ pub struct Program {
     path: PathBuf,
     /// Its arguments but for the connection.
     arguments: Vec<OsString>,
-    /// What else it inherits, under numbers from [`INHERITED`] on.
+    /// Other descriptors that it inherits, under numbers from [`INHERITED`] on.
     inherited: Vec<Arc<OwnedFd>>,
     running: Option<Running>,
-    /// What is in flight in the kernel of the one that was started last.
+    /// Tells when the process that was started last has nothing in flight in the kernel.
     sentinel: Option<Arc<Sentinel>>,
 }
 
@@ -62,7 +63,7 @@ impl Program {
         self.path.display().to_string()
     }
 
-    /// What tells that nothing of the one started last is in flight.
+    /// Tells when the process that was started last has nothing in flight.
     pub(super) fn sentinel(&self) -> Option<&Arc<Sentinel>> {
         self.sentinel.as_ref()
     }
@@ -78,7 +79,7 @@ impl Program {
         self.end();
         let (ours, theirs) = UnixStream::pair()?;
         let (sentinel, kept) = Sentinel::pair()?;
-        // What the program finds, in the order of the numbers.
+        // The descriptors that the program finds, in the order of their numbers.
         let mut wanted: Vec<RawFd> = vec![theirs.as_raw_fd()];
         wanted.extend(self.inherited.iter().map(|fd| fd.as_raw_fd()));
         let last = INHERITED + self.inherited.len() as i32;
@@ -100,14 +101,15 @@ impl Program {
                 if libc::getppid().cast_unsigned() != parent {
                     return Err(io::Error::from_raw_os_error(libc::ESRCH));
                 }
-                // First out of the way, so that none is overwritten by the number of another.
+                // First move all out of the way, so that none is overwritten by the number of another.
                 for fd in &mut wanted {
                     *fd = check(libc::fcntl(*fd, libc::F_DUPFD_CLOEXEC, OUT_OF_THE_WAY))?;
                 }
                 for (&fd, number) in wanted.iter().zip(CONNECTION..) {
                     check(libc::dup2(fd, number))?;
                 }
-                // Whatever else is open here, by whomever: only what was named is passed on.
+                // Other descriptors may be open in this process, opened by any code: only the named ones are passed
+                // on.
                 let (first, flag) = (last.cast_unsigned() + 1, libc::CLOSE_RANGE_CLOEXEC);
                 if libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, flag) < 0 {
                     return Err(io::Error::last_os_error());
@@ -127,7 +129,7 @@ impl Program {
         match pidfd_open(pid, PidfdFlags::empty()) {
             Ok(process) => self.running = Some(Running { child, process: Arc::new(process), until: None }),
             Err(error) => {
-                // Nobody could wait for it without a handle.
+                // Without a handle it could not be waited for.
                 let _ = child.kill();
                 let _ = child.wait();
                 return Err(error.into());
@@ -204,7 +206,7 @@ fn spawn(command: Command) -> io::Result<Child> {
                 let (orders, ordered) = mpsc::channel::<Order>();
                 thread::Builder::new().name("starter".into()).spawn(move || {
                     for (mut command, answer) in ordered {
-                        // Whoever has ordered it waits.
+                        // The thread that ordered it waits.
                         let _ = answer.send(command.spawn());
                     }
                 })?;
@@ -243,7 +245,7 @@ mod tests {
         Program::new("/bin/sh".into(), arguments, inherited)
     }
 
-    /// What a script says over its connection until it ends.
+    /// The output of a script over its connection until it ends.
     fn said(text: &str, inherited: Vec<Arc<OwnedFd>>) -> String {
         let mut program = script(text, inherited);
         let mut said = String::new();
@@ -303,7 +305,7 @@ mod tests {
 
     #[test]
     fn the_next_one_waits_for_what_the_one_before_has_in_flight() {
-        // What a killed daemon has in flight is played by a process of its that lives on until a file has gone.
+        // A child process that lives on until a file is removed plays the requests in flight of a killed daemon.
         let folder = tempfile::tempdir().unwrap();
         let in_flight = folder.path().join("in-flight");
         std::fs::write(&in_flight, "").unwrap();

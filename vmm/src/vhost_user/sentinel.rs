@@ -1,8 +1,9 @@
-//! What tells that nothing of a daemon is in flight in the kernel any more.
+//! Tells when a daemon has nothing in flight in the kernel any more.
 //!
-//! Direct I/O outlives the process that asked for it: the device still writes to the image, or to the guest's memory, when the
-//! process has long been reaped. A daemon of ours registers one end of a pipe with each of its io_urings (`--sentinel-fd`). The
-//! kernel lets go of it when the last ring is destroyed, after the last operation in it, and the other end then reads as closed.
+//! Direct I/O outlives the process that asked for it: the device still writes to the image, or to the guest's memory,
+//! when the process has long been reaped. A daemon of ours registers one end of a pipe with each of its io_urings
+//! (`--sentinel-fd`). The kernel lets go of it when the last ring is destroyed, after the last operation in it, and
+//! the other end then reads as closed.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -25,7 +26,7 @@ impl Sentinel {
 
     /// Whether nothing is in flight any more, waiting for so long at most or for as long as it takes.
     pub(super) fn is_over(&self, limit: Option<Duration>) -> bool {
-        // What is written to it does not matter, only its end.
+        // Bytes written to it do not matter, only its end.
         wait_for(self.0.as_fd(), PollFlags::empty(), limit)
     }
 }

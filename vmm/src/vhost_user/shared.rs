@@ -1,4 +1,4 @@
-//! What a device and its keeper have in common.
+//! State that a device and its keeper share.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::sentinel::{Sentinel, wait_for};
 
-/// What is known without asking the keeper. The lock is never held over I/O.
+/// Facts known without asking the keeper. The lock is never held over I/O.
 pub(super) struct Shared {
     name: String,
     view: Mutex<View>,
@@ -35,9 +35,9 @@ pub(super) struct View {
     pub(super) suspends: bool,
     pub(super) has_config: bool,
     pub(super) has_state: bool,
-    /// Ends a connection that somebody has waited for long enough.
+    /// Ends a connection when a thread has waited for it long enough.
     pub(super) breaker: Option<Breaker>,
-    /// What a daemon of ours that was lost has in flight.
+    /// Tells when a lost daemon of ours has nothing in flight any more.
     pub(super) afterlife: Option<Arc<Sentinel>>,
 }
 
@@ -62,7 +62,7 @@ impl Shared {
         &self.name
     }
 
-    /// What is raised when the keeper is to look for jobs.
+    /// Raised when the keeper is to look for jobs.
     pub(super) fn wakes(&self) -> &EventFd {
         &self.wake
     }

@@ -34,7 +34,7 @@ impl Transfer {
     /// Does what would wait, as soon as it need not.
     fn attempt(&self, flags: PollFlags, mut once: impl FnMut() -> rustix::io::Result<usize>) -> io::Result<usize> {
         loop {
-            // The description is ours alone, so that nobody else lets these calls wait.
+            // The open file description is ours alone, so no other process can make these calls block.
             rustix::io::ioctl_fionbio(&self.end, true)?;
             match once() {
                 Err(Errno::INTR) => {}

@@ -91,7 +91,8 @@ pub struct Place {
     pub patience: Duration,
 }
 
-/// What a device does at once takes no longer on a machine that is not overloaded. Longer waits are not a vCPU's.
+/// Longest wait of a vCPU for its device. A device without requests to wait for is done by then, unless the machine
+/// is overloaded.
 pub const PATIENCE: Duration = Duration::from_millis(20);
 
 impl VirtioPci {
@@ -185,7 +186,7 @@ impl VirtioPci {
         }
     }
 
-    /// What the queues raised last before a reset was complete is forgotten with them.
+    /// Interrupts that the queues raised before a reset was complete are forgotten with the queues.
     fn notice_reset(&mut self) {
         if self.transport.has_been_reset() {
             self.msix.clear_pending();

@@ -1,5 +1,5 @@
-//! What I/O threads may touch of the transport: the ISR with its line, and DEVICE_NEEDS_RESET (virtio 1.3, 4.1.4.5 and
-//! 2.1.1).
+//! The part of the transport that I/O threads may touch: the ISR with its line, and DEVICE_NEEDS_RESET (virtio 1.3,
+//! 4.1.4.5 and 2.1.1).
 
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -25,7 +25,7 @@ pub(super) struct Signals {
     /// Name of the device.
     name: String,
     status: AtomicU8,
-    /// How often the configuration space has changed by itself.
+    /// How often the device has changed its configuration space.
     generation: AtomicUsize,
     intx: Mutex<Intx>,
     /// How configuration changes are told under MSI-X.
@@ -70,7 +70,7 @@ impl Signals {
         warn!(device = self.name, "{what}");
     }
 
-    /// What `config_generation` reads as.
+    /// The value of `config_generation`.
     pub(super) fn generation(&self) -> u8 {
         self.generation.load(Ordering::SeqCst) as u8
     }

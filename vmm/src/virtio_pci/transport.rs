@@ -1,9 +1,9 @@
-//! The common configuration structure and the life of a device behind it (virtio 1.3, 4.1.4.3, 2.1 and 3.1).
+//! The common configuration structure and the life of its device (virtio 1.3, 4.1.4.3, 2.1 and 3.1).
 //!
-//! These are registers only: a thread of its own brings the device to what they say ([`Owner`]).
+//! These are registers only: a thread of its own brings the device to the state that they ask for ([`Owner`]).
 //!
-//! Nothing a driver writes is trusted to come in order: what comes too early, too late or twice changes nothing. What a
-//! running queue was given is frozen from DRIVER_OK until reset.
+//! The driver's writes are not trusted to come in order: a write that comes too early, too late or twice changes
+//! nothing. A running queue's parameters are frozen from DRIVER_OK until reset.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,7 +30,7 @@ const VERSION_1: u64 = 1 << 32;
 /// "No vector" in a vector register.
 pub(super) const NO_VECTOR: u16 = 0xffff;
 
-/// What raises the interrupts of a function at this moment: MSI-X, or INTx while that is off.
+/// The source of a function's interrupts at this moment: MSI-X, or INTx while that is off.
 pub(super) trait Vectors {
     /// Whether MSI-X is on.
     fn msix_enabled(&self) -> bool;
@@ -44,7 +44,7 @@ struct Queue {
     ring: RingConfig,
     enabled: bool,
     vector: u16,
-    /// Rings the doorbell that whoever serves the queue waits for: a daemon may hold it as well.
+    /// Rings the doorbell of the queue's server: a daemon may hold it as well.
     doorbell: SharedEvent,
 }
 
@@ -297,7 +297,7 @@ impl Transport {
         }
     }
 
-    /// MSI-X was switched on or off: running queues get their interrupts anew.
+    /// MSI-X was switched on or off: running queues get new interrupts.
     pub(super) fn interrupts_switched(&mut self, vectors: &dyn Vectors) {
         self.update_config_interrupt(vectors);
         self.wiring += 1;
@@ -306,7 +306,7 @@ impl Transport {
 
     fn update_config_interrupt(&self, vectors: &dyn Vectors) {
         let interrupt = match self.interrupt(self.config_vector, ISR_CONFIG, vectors) {
-            // The vector may be that of a queue too, whose daemon holds the event as well.
+            // The vector may belong to a queue as well, and the queue's daemon then holds the event too.
             Interrupt::Event(event) => SharedEvent::of(&event).map_or_else(
                 |error| {
                     self.signals.warn(format_args!("the driver won't hear of configuration changes: {error}"));
@@ -330,8 +330,8 @@ impl Transport {
         self.owner.wait(self.patience);
     }
 
-    /// Returns to the state after power-on. What is in flight is cancelled, and waited for where it can't be: until then the status
-    /// reads as before. Firmware that does not poll it is given a moment.
+    /// Returns to the state after power-on. Requests in flight are cancelled, or waited for where they can't be:
+    /// until then the status reads as before. Firmware that does not poll it is given a moment.
     fn reset(&mut self) {
         self.owner.reset();
         self.resetting = true;

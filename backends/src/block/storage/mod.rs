@@ -1,8 +1,9 @@
-//! What holds the bytes of a disk, behind one trait with static dispatch.
+//! The bytes of a disk, behind one trait with static dispatch.
 //!
-//! A storage is a set of state machines over the data ring: each operation has at most one ring operation outstanding, or waits for
-//! another one of the storage, and keeps its state in [`Storage::Op`], which lives in the request's slot. So a request costs no
-//! allocation and no task, and a format that needs several steps (tables before data) is a longer machine of the same shape.
+//! A storage is a set of state machines over the data ring. Each operation has at most one ring operation
+//! outstanding, or waits for another operation of the storage, and keeps its state in [`Storage::Op`], which lives in
+//! the request's slot. So a request costs no allocation and no task. A format that needs several steps (tables before
+//! data) is a longer machine of the same shape.
 
 mod bounce;
 pub mod null;
@@ -44,10 +45,11 @@ pub enum Progress {
 
 /// The storage of a disk as one queue sees it. Lives on one thread.
 ///
-/// Ranges are checked against the capacity by whoever calls and once more here: a storage never reaches beyond its end.
-/// An operation that was started is resumed until it is done, or abandoned, before its `Op` and `data` are used for another.
-/// One that takes long goes in steps of a bounded size ([`Io`] sees to that for reads and writes), between which its queue may be
-/// told to leave: what is pushed then goes nowhere, and the operation is abandoned.
+/// The caller checks ranges against the capacity, and the storage checks them again: it never reaches beyond its end.
+/// The caller resumes a started operation until it is done, or abandons it, before it uses the `Op` and `data` for
+/// another one. A long operation goes in steps of bounded size ([`Io`] sees to that for reads and writes). Between
+/// two steps its queue may be told to leave: the next step is then pushed nowhere, and the caller abandons the
+/// operation.
 pub trait Storage {
     /// The state of an operation in flight.
     type Op: Default;
@@ -79,8 +81,8 @@ pub trait Storage {
         io: &mut Io<'_>,
     ) -> Progress;
 
-    /// Goes on with an operation whose ring operation has ended with `result`. `data` is that of its start, and not looked
-    /// at for operations without.
+    /// Continues an operation whose ring operation has ended with `result`. `data` is that of its start; operations
+    /// without data ignore it.
     fn resume(&mut self, op: &mut Self::Op, data: &mut GuestIo, result: i32, io: &mut Io<'_>) -> Progress;
 
     /// Forgets an operation that is pending, with nothing under way for it in the ring.
@@ -97,7 +99,8 @@ pub trait Storage {
         None
     }
 
-    /// The next request whose operation need not wait any more, by its number at the queue. Asked whenever one has ended.
+    /// The next request whose operation no longer has to wait, by its number at the queue. Called whenever one has
+    /// ended.
     fn next_woken(&mut self) -> Option<u32> {
         None
     }

@@ -1,8 +1,9 @@
 //! Raw images and block devices: byte N of the disk is byte N of the file. Page-cached or O_DIRECT.
 //!
-//! Under O_DIRECT the kernel wants buffers and offsets aligned as statx(2) says (STATX_DIOALIGN). What a guest sends is
-//! often not: its buffers are then bounced, and writes of part of a block read the block first, one at a time per range.
-//! Short transfers go on where they ended; a failed hint is no failure; zeroes are written where they can't be punched.
+//! Under O_DIRECT the kernel wants buffers and offsets aligned as statx(2) says (STATX_DIOALIGN). The guest's buffers
+//! often are not: they are then bounced, and a write of part of a block reads the block first, one write at a time
+//! per range. Short transfers continue where they ended; a failed hint is no failure; zeroes are written where a hole
+//! can't be punched.
 #![allow(unsafe_code, reason = "pushes buffers that its own operation state keeps alive")]
 
 use std::fs::File;
@@ -21,7 +22,7 @@ use crate::virtqueue::buffers::GuestIo;
 /// Most bytes that one request bounces, or zeroes by writing, at once.
 const MAX_BOUNCE: u64 = 128 << 10;
 
-/// What O_DIRECT asks of an operation, in bytes, powers of two.
+/// The alignment that O_DIRECT needs, in bytes, powers of two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DirectAlign {
     /// Of buffer addresses.
@@ -39,7 +40,7 @@ pub struct Raw {
     align: Option<DirectAlign>,
     /// Whether a guest may write less than the file takes at once: then each write has its blocks for itself.
     exclusive: bool,
-    /// What is written where zeroes have to be, of the disk.
+    /// The source of written zeroes, one for the disk.
     zeroes: Arc<OnceLock<Bounce>>,
     /// Of this queue.
     part: Part,
@@ -95,7 +96,7 @@ impl Raw {
         })
     }
 
-    /// What offsets and lengths are multiples of, and addresses.
+    /// The units of offsets and lengths, and of addresses.
     fn units(&self) -> (u64, usize) {
         self.align.map_or((1, 1), |align| (align.offset.into(), align.memory as usize))
     }
@@ -171,7 +172,7 @@ impl Raw {
         let (unit, align) = self.units();
         let zeroes = self.zeroes.get_or_init(|| Bounce::new(MAX_BOUNCE.next_multiple_of(unit) as usize, align));
         let bytes = &zeroes.bytes()[..(end - start) as usize];
-        // SAFETY: nobody ever writes to these, and they and the file are the storage's.
+        // SAFETY: these bytes are never written to, and both they and the file belong to the storage.
         unsafe { io.write_buf(self.file.as_fd(), bytes, start, op.durable) };
     }
 
@@ -325,7 +326,7 @@ impl Raw {
                     op.left = 0;
                 }
             }
-            // Nobody promised that a discard does anything.
+            // A discard promises no effect, so a host that can't do it is no error.
             (libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL, Kind::Discard) => op.left = 0,
             (libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL, Kind::Punch { unmap: true }) => {
                 op.kind = Kind::Punch { unmap: false };
@@ -482,7 +483,7 @@ pub struct RawOp {
     offset: u64,
     left: u64,
     durable: bool,
-    /// What it waits for, with nothing in the ring.
+    /// Its wait in the disk's lists, while it has nothing in the ring.
     wait: Option<Wait>,
     /// Bytes of the disk's bounce memory that it has.
     memory: u64,

@@ -1,9 +1,9 @@
-//! What the queues of a disk have to share: memory for bounce buffers, and blocks that only one operation at a time may rewrite.
-//! An operation that can't have what it wants waits for its turn, the oldest first. Whoever gives something back hands it to those
-//! who are next and wakes their queues, so nobody has to look again and again.
+//! Resources that the queues of a disk share: memory for bounce buffers, and blocks that only one operation at a time
+//! may rewrite. An operation that can't have a resource waits for its turn, the oldest first. An operation that gives
+//! a resource back hands it to the next in line and wakes their queues, so no queue has to poll for it.
 //!
-//! An operation takes memory before it claims a range, and never waits for memory with a range in its hands. So whoever holds a
-//! range can go on, and all who wait for it come to their turn.
+//! An operation takes memory before it claims a range, and never waits for memory while it holds a range. So the
+//! holder of a range can always make progress, and every operation that waits for the range gets its turn.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
@@ -16,19 +16,19 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 /// in flight as its queues have descriptors, and each would hold a buffer.
 pub(super) const MEMORY: u64 = 16 << 20;
 
-/// What an operation may have to wait for.
+/// The resource that an operation may have to wait for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Want {
     /// So many bytes.
     Memory(u64),
-    /// The blocks between two offsets of the file, with nobody else in them.
+    /// The blocks between two offsets of the file, exclusively.
     Range(u64, u64),
 }
 
 /// An operation's place in the order.
 type Ticket = u64;
 
-/// What an operation waits for, or has been given meanwhile.
+/// The resource that an operation waits for, or has been given in the meantime.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Wait {
     ticket: Ticket,
@@ -49,7 +49,7 @@ struct Share {
 #[derive(Debug)]
 struct Claim {
     end: u64,
-    /// Who tries again when this one goes, with some who have given up.
+    /// The operations that try again when this one goes; some of them may have given up.
     behind: BTreeSet<Ticket>,
 }
 
@@ -132,7 +132,7 @@ impl Part {
         let mut share = lock(&self.share);
         if share.waiters.remove(&wait.ticket).is_some() {
             share.for_memory.remove(&wait.ticket);
-            // It may have been the one that those behind it waited for: they want less.
+            // It may have been the one at the head of the line: the operations after it want less.
             share.hand_out_memory(self.woken.as_ref());
             return;
         }
@@ -159,7 +159,7 @@ impl Part {
     pub(super) fn next_woken(&mut self) -> Option<u32> {
         let mut list = lock(&self.woken.as_ref()?.list);
         if std::mem::take(&mut list.raised) {
-            // Nobody else reads it, and it was raised.
+            // Only this queue reads the event, and it was raised.
             _ = self.woken.as_ref()?.event.read();
         }
         list.requests.pop_front().map(|(_, slot)| slot)
@@ -233,8 +233,8 @@ impl Share {
         }
     }
 
-    /// Lets those who were behind a claim try again, up to the first who has to wait once more. All others wait behind the same
-    /// claim then: most often it is that of the first of them, and all want the same block.
+    /// Lets the operations that waited for a claim try again, up to the first that has to wait once more. The others
+    /// then wait for the same claim: most often it is that of the first of them, and all want the same block.
     fn hand_out_range(&mut self, mut behind: BTreeSet<Ticket>, giver: Option<&Arc<Woken>>) {
         while let Some(&ticket) = behind.first() {
             if let Some(&Waiter { want: want @ Want::Range(start, end), .. }) = self.waiters.get(&ticket) {
@@ -254,7 +254,7 @@ impl Share {
         let Some(Waiter { slot, queue, .. }) = self.waiters.remove(&ticket) else { return };
         let mut list = lock(&queue.list);
         list.requests.push_back((ticket, slot));
-        // Whoever gives looks at its own list next.
+        // The giver's queue looks at its own list next.
         if !list.raised && giver.is_none_or(|giver| !Arc::ptr_eq(giver, &queue)) {
             // It is not raised, so this can't fail, nor wait.
             list.raised = queue.event.write(1).is_ok();

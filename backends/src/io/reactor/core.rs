@@ -1,4 +1,4 @@
-//! What runs on an I/O thread: the round over its queues, polling, parking, and what it is asked meanwhile.
+//! The code that runs on an I/O thread: the round over its queues, polling, parking, and commands.
 #![allow(unsafe_code, reason = "registering descriptors with the runtime")]
 
 use std::future::poll_fn;
@@ -39,14 +39,14 @@ struct Seat {
     task: Box<dyn Task>,
     kick: AsyncFd<Kick>,
     leaving: Option<Leave>,
-    /// What the kernel holds for it.
+    /// The guest memory that the kernel holds for it.
     memory: Option<GuestMemory>,
 }
 
 /// How long to wait before submissions that the kernel did not take are tried again.
 const RETRY_PAUSE: Duration = Duration::from_millis(1);
 
-/// What one I/O thread owns. The ring comes first: dropped first, it waits for the operations of the tasks.
+/// The state of one I/O thread. The ring comes first: dropped first, it waits for the operations of the tasks.
 pub(crate) struct Core {
     ring: Ring,
     seats: Vec<Option<Seat>>,
@@ -289,7 +289,7 @@ impl Core {
         held
     }
 
-    /// Lets tasks go that were asked to and have nothing in flight. What they completed was published by `turn`.
+    /// Releases tasks that were told to leave and have nothing in flight. `turn` has published their completions.
     pub(crate) fn let_go(&mut self) {
         for place in &mut self.seats {
             if let Some(seat) = place
@@ -304,7 +304,8 @@ impl Core {
                 if let Some(leave) = seat.leaving.take() {
                     leave.end(service.end(), &service.stats);
                 }
-                // Last: whoever waits for the queue need not wait for this, and until then `seat` has it mapped.
+                // Last: the thread that waits for the queue need not wait for this, and `seat` keeps the memory
+                // mapped until then.
                 if let Some(memory) = &seat.memory {
                     self.ring.release_memory(memory);
                 }

@@ -18,7 +18,7 @@ pub(super) const PIECE: usize = if cfg!(test) { 1 << 20 } else { 64 << 20 };
 /// Places in the kernel's table, as many as it can have: a tebibyte.
 const PLACES: u16 = 1 << 14;
 
-/// How much memory the rings of a process may hold together. What several of them hold counts once.
+/// The memory that the rings of a process may hold together. Memory that several rings hold counts once.
 #[derive(Debug)]
 pub struct Budget(Mutex<Spent>);
 
@@ -61,7 +61,7 @@ impl Budget {
     }
 }
 
-/// What is held.
+/// The memory that is held.
 pub(super) struct HeldMemory {
     budget: Arc<Budget>,
     regions: Vec<Region>,

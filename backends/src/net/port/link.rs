@@ -1,10 +1,10 @@
-//! A port that joins two VMs of one host without a tap: a datagram socket on each side, one datagram per frame, so that
-//! frames stay whole and the one that is faster waits.
+//! A port that joins two VMs of one host without a tap: a datagram socket on each side, one datagram per frame, so
+//! that frames stay whole and the faster side waits.
 //!
-//! Both are given the same path. Whoever comes first binds it, the other binds the path with `.peer` behind it; each sends to
-//! the other's through a second socket. A bound one that is connected to nobody takes frames from whoever comes, and a
-//! connected one waits for room at its peer: so the descriptors stay the same when a side goes and comes again, and the
-//! other finds it with its next frame.
+//! Both sides are given the same path. The first to come binds it, the other binds the path with `.peer` appended;
+//! each sends to the other's socket through a second one. A bound socket that is not connected takes frames from any
+//! sender, and a connected one waits for room at its peer. So the descriptors stay the same when a side goes and
+//! comes again, and the other side finds it with its next frame.
 
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
@@ -25,7 +25,7 @@ use crate::host::bound::{BoundPath, Claim, suffixed};
 /// How long frames to an absent peer are dropped before it is looked for again.
 const SEARCH_PAUSE: Duration = Duration::from_millis(50);
 
-/// Who may send to a side: processes of the same user.
+/// Access mode of a side: processes of the same user may send to it.
 const MODE: u32 = 0o600;
 
 /// Bytes that may wait on one side. The host's limit (net.core.wmem_max) may allow less.
@@ -41,9 +41,10 @@ struct Side {
     ends: Ends,
     peer: PathBuf,
     searched: Mutex<Option<Instant>>,
-    /// What is sent goes to the peer's first pair, for want of the one of this number.
+    /// This pair's frames go to the peer's first pair, because the peer does not serve a pair of this number.
     astray: AtomicBool,
-    /// While this pair is not served: a socket of nobody's, from which alone it would take frames.
+    /// While this pair is not served: a socket that no other process can reach, and the only one it would take frames
+    /// from.
     closed: Mutex<Option<OwnedFd>>,
     /// Not where it is lent: the path then stays with the process that has bound it.
     _mine: Option<BoundPath>,
@@ -80,7 +81,7 @@ fn datagram_socket() -> io::Result<OwnedFd> {
     Ok(socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None)?)
 }
 
-/// Lets as much wait behind a socket as the host allows.
+/// Lets as many bytes queue up at a socket as the host allows.
 pub(super) fn grow_buffers(socket: &OwnedFd) {
     // Less room only means that a side waits earlier.
     let _ = set_socket_send_buffer_size(socket, BUFFER);
@@ -91,7 +92,8 @@ impl Side {
         let (first, second) = (path.to_owned(), suffixed(path, ".peer"));
         for (mine, peer) in [(&first, &second), (&second, &first)] {
             let claim = Claim::new(mine)?;
-            // A path that is bound, but by nobody alive, is what a side left behind that ended without a chance to clean up.
+            // A bound path that no live process listens on is the leftover of a side that ended without a chance to
+            // clean up.
             match connect(&datagram_socket()?, &SocketAddrUnix::new(mine)?) {
                 Ok(()) => continue,
                 Err(rustix::io::Errno::CONNREFUSED) => {
@@ -113,7 +115,7 @@ impl Side {
                         _mine: Some(bound),
                     });
                 }
-                // Somebody may have it who is not to be reached.
+                // Another process may have bound it, but can't be reached.
                 Err(e) if e.kind() == io::ErrorKind::AddrInUse => {}
                 Err(e) => return Err(e),
             }
@@ -184,7 +186,7 @@ impl Port for Link {
             return;
         }
         *searched = Some(Instant::now());
-        // A peer may serve fewer pairs, but always the first. Both fail as long as there is nobody.
+        // A peer may serve fewer pairs, but always the first. Both attempts fail as long as there is no peer.
         for (peer, astray) in [(&side.peer, false), (&self.sides[0].peer, pair > 0)] {
             if SocketAddrUnix::new(peer).and_then(|address| connect(&side.ends.tx, &address)).is_ok() {
                 side.astray.store(astray, Ordering::Relaxed);

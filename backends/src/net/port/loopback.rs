@@ -1,4 +1,5 @@
-//! A port whose two ends are joined: what a pair transmits, it receives. For tests and for measuring a device alone.
+//! A port whose two ends are joined: each pair receives the frames that it transmits. For tests and for measuring a
+//! device alone.
 
 use std::io;
 use std::os::fd::RawFd;

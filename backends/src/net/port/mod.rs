@@ -1,7 +1,7 @@
-//! Where packets come from and go to, behind one trait.
+//! The source and sink of packets, as one trait.
 //!
-//! On the data path a port is two descriptors per queue pair: reading one brings one frame, writing the other takes one,
-//! each with a virtio-net header in front, and neither ever waits. What the trait adds is control, off the data path.
+//! On the data path a port is two descriptors per queue pair: reading one brings one frame, writing the other takes
+//! one, each with a virtio-net header in front, and neither ever waits. The trait adds control, off the data path.
 
 pub mod link;
 pub mod loopback;
@@ -13,8 +13,8 @@ use std::sync::Arc;
 
 use crate::host::inherited;
 
-/// What a port can do with frames that are not plain: checksums left open, segments left uncut. The bits of
-/// VIRTIO_NET_F_* for the same thing seen from the guest, in both directions.
+/// The frames that a port can take besides plain ones: checksums left open, segments left uncut. These are the bits
+/// of VIRTIO_NET_F_* for the same thing seen from the guest, in both directions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Offloads {
     /// Checksums may be left to the other side.
@@ -35,7 +35,7 @@ impl Offloads {
     /// Without UDP, which taps of kernels before 6.2 can't leave uncut.
     pub const TCP: Self = Self { csum: true, tso4: true, tso6: true, ecn: true, uso4: false, uso6: false };
 
-    /// Whatever there is.
+    /// All of them.
     pub const ALL: Self = Self { csum: true, tso4: true, tso6: true, ecn: true, uso4: true, uso6: true };
 
     /// Whether frames may be longer than the MTU.
@@ -65,7 +65,7 @@ fn lent_ends(fds: &[RawFd]) -> io::Result<Vec<Ends>> {
     pairs.iter().map(|&[rx, tx]| Ok(Ends { rx: take(rx)?, tx: take(tx)? })).collect()
 }
 
-/// Which frames the guest wants, beside broadcasts (virtio 1.3, 5.1.6.5.1 and 5.1.6.5.2).
+/// The frames that the guest wants besides broadcasts (virtio 1.3, 5.1.6.5.1 and 5.1.6.5.2).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Filter {
     /// All of them.
@@ -76,8 +76,8 @@ pub struct Filter {
     pub addresses: Vec<[u8; 6]>,
 }
 
-/// A packet source and sink. What has a default is as between two sockets, where a frame arrives as it was sent: all
-/// offloads are there as long as both sides agree to them, and a sender waits for a slow receiver.
+/// A packet source and sink. The defaults are those of two joined sockets, where a frame arrives as it was sent: all
+/// offloads are available as long as both sides agree to them, and a sender waits for a slow receiver.
 pub trait Port: Send + Sync {
     /// Its name in logs and errors.
     fn name(&self) -> &str;
@@ -88,7 +88,7 @@ pub trait Port: Send + Sync {
     /// The descriptors of a pair. They stay the same for the port's life.
     fn ends(&self, pair: usize) -> Ends;
 
-    /// What it takes from the guest, and can give to it.
+    /// The offloads that it takes from the guest, and can give to it.
     fn offloads(&self) -> Offloads {
         Offloads::ALL
     }
@@ -103,21 +103,21 @@ pub trait Port: Send + Sync {
         true
     }
 
-    /// Says what may be given to the guest from now on.
+    /// Sets the offloads that the port may give to the guest from now on.
     ///
     /// # Errors
-    /// What the host says; nothing has changed then.
+    /// The host's error; nothing has changed then.
     fn set_offloads(&self, _offloads: Offloads) -> io::Result<()> {
         Ok(())
     }
 
-    /// Spreads frames over the first `count` pairs, and none over the others, whoever has said otherwise before: several processes
-    /// may have the descriptors. Those can still be polled; reading them finds
-    /// nothing (EAGAIN, taps of today's kernels) or fails with EBADFD (taps that are gone meanwhile, or are of a kernel that
-    /// parts a disabled queue from its interface).
+    /// Spreads frames over the first `count` pairs and none over the others, whichever number was set before, by this
+    /// or by another process that has the descriptors. The other pairs can still be polled; reading them finds
+    /// nothing (EAGAIN, taps of today's kernels) or fails with EBADFD (taps that have disappeared, or kernels that
+    /// detach a disabled queue from its interface).
     ///
     /// # Errors
-    /// What the host says.
+    /// The host's error.
     fn set_pairs(&self, _count: usize) -> io::Result<()> {
         Ok(())
     }
@@ -130,11 +130,11 @@ pub trait Port: Send + Sync {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    /// A write on a pair found nobody at the other end: looks for one. Does not wait.
+    /// Looks for a peer after a write on a pair found none at the other end. Does not wait.
     fn find_peer(&self, _pair: usize) {}
 
-    /// Whether what a pair sends goes somewhere else than it would if the other end served as many: [`Self::find_peer`] may
-    /// find that it does by now.
+    /// Whether this pair's frames are redirected to another pair because the peer serves fewer pairs.
+    /// [`Self::find_peer`] may find that the peer serves this one now.
     fn is_astray(&self, _pair: usize) -> bool {
         false
     }

@@ -26,7 +26,7 @@ struct Request<T>(libc::c_ulong, PhantomData<T>);
 
 impl<T> Request<T> {
     /// # Safety
-    /// The kernel must read and write no more than a `T` for it, and leave a `T` behind.
+    /// The kernel must access no more than a `T` for it, and must leave a valid `T`.
     const unsafe fn new(number: libc::c_ulong) -> Self {
         Self(number, PhantomData)
     }
@@ -78,7 +78,7 @@ pub struct Tap {
     ends: Vec<Ends>,
     offloads: Offloads,
     mtu: Option<u16>,
-    /// Whether what is sent may find no room: a macvtap's buffer is bounded, a tap's only if somebody bounded it.
+    /// Whether a frame may find no room: a macvtap's buffer is bounded, a tap's only if an administrator bounded it.
     may_block: bool,
 }
 
@@ -124,7 +124,7 @@ impl Tap {
         Ok(Self { mtu: mtu.or_else(|| interface_mtu(name)), ..tap })
     }
 
-    /// A tap over inherited descriptors that were opened by somebody with more rights, one per queue.
+    /// A tap over inherited descriptors that a process with more rights has opened, one per queue.
     ///
     /// # Errors
     /// When one is not open, taken already, or no tap.
@@ -133,7 +133,7 @@ impl Tap {
         let name = format!("fd {}", fds.iter().map(ToString::to_string).collect::<Vec<_>>().join(","));
         if owned.len() > 1 {
             for fd in &owned {
-                // Whoever used it before may have left with queues detached; one that is attached says EINVAL.
+                // The previous user may have left with queues detached. EINVAL means that the queue is attached.
                 let _ = set_queue(fd, libc::IFF_ATTACH_QUEUE);
             }
         }
@@ -285,7 +285,7 @@ fn flags(offloads: Offloads) -> libc::c_uint {
     .fold(0, |all, (on, flag)| if on { all | flag } else { all })
 }
 
-/// What the interface can do, found out by asking for it; leaves all off.
+/// Finds out which offloads the interface has by asking for them; leaves all off.
 fn probe_offloads(file: &OwnedFd) -> io::Result<Offloads> {
     let can = |offloads| set_offloads(file, offloads).is_ok();
     let best = if can(Offloads::ALL) {
@@ -344,7 +344,7 @@ fn attach(name: &str, many: bool) -> Result<File, TapError> {
 /// Whether a name can be that of an interface, or is a path and so that of a device file.
 ///
 /// # Errors
-/// What it is not, and how it should be.
+/// Why it can be neither, and what it should look like.
 pub(crate) fn check_name(name: &str) -> Result<(), &'static str> {
     let sound = if name.starts_with('/') {
         !name.chars().any(char::is_control)

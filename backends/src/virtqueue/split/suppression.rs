@@ -1,9 +1,10 @@
 //! Notification suppression (virtio 1.3, sections 2.7.7 and 2.7.10): when a side that may be asleep has to be woken.
 //!
-//! Either side writes what it wants and then looks once more whether it has come; the other publishes and then looks whether
-//! it is wanted. With a full barrier between the two on both sides, at least one of them sees what the other wrote: no kick
-//! and no interrupt is lost. The steps are generic over the words of the ring, so that a model can run them through every
-//! interleaving that the memory model allows; in a queue they are plain loads and stores.
+//! The waiting side writes its wish and then looks once more whether an entry has come; the publishing side publishes
+//! and then looks whether a wake-up is wanted. With a full barrier between the two steps on both sides, at least one
+//! of them sees what the other wrote: no kick and no interrupt is lost. The steps are generic over the words of the
+//! ring, so that a model can run them through every interleaving that the memory model allows; in a queue they are
+//! plain loads and stores.
 
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 
@@ -19,7 +20,7 @@ pub(super) trait Words {
     fn set_used_flags(&self, flags: u16);
     /// `avail_event`, the device's.
     fn set_avail_event(&self, index: u16);
-    /// A full barrier: what was stored before it is visible before anything behind it is loaded.
+    /// A full barrier: stores before it are visible before any load after it.
     fn fence(&self);
 }
 
@@ -36,7 +37,7 @@ pub(super) fn wants_interrupt(words: &impl Words, event_idx: bool, old: u16, new
     }
 }
 
-/// Asks the driver for a kick at entry `next` of the available ring. Returns whether it has come meanwhile.
+/// Asks the driver for a kick at entry `next` of the available ring. Returns whether it has come in the meantime.
 #[inline(always)]
 pub(super) fn ask_for_kick(words: &impl Words, event_idx: bool, next: u16) -> bool {
     if event_idx {

@@ -1,8 +1,8 @@
-//! What the guest's CPUID says: the host's supported leaves, with the topology and the caches of this machine, and without what the
-//! guest is not to have.
+//! The guest's CPUID: the host's supported leaves, with the topology and the caches of this machine, and without the
+//! features that the guest is not to have.
 //!
-//! Every vCPU is a core of its own in one package, its APIC ID is its number. Leaf numbers and bits are those of the Intel
-//! SDM (volume 2A, CPUID) and the AMD APM (volume 3, appendix E).
+//! Every vCPU is a core of its own in one package; its APIC ID is its number. Leaf numbers and bits are those of the
+//! Intel SDM (volume 2A, CPUID) and the AMD APM (volume 3, appendix E).
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
@@ -29,7 +29,7 @@ type Registers = [u32; 4];
 /// Nested virtualization: VMX; SVM and SKINIT; KVM's asynchronous page faults as exits of a nested guest.
 const NESTED: [(u32, Registers); 3] =
     [(1, [0, 0, 1 << 5, 0]), (0x8000_0001, [0, 0, 1 << 2 | 1 << 12, 0]), (0x4000_0001, [1 << 10, 0, 0, 0])];
-/// What SVM can do.
+/// The abilities of SVM.
 const NESTED_LEAVES: [u32; 1] = [0x8000_000a];
 
 /// Performance monitoring: DTES64 and PDCM, DS; LBR; AMD's IBS and its counters of the core, the north bridge and the L3 cache.
@@ -41,7 +41,7 @@ const PMU: [(u32, Registers); 3] = [
 /// Its own leaves: architectural counters, LBR, more architectural counters, IBS, AMD's PerfMonV2.
 const PMU_LEAVES: [u32; 5] = [0xa, 0x1c, 0x23, 0x8000_001b, 0x8000_0022];
 
-/// Sub-leaves of the cache leaves that are looked at: nobody has more levels.
+/// Sub-leaves of the cache leaves to look at: no CPU has more levels.
 const MAX_CACHES: u32 = 8;
 /// Caches for a host that tells of none: L1d, L1i, L2 and L3 of a common server, in the format of leaf 4.
 const DEFAULT_CACHES: [Registers; 4] = [
@@ -56,7 +56,7 @@ pub struct Template {
     entries: Vec<kvm_cpuid_entry2>,
 }
 
-/// What the template depends on, beside the supported leaves.
+/// The template's inputs besides the supported leaves.
 pub struct Traits {
     /// Number of vCPUs.
     pub cpus: u32,

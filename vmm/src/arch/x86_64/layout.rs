@@ -113,7 +113,7 @@ pub enum LayoutError {
     },
 }
 
-/// What the address map is, given the size of memory.
+/// The address map, given the size of memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AddressMap {
     /// RAM, in ascending order: at most one range below the hole and one above.

@@ -8,6 +8,6 @@ const MISC_ENABLE_FAST_STRING: u64 = 1;
 const MTRR_ENABLE: u64 = 1 << 11;
 const MTRR_WRITE_BACK: u64 = 6;
 
-/// What a guest likes to find, index and value. It lives without any of it.
+/// MSRs that a guest likes to find set, index and value. It can do without any of them.
 pub const BOOT_MSRS: [(u32, u64); 2] =
     [(IA32_MISC_ENABLE, MISC_ENABLE_FAST_STRING), (IA32_MTRR_DEF_TYPE, MTRR_ENABLE | MTRR_WRITE_BACK)];
