@@ -16,6 +16,7 @@ pub mod state;
 pub mod stats;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod trace;
 pub mod virtqueue;
 
 /// Where tests put images: next to the test binary, on a disk. The usual directory for such files may be a tmpfs,

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ringvm_backends::device::{Device, DeviceError, Flusher};
-use tracing::{error, info, warn};
+use ringvm_backends::trace;
+use tracing::{debug_span, error, info, warn};
 
 use crate::mailbox::Mailbox;
 use crate::message::Connection;
@@ -61,11 +62,13 @@ impl Control {
         let mailbox = Arc::new(Mailbox::new()?);
         let (name, flusher) = (device.info().name.clone(), Some(device.flusher()));
         let theirs = Arc::clone(&mailbox);
+        let span = trace::device(&name);
         std::thread::Builder::new().name(name.clone()).spawn(move || {
+            let _device = span.entered();
             let served = catch_unwind(AssertUnwindSafe(|| serve_clients(device.as_mut(), &mut source, &theirs, grace)));
             // Stop listening: no client may connect to a device that is no longer served.
             drop(source);
-            let flushed = device.flush();
+            let flushed = debug_span!("flush").in_scope(|| device.flush());
             let (idle, device) = match served {
                 Ok(idle) => (idle, Some(device)),
                 Err(_) => {
@@ -89,7 +92,7 @@ fn serve_clients(device: &mut dyn Device, source: &mut Source, mailbox: &Mailbox
             Ok(Next::Mail) => mailbox.serve(device),
             Ok(Next::End) => break,
             Err(error) => {
-                error!(device = %device.info().name, %error, "accepting a client");
+                error!(%error, "accepting a client");
                 std::thread::sleep(HOST_PAUSE);
             }
         }
@@ -99,8 +102,7 @@ fn serve_clients(device: &mut dyn Device, source: &mut Source, mailbox: &Mailbox
 
 /// Serves a client until it has gone, and all that it asked for has ended. Returns whether it has.
 fn serve_client(device: &mut dyn Device, stream: UnixStream, mailbox: &Mailbox, grace: Duration) -> bool {
-    let name = device.info().name.clone();
-    info!(device = %name, "a client has connected");
+    info!("a client has connected");
     let session = stream.try_clone().and_then(|peer| {
         mailbox.serves(Some(peer));
         Session::new(device, Connection::new(stream), mailbox)
@@ -109,7 +111,7 @@ fn serve_client(device: &mut dyn Device, stream: UnixStream, mailbox: &Mailbox, 
         Ok(session) => session,
         Err(error) => {
             mailbox.serves(None);
-            warn!(device = %name, "dropping the client: making a descriptor: {error}");
+            warn!("dropping the client: making a descriptor: {error}");
             return true;
         }
     };
@@ -118,9 +120,9 @@ fn serve_client(device: &mut dyn Device, stream: UnixStream, mailbox: &Mailbox, 
     match result {
         // An error caused by the end of the daemon is not the client's fault.
         _ if mailbox.stopped() => {}
-        Ok(End::Disconnected) => info!(device = %name, "the client has gone"),
+        Ok(End::Disconnected) => info!("the client has gone"),
         Ok(End::Stopped) => {}
-        Err(error) => warn!(device = %name, "dropping the client: {error}"),
+        Err(error) => warn!("dropping the client: {error}"),
     }
-    session.end(grace)
+    debug_span!("end").in_scope(|| session.end(grace))
 }

@@ -6,7 +6,9 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use ringvm_backends::device::DeviceError;
+use ringvm_backends::trace;
 use ringvm_cli::summary::summary;
+use tracing::debug_span;
 
 use crate::control::{Control, Told};
 use crate::exit::Exit;
@@ -120,8 +122,10 @@ fn flush_the_others(controls: &mut [Control], tell: &Sender<Told>) {
     for (index, control) in controls.iter_mut().enumerate().filter(|(_, control)| control.report.is_none()) {
         let Some(flusher) = control.flusher.take() else { continue };
         let tell = tell.clone();
-        let flush = move || drop(tell.send(Told::Flushed(index, flusher())));
-        // Without a thread it can't be flushed, which is reported.
+        let span = trace::device(&control.name);
+        let flush =
+            move || drop(tell.send(Told::Flushed(index, span.in_scope(|| debug_span!("flush").in_scope(flusher)))));
+        // Without a thread it can't be flushed, and that is said.
         drop(std::thread::Builder::new().name("flush".into()).spawn(flush));
     }
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use ringvm_backends::device::Device;
 use rustix::event::PollFlags;
 use thiserror::Error;
-use tracing::warn;
+use tracing::{debug_span, warn};
 use vhost::vhost_user::message::FrontendReq;
 
 use crate::backend::{Answer, Backend, Refused, SKIP_DRAIN, has_reply};
@@ -103,8 +103,7 @@ impl<'a> Session<'a> {
             self.mailbox.serve(self.backend.device());
             if !said && begun.elapsed() > LONG {
                 said = true;
-                let name = &self.backend.device().info().name;
-                warn!(device = %name, "requests of the last client do not end; until they do, no other is served");
+                warn!("requests of the last client do not end; until they do, no other is served");
             }
         }
         true
@@ -130,6 +129,7 @@ impl<'a> Session<'a> {
     fn handle(&mut self, message: Message) -> Result<(), SessionError> {
         let (request, need_reply) = (message.request, message.need_reply);
         let known = FrontendReq::try_from(request).ok();
+        let _handling = debug_span!("message", request, kind = ?known).entered();
         let answer = match known {
             Some(kind) => self.backend.apply(kind, message),
             None if request == SKIP_DRAIN => self.backend.skip_drain(&message),
@@ -164,7 +164,7 @@ impl<'a> Session<'a> {
         if code.is_none() && !matches!(reason, Refused::Features(_)) {
             return Err(refused(name, reason));
         }
-        warn!(device = %self.backend.device().info().name, "{name} refused: {reason}");
+        warn!("{name} refused: {reason}");
         if let Some(code) = code {
             self.connection.reply(request, &code.to_ne_bytes(), None)?;
         }

@@ -8,7 +8,9 @@ use std::thread;
 
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use ringvm_backends::device::Device;
+use ringvm_backends::trace;
 use thiserror::Error;
+use tracing::debug_span;
 
 use crate::kvm::VcpuState;
 use crate::machine::{Asked, MachineError, Running};
@@ -83,8 +85,16 @@ pub fn serve(request: Request, running: &Running, movers: &[Mover]) {
             let named = |mover: &&Mover| name.as_ref().is_none_or(|name| *name == mover.name());
             movers.iter().filter(named).for_each(|mover| start_move(mover, reply.clone()));
         }
-        Request::Attach(device, reply) => drop(reply.send(running.attach(device))),
-        Request::Detach(name, reply) => drop(reply.send(running.detach(&name))),
+        Request::Attach(device, reply) => {
+            let _device = trace::device(&device.info().name).entered();
+            let _attaching = debug_span!("attach").entered();
+            drop(reply.send(running.attach(device)));
+        }
+        Request::Detach(name, reply) => {
+            let _device = trace::device(&name).entered();
+            let _detaching = debug_span!("detach").entered();
+            drop(reply.send(running.detach(&name)));
+        }
         Request::Pause(paused) => running.vcpus().iter().for_each(|vcpu| vcpu.pause(paused.clone())),
         Request::Resume => running.vcpus().iter().for_each(|vcpu| vcpu.resume()),
         Request::Save(states) => running.vcpus().iter().for_each(|vcpu| vcpu.save(states.clone())),

@@ -1,6 +1,6 @@
 //! The thread that owns a device.
 //!
-//! A vCPU never waits for a device: the driver's setup is noted as [`Wanted`], and the thread brings the device
+//! A vCPU never waits for a device: the driver's setup is noted as `Wanted`, and the thread brings the device
 //! there. Only the latest setup counts, so a driver that changes its mind in a loop piles up nothing. The driver's
 //! reads are served from copies. The thread answers questions while the device drains, because it waits for both at
 //! once.
@@ -13,10 +13,11 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, select, unbounded};
 use ringvm_backends::device::{Device, DeviceInfo, GuestMemory, QueueParts, RingConfig, Suspended, read_space};
 use ringvm_backends::stats::DeviceStats;
+use ringvm_backends::trace;
 use ringvm_backends::virtqueue::End;
 use ringvm_backends::virtqueue::interrupt::Interrupt;
 use ringvm_backends::virtqueue::stopping::{Ends, Stopping};
-use tracing::debug;
+use tracing::{Span, debug, debug_span};
 use vmm_sys_util::eventfd::EventFd;
 
 /// Control operations need little stack.
@@ -135,6 +136,7 @@ pub struct Taken {
 /// A handle on a device that a thread of its own owns.
 pub struct Owner {
     info: DeviceInfo,
+    span: Span,
     shared: Arc<Shared>,
     questions: Questions,
 }
@@ -200,14 +202,23 @@ impl Owner {
             taker: None,
         };
         let name = format!("dev-{}", info.name);
-        thread::Builder::new().name(name).stack_size(STACK).spawn(move || keeper.run(&woken, &asked))?;
-        Ok(Self { info, shared, questions: Questions(questions) })
+        let span = trace::device(&info.name);
+        let entered = span.clone();
+        let run = move || entered.in_scope(|| keeper.run(&woken, &asked));
+        thread::Builder::new().name(name).stack_size(STACK).spawn(run)?;
+        Ok(Self { info, span, shared, questions: Questions(questions) })
     }
 
     /// The device's fixed properties.
     #[must_use]
     pub fn info(&self) -> &DeviceInfo {
         &self.info
+    }
+
+    /// What lines of the log about the device are part of.
+    #[must_use]
+    pub fn span(&self) -> &Span {
+        &self.span
     }
 
     /// Asks the owner.
@@ -320,6 +331,7 @@ impl Keeper {
                 },
             }
         }
+        let _taking = debug_span!("take").entered();
         let running = self.running(|_, _| true);
         self.stop(&running, asked);
         let stats = self.device.stats();
@@ -362,6 +374,7 @@ impl Keeper {
     }
 
     fn reset(&mut self, resets: u64, asked: &Receiver<Question>) {
+        let _resetting = debug_span!("reset").entered();
         let running = self.running(|_, _| true);
         self.stop(&running, asked);
         if self.taker.is_some() {
@@ -384,6 +397,7 @@ impl Keeper {
         if self.features == Some(features) {
             return;
         }
+        let _accepting = debug_span!("accept", features = format_args!("{features:#x}")).entered();
         let result = self.device.ack_features(features);
         // The configuration space may depend on them.
         self.shared.read_space(self.device.as_ref());
@@ -408,9 +422,10 @@ impl Keeper {
         if writes.is_empty() {
             return;
         }
+        let _writing = debug_span!("write_config").entered();
         for (offset, data) in writes {
             if let Err(error) = self.device.write_config(offset, &data) {
-                debug!(%error, "a write to configuration space is ignored");
+                debug!(offset, %error, "a write to configuration space is ignored");
             }
         }
         self.shared.read_space(self.device.as_ref());
@@ -453,6 +468,7 @@ impl Keeper {
     }
 
     fn start(&mut self, index: usize, setup: &Setup) {
+        let _starting = debug_span!("start", queue = index).entered();
         let queue = &mut self.queues[index];
         let listener = Arc::clone(&self.listener);
         let parts = self.kicks[index].try_clone().map(|kick| QueueParts {
@@ -486,6 +502,7 @@ impl Keeper {
         if running.is_empty() {
             return;
         }
+        let _suspending = debug_span!("suspend", queues = ?running).entered();
         let stopping: Stopping = self.device.stop(running, End::Suspended);
         let ends: Ends = loop {
             select! {

@@ -19,7 +19,7 @@ use rustix::stdio::{stdin, stdout};
 use rustix::termios::isatty;
 use rustix::thread::CpuSet;
 use thiserror::Error;
-use tracing::info;
+use tracing::{debug_span, info};
 use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET};
 
 use crate::advice::advice;
@@ -217,7 +217,7 @@ fn run_machines(
         let mut ending = Ok(wait(&running, endings, requests, &movers));
         info!(?ending, "the machine stops");
         let limits = Limits::within(Duration::from_secs(config.stop_timeout));
-        let Stopped { mut devices, stats, mut abandoned } = running.stop(limits);
+        let Stopped { mut devices, stats, mut abandoned } = debug_span!("stop").in_scope(|| running.stop(limits));
         if abandoned.is_empty() && ending.as_ref().is_ok_and(|ending| restarts(config, ending)) {
             // Another ending may have come in the meantime. One that ends more than this machine must not be lost.
             if let Some(other) = endings.try_iter().find(is_more_than_a_reset) {

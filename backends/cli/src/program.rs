@@ -8,6 +8,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use log_budget::LogBudget;
+use ringvm_backends::trace;
 use signal_hook::consts::SIGHUP;
 use signal_hook::iterator::{Handle, Signals};
 use tracing_subscriber::filter::{LevelFilter, Targets};
@@ -34,7 +35,8 @@ fn targets(wanted: Option<&str>, verbose: u8) -> Targets {
         _ => LevelFilter::TRACE,
     };
     let wanted = wanted.filter(|directives| !directives.is_empty()).and_then(|directives| directives.parse().ok());
-    wanted.unwrap_or_else(|| Targets::new().with_default(level))
+    // Whatever is asked for says what it is about.
+    wanted.unwrap_or_else(|| Targets::new().with_default(level)).with_target(trace::TARGET, LevelFilter::ERROR)
 }
 
 /// Listens to signals of the process on a thread of its own, until it is dropped.
@@ -126,5 +128,37 @@ mod tests {
         let targets = targets(Some("error,ringvm::boot=debug"), 3);
         assert!(targets.would_enable("ringvm::boot::acpi", &Level::DEBUG));
         assert!(targets.would_enable("ringvm", &Level::ERROR) && !targets.would_enable("ringvm", &Level::WARN));
+    }
+
+    #[test]
+    fn a_line_names_its_device_and_queue_whatever_lets_it_through() {
+        use std::sync::{Arc, Mutex};
+
+        struct Said(Arc<Mutex<Vec<u8>>>);
+        impl io::Write for Said {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                self.0.lock().unwrap().write(bytes)
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        for wanted in [None, Some("warn"), Some("ringvm_cli=warn")] {
+            let said = Arc::<Mutex<Vec<u8>>>::default();
+            let theirs = Arc::clone(&said);
+            let lines = fmt::layer().with_writer(move || Said(Arc::clone(&theirs)));
+            let lines = lines.with_ansi(false).with_target(false);
+            let log = registry().with(targets(wanted, 0)).with(LogBudget::default()).with(lines);
+            tracing::subscriber::with_default(log, || {
+                let device = trace::device("disk7");
+                // Of an operation nothing is said at this level.
+                device.in_scope(|| tracing::debug_span!("reset").in_scope(|| tracing::warn!("first")));
+                tracing::warn!(parent: &trace::queue(&device, 3), "second");
+            });
+            let said = String::from_utf8(said.lock().unwrap().clone()).unwrap();
+            for line in ["WARN device{name=disk7}: first\n", "WARN device{name=disk7}:queue{index=3}: second\n"] {
+                assert!(said.contains(line), "{line} in {said}");
+            }
+        }
     }
 }

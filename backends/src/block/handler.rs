@@ -5,6 +5,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use tracing::Span;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_S_OK;
 
 use super::options::SERIAL_LEN;
@@ -21,7 +22,8 @@ pub(crate) struct BlockHandler<S> {
     pub(crate) serial: [u8; SERIAL_LEN],
     /// Cleared: every write is durable before it is answered.
     pub(crate) writeback: Arc<AtomicBool>,
-    pub(crate) name: String,
+    /// What lines of the log about its queue are part of.
+    pub(crate) span: Span,
     /// Requests that the host has failed.
     pub(crate) failures: u64,
 }
@@ -45,8 +47,8 @@ impl<O: Default> Default for Request<O> {
 impl BlockHandler<()> {
     /// The same over a storage.
     pub(super) fn over<S>(self, storage: S) -> BlockHandler<S> {
-        let Self { storage: (), limits, serial, writeback, name, failures } = self;
-        BlockHandler { storage, limits, serial, writeback, name, failures }
+        let Self { storage: (), limits, serial, writeback, span, failures } = self;
+        BlockHandler { storage, limits, serial, writeback, span, failures }
     }
 }
 
@@ -118,7 +120,7 @@ impl<S: Storage> BlockHandler<S> {
                 IOERR.0
             }
             Err(Refusal(status)) => {
-                tracing::debug!(disk = %self.name, head = chain.head, kind = ?request.kind, status, "request refused");
+                tracing::debug!(parent: &self.span, head = chain.head, kind = ?request.kind, status, "request refused");
                 status
             }
         };
@@ -136,7 +138,7 @@ impl<S: Storage> BlockHandler<S> {
         // A failing disk fails every request: one line each time their number has doubled.
         if self.failures.is_power_of_two() {
             let (kind, failures) = (KINDS[kind as usize], self.failures);
-            tracing::warn!(disk = %self.name, kind, %error, failures, "the host failed a request");
+            tracing::warn!(parent: &self.span, kind, %error, failures, "the host failed a request");
         }
     }
 }

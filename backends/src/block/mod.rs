@@ -233,7 +233,7 @@ impl Device for BlockDevice {
             limits: self.limits,
             serial: self.serial,
             writeback: Arc::clone(&self.writeback),
-            name: self.info.name.clone(),
+            span: self.queues.span(index),
             failures: 0,
         };
         self.backing.start(handler, &mut self.queues, index, parts, self.features)

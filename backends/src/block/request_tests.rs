@@ -60,7 +60,7 @@ fn fuzz_block_request() {
                 limits,
                 serial: [b'x'; SERIAL_LEN],
                 writeback: Arc::new(AtomicBool::new(true)),
-                name: "fuzzed".into(),
+                span: tracing::Span::none(),
                 failures: 0,
             };
             let faults = Arc::new(AtomicUsize::new(0));
@@ -70,7 +70,7 @@ fn fuzz_block_request() {
             }));
             let queue =
                 Queue::new(mem.clone(), &driver.ring(), RING_FEATURES, QueueState::default(), Interrupt::None).unwrap();
-            let service = Service::new("fuzzed.0".into(), queue, fault, 0, KINDS);
+            let service = Service::new(tracing::Span::none(), queue, fault, 0, KINDS);
             let mut worker = Worker::new(service, handler);
             for (i, (sector, count, flags)) in segments.iter().take(64).enumerate() {
                 let bytes = [&(sector % 80).to_le_bytes()[..], &(count % 80).to_le_bytes(), &(flags % 3).to_le_bytes()];

@@ -2,12 +2,15 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use tracing::Span;
+
 use crate::device::DeviceError;
 use crate::io::reactor::{Leaving, ReactorPool, Task};
 use crate::io::receiver::{Receiver, Source};
 use crate::io::service::Service;
 use crate::io::worker::{Handler, Worker};
 use crate::stats::{DeviceStats, QueueStats};
+use crate::trace;
 use crate::virtqueue::split::Queue;
 use crate::virtqueue::stopping::{Gathering, Stopping};
 use crate::virtqueue::{End, QueueParts};
@@ -19,6 +22,8 @@ pub(crate) struct Queues {
     places: Vec<Option<Place>>,
     /// Counters of each queue's earlier runs.
     ended: Vec<Arc<Mutex<Option<QueueStats>>>>,
+    /// What lines of the log about each queue are part of.
+    spans: Vec<Span>,
 }
 
 /// Where a queue is.
@@ -32,13 +37,19 @@ enum Place {
 impl Queues {
     /// `count` queues, none running.
     pub(crate) fn new(name: &str, count: usize, pool: ReactorPool) -> Self {
-        let name = name.to_owned();
+        let device = trace::device(name);
         Self {
-            name,
+            name: name.to_owned(),
             pool,
             places: (0..count).map(|_| None).collect(),
             ended: (0..count).map(|_| Arc::default()).collect(),
+            spans: (0..count).map(|index| trace::queue(&device, index as u16)).collect(),
         }
+    }
+
+    /// The span that log lines about a queue belong to.
+    pub(crate) fn span(&self, index: u16) -> Span {
+        self.spans.get(usize::from(index)).cloned().unwrap_or_else(Span::none)
     }
 
     /// Starts a queue whose chains are requests. The handler is built on the I/O thread that serves it, and may be
@@ -93,10 +104,10 @@ impl Queues {
         if let Some(log) = log {
             queue.log_writes(log);
         }
-        let name = format!("{}.{index}", self.name);
+        let span = self.spans[usize::from(index)].clone();
         let reactor = self.pool.least_loaded();
         let task = reactor
-            .attach(kick, move |task| build(Service::new(name, queue, fault, task, ops)))
+            .attach(kick, move |task| build(Service::new(span, queue, fault, task, ops)))
             .map_err(|source| DeviceError::Host { device: self.name.clone(), what: "starting a queue", source })?;
         *place = Some(Place::Runs { reactor: reactor.index(), task });
         Ok(())

@@ -196,7 +196,7 @@ impl<S: Source> Receiver<S> {
     fn die(&mut self, errno: i32) {
         if self.state != State::Dead {
             let error = std::io::Error::from_raw_os_error(errno);
-            tracing::warn!(queue = %self.stock.service.name(), %error, "what frames come from is gone");
+            tracing::warn!(parent: self.stock.service.span(), %error, "what frames come from is gone");
             self.state = State::Dead;
             self.stock.source.failed();
         }

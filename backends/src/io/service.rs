@@ -1,6 +1,8 @@
 //! The part common to every queue that a reactor serves, whatever its chains wait for: the ring's bookkeeping,
 //! statistics, and the handling of a broken ring or a request to stop.
 
+use tracing::Span;
+
 use crate::stats::QueueStats;
 use crate::virtqueue::buffers::Chain;
 use crate::virtqueue::interrupt::Interrupt;
@@ -25,7 +27,7 @@ enum State {
 
 /// One queue in service.
 pub struct Service {
-    name: String,
+    span: Span,
     pub(crate) queue: Queue,
     pub(crate) stats: QueueStats,
     fault: Interrupt,
@@ -35,9 +37,10 @@ pub struct Service {
 }
 
 impl Service {
-    /// A queue that its reactor knows as `task`. `fault` is raised if the driver breaks it; `ops` names the counters.
-    pub(crate) fn new(name: String, queue: Queue, fault: Interrupt, task: u32, ops: &[&'static str]) -> Self {
-        Self { name, queue, stats: QueueStats::new(ops), fault, state: State::Running, task, kicks_wanted: true }
+    /// A queue that its reactor knows as `task`, and the log by `span`. `fault` is raised if the driver breaks it; `ops` names what
+    /// is counted.
+    pub(crate) fn new(span: Span, queue: Queue, fault: Interrupt, task: u32, ops: &[&'static str]) -> Self {
+        Self { span, queue, stats: QueueStats::new(ops), fault, state: State::Running, task, kicks_wanted: true }
     }
 
     /// Its number on the reactor.
@@ -45,9 +48,9 @@ impl Service {
         self.task
     }
 
-    /// Its name in logs.
-    pub(crate) fn name(&self) -> &str {
-        &self.name
+    /// What lines of the log about it are part of.
+    pub(crate) fn span(&self) -> &Span {
+        &self.span
     }
 
     /// Whether new chains may be taken.
@@ -89,9 +92,8 @@ impl Service {
     pub(crate) fn break_off(&mut self, error: &RingError) {
         self.stats.bad_chains += 1;
         if self.state == State::Running {
-            // A driver can do this at will. So the transport warns, within its own limits, when the fault line tells
-            // it.
-            tracing::info!(queue = %self.name, %error, "the driver broke the queue, the device needs a reset");
+            // A driver can do this at will, so it is the transport, told by the fault line, that warns, as often as it likes.
+            tracing::info!(parent: &self.span, %error, "the driver broke the queue, the device needs a reset");
             self.state = State::Broken;
             self.fault.raise();
         }

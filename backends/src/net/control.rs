@@ -113,6 +113,8 @@ pub(super) struct ControlHandler {
     /// The features that were negotiated.
     pub(super) accepted: u64,
     pub(super) max_pairs: u16,
+    /// What lines of the log about its queue are part of.
+    pub(super) span: tracing::Span,
 }
 
 impl ControlHandler {
@@ -180,7 +182,7 @@ impl ControlHandler {
     }
 
     fn failed(&self, what: &str, error: &std::io::Error) -> Refused {
-        tracing::warn!(port = self.control.port.name(), %error, "{what}");
+        tracing::warn!(parent: &self.span, port = self.control.port.name(), %error, "{what}");
         Refused
     }
 }

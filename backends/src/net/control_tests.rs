@@ -147,11 +147,12 @@ fn fuzz_control_queue() {
             announce: AtomicBool::new(true),
             rx: Mutex::new(RxMode::default()),
         });
-        let handler = ControlHandler { control: Arc::clone(&control), accepted, max_pairs: PAIRS };
+        let handler =
+            ControlHandler { control: Arc::clone(&control), accepted, max_pairs: PAIRS, span: tracing::Span::none() };
         let mut driver = Driver::new(mem.clone(), 0, SIZE, RING_FEATURES);
         let queue =
             Queue::new(mem.clone(), &driver.ring(), RING_FEATURES, QueueState::default(), Interrupt::None).unwrap();
-        let service = Service::new("fuzzed.0".into(), queue, Interrupt::None, 0, ControlHandler::OPS);
+        let service = Service::new(tracing::Span::none(), queue, Interrupt::None, 0, ControlHandler::OPS);
         let mut worker = Worker::new(service, handler);
         for said in commands.iter().take(16) {
             let bytes = said.bytes();

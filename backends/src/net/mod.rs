@@ -346,7 +346,12 @@ impl Device for NetDevice {
             }
             Role::Control => {
                 let control = Arc::clone(&self.control);
-                let handler = ControlHandler { control, accepted: self.features, max_pairs: self.max_pairs };
+                let handler = ControlHandler {
+                    control,
+                    accepted: self.features,
+                    max_pairs: self.max_pairs,
+                    span: self.queues.span(index),
+                };
                 self.queues.start(index, parts, self.features, move || handler)?;
                 self.control_runs = true;
                 Ok(())
@@ -373,7 +378,7 @@ impl Device for NetDevice {
         if self.may_change_port()
             && let Err(error) = self.control.settle_port()
         {
-            tracing::warn!(device = %self.info.name, %error, "bringing the port back to its first state");
+            tracing::warn!(%error, "bringing the port back to its first state");
         }
     }
 

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, unbounded};
 use ringvm_backends::device::Device;
 use ringvm_backends::stats::DeviceStats;
-use tracing::warn;
+use ringvm_backends::trace;
+use tracing::{debug_span, warn};
 
 use super::Running;
 use crate::kvm::VcpuThread;
@@ -83,7 +84,7 @@ impl Running {
 pub fn flush(devices: Vec<Box<dyn Device>>, limits: Limits) -> (Vec<Box<dyn Device>>, Vec<String>) {
     let flushes = devices.into_iter().map(|mut device| {
         (device.info().name.clone(), move || {
-            let flushed = device.flush();
+            let flushed = debug_span!("flush").in_scope(|| device.flush());
             (device, flushed)
         })
     });
@@ -103,7 +104,9 @@ pub fn flush(devices: Vec<Box<dyn Device>>, limits: Limits) -> (Vec<Box<dyn Devi
 
 /// Lets devices go, with their daemons, all at once. One that takes too long is left to the end of the process.
 pub fn let_go(devices: Vec<Box<dyn Device>>, limits: Limits) {
-    let going = devices.into_iter().map(|device| (device.info().name.clone(), move || drop(device)));
+    let going = devices
+        .into_iter()
+        .map(|device| (device.info().name.clone(), move || debug_span!("let_go").in_scope(|| drop(device))));
     all_until(limits.gone, going.collect());
 }
 
@@ -117,12 +120,14 @@ fn all_until<T: Send + 'static>(
         .map(|(name, work)| {
             let (done, result) = unbounded();
             let thread = thread::Builder::new().name(format!("end-{name}"));
+            let span = trace::device(&name);
+            let entered = span.clone();
             let spawned = thread.spawn(move || {
                 // The receiver may have given up.
-                drop(done.send(work()));
+                entered.in_scope(|| drop(done.send(work())));
             });
             if let Err(error) = spawned {
-                warn!(device = name, %error, "starting a thread");
+                span.in_scope(|| warn!(%error, "starting a thread"));
             }
             (name, result)
         })

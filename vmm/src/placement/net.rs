@@ -101,7 +101,7 @@ impl Source for Nic {
         drop(self.port.set_filter(&Filter { promiscuous: true, ..Filter::default() }));
         let single = self.port.set_pairs(1).and_then(|()| self.port.set_offloads(Offloads::default()));
         if let Err(error) = single {
-            warn!(device = %self.name, %error, "bringing the port back to its first state");
+            warn!(%error, "bringing the port back to its first state");
         }
     }
 }

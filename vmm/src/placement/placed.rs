@@ -13,8 +13,9 @@ use ringvm_backends::device::{Device, DeviceError, DeviceInfo, End, Flusher, Que
 use ringvm_backends::host::event::SharedEvent;
 use ringvm_backends::setup::{DriverSetup, RingSetup};
 use ringvm_backends::stats::DeviceStats;
+use ringvm_backends::trace;
 use ringvm_backends::virtqueue::interrupt::Interrupt;
-use tracing::error;
+use tracing::{debug_span, error};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::PlaceError;
@@ -196,7 +197,7 @@ impl Placed {
         ends.extend(reached.filter_map(|(index, there)| Some((index, there?))));
         let back = self.setup.start_rings(self.server.as_mut(), &ends, |call| interrupt(call, self.lent, self.place));
         if let Err(error) = back {
-            error!(device = self.name, %error, "a move has failed, and so has going on without it; the driver must reset it");
+            error!(%error, "a move has failed, and so has going on without it; the driver must reset it");
             self.setup.rings.values().for_each(|ring| ring.fault.raise());
         }
     }
@@ -242,6 +243,8 @@ impl Mover {
     }
 
     fn go_to(&self, place: Place) -> Result<Moved, PlaceError> {
+        let _device = trace::device(self.0.source.name()).entered();
+        let _moving = debug_span!("move", from = ?self.place(), to = ?place).entered();
         self.0.lock().check(place)?;
         // Without the lock: a daemon may take its time, and the guest uses the device in its old place until then.
         let next = self.0.source.serve(place)?;

@@ -14,17 +14,16 @@ use std::time::{Duration, Instant};
 use ringvm_backends::device::{DeviceError, GuestMemory, QueueState, Suspended};
 use ringvm_backends::host::event::{SharedEvent, borrow, take};
 use ringvm_backends::setup::{DriverSetup, RingSetup};
-use ringvm_backends::virtqueue::interrupt::Interrupt;
 use ringvm_backends::virtqueue::split::used_index;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{Shutdown, shutdown};
-use tracing::{debug, info, warn};
-use vmm_sys_util::eventfd::EventFd;
+use tracing::{debug, debug_span, info, warn};
 
 use super::error::LinkError;
 use super::inflight::Inflight;
 use super::link::{Link, Vring};
 use super::peer::Peer;
+use super::ring::{Ring, relay};
 use super::sentinel::timespec;
 use super::shared::{Breaker, Shared};
 
@@ -43,27 +42,7 @@ const EVENT_PAUSE: Duration = Duration::from_millis(100);
 /// A job for the keeper.
 pub(super) type Job = Box<dyn FnOnce(&mut Keeper) + Send>;
 
-/// The state of a daemon's ring besides its setup.
-pub(super) struct Ring {
-    /// The event that the daemon raises: the driver's own interrupt, or an event of ours where that can't be given
-    /// away.
-    pub(super) call: Arc<EventFd>,
-    /// Raises doorbell and call, which every daemon that was here holds as well.
-    pub(super) again: [SharedEvent; 2],
-    pub(super) err: EventFd,
-    /// The fault was raised, which is the end until a reset.
-    pub(super) faulty: bool,
-    pub(super) from: QueueState,
-    /// Unanswered heads that the table of requests in flight does not hold yet.
-    pub(super) left: Vec<u16>,
-}
-
-/// Where calls go that can't go straight.
-fn relay(call: &Interrupt) -> Option<&Interrupt> {
-    (!matches!(call, Interrupt::Event(_) | Interrupt::None)).then_some(call)
-}
-
-/// The driver's setup, and the daemon that is told.
+/// What the driver has set up, and the daemon that is told.
 pub(super) struct Keeper {
     shared: Arc<Shared>,
     peer: Peer,
@@ -163,8 +142,7 @@ impl Keeper {
     fn lost(&mut self, error: &dyn std::fmt::Display) {
         let Some(link) = self.link.take() else { return };
         if !mem::replace(&mut self.told_away, true) {
-            let name = self.peer.name();
-            warn!(device = self.shared.name(), "the daemon at {name} is away ({error}); the guest waits for it");
+            warn!("the daemon at {} is away ({error}); the guest waits for it", self.peer.name());
         }
         self.end_connection(link.hangs());
         let now = Instant::now();
@@ -211,7 +189,6 @@ impl Keeper {
             if waited > LONG && !mem::replace(told, true) {
                 let name = self.peer.name();
                 warn!(
-                    device = self.shared.name(),
                     "the daemon at {name} has not gone yet, or has I/O in flight in the kernel; the next one waits for that"
                 );
             }
@@ -226,14 +203,14 @@ impl Keeper {
             Ok(()) => {
                 self.told_reason.clear();
                 if mem::take(&mut self.told_away) {
-                    warn!(device = self.shared.name(), "the daemon at {} is back", self.peer.name());
+                    warn!("the daemon at {} is back", self.peer.name());
                 }
             }
             Err(reason) => {
                 if reason.is_empty() || self.told_reason == reason {
-                    debug!(device = self.shared.name(), reason, "connecting again");
+                    debug!(reason, "connecting again");
                 } else {
-                    warn!(device = self.shared.name(), "the daemon at {} can't be used: {reason}", self.peer.name());
+                    warn!("the daemon at {} can't be used: {reason}", self.peer.name());
                     self.told_reason = reason;
                 }
                 self.next_attempt = Instant::now() + self.pause;
@@ -260,6 +237,7 @@ impl Keeper {
 
     /// The failure comes with whether it is one of not answering.
     fn greet(&mut self, socket: UnixStream) -> Result<(), (bool, String)> {
+        let _greeting = debug_span!("greet").entered();
         self.arm(socket.as_fd());
         // How many queues it has does not matter any more.
         let (mut link, about) = Link::open(socket, false).map_err(|error| (false, error.to_string()))?;
@@ -275,6 +253,7 @@ impl Keeper {
     }
 
     fn replay(&mut self, link: &mut Link) -> Result<(), LinkError> {
+        let _replaying = debug_span!("replay").entered();
         (self.shown, self.refused) = (None, false);
         let Some(features) = self.setup.features else { return Ok(()) };
         if let Err(error) = link.set_features(features) {
@@ -356,8 +335,7 @@ impl Keeper {
     }
 
     fn say_refusal(&self, error: &LinkError) {
-        let name = self.peer.name();
-        warn!(device = self.shared.name(), "the daemon at {name} does not serve what the driver wants: {error}");
+        warn!("the daemon at {} does not serve what the driver wants: {error}", self.peer.name());
     }
 
     /// Starts a daemon's ring, after the messages that must come before the first one.
@@ -384,6 +362,7 @@ impl Keeper {
     /// Takes the features that the driver has accepted. Returns whether the daemon, if there is one, accepts them
     /// too.
     pub(super) fn accept(&mut self, features: u64) -> bool {
+        let _accepting = debug_span!("accept").entered();
         (self.setup.features, self.refused) = (Some(features), false);
         match self.try_with(|_, link| link.set_features(features)) {
             Some(Err(error)) => {
@@ -397,6 +376,7 @@ impl Keeper {
 
     /// Has a ring served from now on, if the daemon that is there does so.
     pub(super) fn add(&mut self, index: u16, setup: RingSetup, ring: Ring) -> bool {
+        let _starting = debug_span!("start", queue = index).entered();
         self.setup.rings.insert(index, setup);
         self.rings.insert(index, ring);
         match self.try_with(|keeper, link| keeper.start(link, index)) {
@@ -416,6 +396,7 @@ impl Keeper {
         if running.is_empty() {
             return queues.iter().map(|_| None).collect();
         }
+        let _stopping = debug_span!("stop", queues = ?running).entered();
         let drains = !self.shared.view().suspends;
         let positions = match self.try_with(|_, link| link.stop(&running)) {
             // The positions of rings that have left nothing in the table.
@@ -459,6 +440,7 @@ impl Keeper {
 
     /// Forgets the driver's setup.
     pub(super) fn reset(&mut self) {
+        let _resetting = debug_span!("reset").entered();
         let all: Vec<u16> = (0..self.queues).collect();
         self.stop(&all);
         self.setup = DriverSetup::default();
@@ -592,7 +574,7 @@ impl Keeper {
         self.next_event = Instant::now() + EVENT_PAUSE;
         let config = self.try_with(|keeper, link| if link.hear()? { keeper.read_config(link) } else { Ok(None) });
         if let Some(Ok(Some(config))) = config {
-            info!(device = self.shared.name(), "the daemon has changed the configuration space");
+            info!("the daemon has changed the configuration space");
             self.take_config(config);
         }
     }

@@ -13,6 +13,7 @@ mod offer;
 mod patience;
 pub mod peer;
 mod program;
+mod ring;
 mod sentinel;
 mod shared;
 #[cfg(test)]
@@ -35,17 +36,19 @@ use ringvm_backends::host::event::SharedEvent;
 use ringvm_backends::setup::RingSetup;
 use ringvm_backends::state::MAX_STATE;
 use ringvm_backends::stats::DeviceStats;
+use ringvm_backends::trace;
 use ringvm_backends::virtqueue::interrupt::Interrupt;
 use ringvm_backends::virtqueue::split::{check_ring, used_index};
 use thiserror::Error;
-use tracing::{debug, warn};
+use tracing::{debug, debug_span, warn};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use error::LinkError;
-use keeper::{Job, Keeper, Ring};
+use keeper::{Job, Keeper};
 use link::Link;
 use offer::Field;
 use peer::Peer;
+use ring::Ring;
 use shared::Shared;
 
 /// How long the first connection may take.
@@ -109,6 +112,8 @@ impl VhostUserDevice {
     /// # Errors
     /// When no daemon comes, or its device is not the one that is wanted.
     pub fn connect(name: &str, mut peer: Peer, wanted: &Wanted) -> Result<Self, ConnectError> {
+        let _device = trace::device(name).entered();
+        let _connecting = debug_span!("connect").entered();
         let whom = peer.name();
         let error = |what: &str, reason: String, hint| ConnectError {
             device: name.to_owned(),
@@ -121,7 +126,7 @@ impl VhostUserDevice {
             match peer.connect() {
                 Ok(socket) => break socket,
                 Err(reason) if start.elapsed() < GREETING && matches!(peer, Peer::Socket(_)) => {
-                    debug!(device = name, %reason, "waiting for {whom}");
+                    debug!(%reason, "waiting for {whom}");
                     thread::sleep(Duration::from_millis(20));
                 }
                 Err(reason) => {
@@ -156,9 +161,10 @@ impl VhostUserDevice {
         shared.view().config = config;
         let keeper = Keeper::new(Arc::clone(&shared), peer, link, count, wanted.queue_size);
         let (jobs, inbox) = mpsc::channel();
+        let span = shared.span().clone();
         let (alive, ended) = mpsc::channel::<()>();
         let thread = thread::Builder::new().name(format!("vhost-{name}")).spawn(move || {
-            keeper.run(&inbox);
+            span.in_scope(|| keeper.run(&inbox));
             drop(alive);
         });
         thread.map_err(|source| host("starting a thread", source))?;
@@ -366,7 +372,7 @@ impl Device for VhostUserDevice {
         let name = format!("stop-{}", self.info.name);
         // Without a thread no wait takes place, and the ends are those that follow from memory.
         if let Err(error) = thread::Builder::new().name(name).stack_size(STACK).spawn(wait) {
-            warn!(device = self.info.name, %error, "starting a thread to wait for its daemon");
+            warn!(parent: self.shared.span(), %error, "starting a thread to wait for its daemon");
         }
         stopping
     }
@@ -431,7 +437,7 @@ impl Drop for VhostUserDevice {
         if self.ended.recv_timeout(ANSWER) == Err(RecvTimeoutError::Timeout) {
             self.shared.break_off();
             if self.ended.recv_timeout(NOTICE) == Err(RecvTimeoutError::Timeout) {
-                warn!(device = self.info.name, "its daemon can't be ended now, and is left alone");
+                warn!(parent: self.shared.span(), "its daemon can't be ended now, and is left alone");
             }
         }
     }

@@ -6,11 +6,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ringvm_backends::host::event::{borrow, take};
+use ringvm_backends::trace;
 use ringvm_backends::virtqueue::interrupt::Interrupt;
 use rustix::event::PollFlags;
 use rustix::net::{Shutdown, shutdown};
 use rustix::process::{Signal, pidfd_send_signal};
-use tracing::warn;
+use tracing::{Span, warn};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::sentinel::{Sentinel, wait_for};
@@ -18,6 +19,7 @@ use super::sentinel::{Sentinel, wait_for};
 /// Facts known without asking the keeper. The lock is never held over I/O.
 pub(super) struct Shared {
     name: String,
+    span: Span,
     view: Mutex<View>,
     /// Has the keeper look for jobs.
     wake: EventFd,
@@ -51,7 +53,7 @@ pub(super) struct Breaker {
 
 impl Shared {
     pub(super) fn new(name: &str) -> io::Result<Self> {
-        Ok(Self { name: name.to_owned(), view: Mutex::default(), wake: super::event()? })
+        Ok(Self { name: name.to_owned(), span: trace::device(name), view: Mutex::default(), wake: super::event()? })
     }
 
     pub(super) fn view(&self) -> MutexGuard<'_, View> {
@@ -60,6 +62,11 @@ impl Shared {
 
     pub(super) fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The span that log lines about the device belong to.
+    pub(super) fn span(&self) -> &Span {
+        &self.span
     }
 
     /// Raised when the keeper is to look for jobs.
@@ -81,7 +88,7 @@ impl Shared {
     /// Ends the connection, or the attempt to have one, from outside: whatever the keeper waits for ends with it.
     pub(super) fn break_off(&self) {
         let Some(Breaker { socket, events, process }) = self.view().breaker.take() else { return };
-        warn!(device = self.name, "the daemon does not answer; its connection is ended");
+        warn!(parent: &self.span, "the daemon does not answer; its connection is ended");
         if let Some(process) = process {
             // One that has ended already is ended.
             let _ = pidfd_send_signal(&process, Signal::KILL);

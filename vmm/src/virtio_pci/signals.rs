@@ -4,8 +4,9 @@
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use ringvm_backends::trace;
 use ringvm_backends::virtqueue::interrupt::Interrupt;
-use tracing::warn;
+use tracing::{Span, warn};
 
 use crate::owner::Listener;
 use crate::platform::IrqLine;
@@ -22,8 +23,8 @@ const DRIVER_OK: u8 = 4;
 
 /// Shared between the transport, under its lock, and the interrupts it handed out, which take no other lock.
 pub(super) struct Signals {
-    /// Name of the device.
-    name: String,
+    /// What lines of the log about the device are part of.
+    span: Span,
     status: AtomicU8,
     /// How often the device has changed its configuration space.
     generation: AtomicUsize,
@@ -47,7 +48,7 @@ impl Intx {
 impl Signals {
     pub(super) fn new(name: &str, line: Arc<dyn IrqLine>) -> Arc<Self> {
         Arc::new(Self {
-            name: name.to_owned(),
+            span: trace::device(name),
             status: AtomicU8::new(0),
             generation: AtomicUsize::new(0),
             intx: Mutex::new(Intx { isr: 0, disabled: false, line }),
@@ -67,7 +68,7 @@ impl Signals {
 
     /// Logs a fault of the guest. The log has a budget for faults that a guest commits all the time.
     pub(super) fn warn(&self, what: std::fmt::Arguments<'_>) {
-        warn!(device = self.name, "{what}");
+        warn!(parent: &self.span, "{what}");
     }
 
     /// The value of `config_generation`.

@@ -254,7 +254,7 @@ impl Transport {
         }
         if self.owner.is_resetting() {
             // A driver is to wait until the status reads as 0 (4.1.4.3.2).
-            debug!(device = %self.owner.info().name, "a status written before the reset was complete is ignored");
+            debug!(parent: self.owner.span(), "a status written before the reset was complete is ignored");
             return;
         }
         let old = self.signals.status();
@@ -277,13 +277,14 @@ impl Transport {
 
     fn accept_features(&mut self) -> bool {
         let (offered, chosen) = (self.owner.info().features, self.driver_features);
-        let name = &self.owner.info().name;
+        let span = self.owner.span();
         if chosen & VERSION_1 == 0 {
-            debug!(device = %name, features = format_args!("{chosen:#x}"), "a driver without VERSION_1 is refused");
+            debug!(parent: span, features = format_args!("{chosen:#x}"), "a driver without VERSION_1 is refused");
             return false;
         }
-        if chosen & !offered != 0 {
-            debug!(device = %name, features = format_args!("{:#x}", chosen & !offered), "features never offered are refused");
+        let refused = chosen & !offered;
+        if refused != 0 {
+            debug!(parent: span, features = format_args!("{refused:#x}"), "features never offered are refused");
             return false;
         }
         // A driver looks at the bit once, right after it has set it.

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
+use tracing::debug;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::window::Window;
@@ -228,6 +229,7 @@ impl Core {
                     let holds = self.hold_memory && names_files;
                     let memory = holds.then(|| Arc::clone(task.service().queue.memory()));
                     memory.iter().for_each(|memory| self.ring.hold_memory(memory));
+                    task.service().span().in_scope(|| debug!("the queue is served by this thread"));
                     self.seats[index] = Some(Seat { task, kick, leaving: None, memory });
                     index as u32
                 });
@@ -236,6 +238,7 @@ impl Core {
             Command::Detach { task, end, leave } => {
                 let seat = self.seats.get_mut(task as usize).and_then(Option::as_mut);
                 if let Some(seat) = seat.filter(|seat| seat.leaving.is_none()) {
+                    seat.task.service().span().in_scope(|| debug!(?end, "the queue is asked to stop"));
                     seat.task.service().stop(end);
                     seat.task.stop(&mut self.ring);
                     seat.leaving = Some(leave);
@@ -301,6 +304,7 @@ impl Core {
                 seat.task.give_back();
                 let service = seat.task.service();
                 service.publish();
+                service.span().in_scope(|| debug!("the queue has stopped"));
                 if let Some(leave) = seat.leaving.take() {
                     leave.end(service.end(), &service.stats);
                 }

@@ -58,10 +58,10 @@ fn watch(functions: &[pci::Function], disk: &Transport, resetting: bool) {
     };
     while clock::ticks().wrapping_sub(start) < clock::from_ms(LINE_MS) {
         for function in functions {
-            access(&|| drop(core::hint::black_box(function.ids())));
+            access(&|| _ = core::hint::black_box(function.ids()));
         }
-        access(&|| drop(core::hint::black_box(disk.status())));
-        access(&|| drop(core::hint::black_box(disk.config.read::<u32>(0))));
+        access(&|| _ = core::hint::black_box(disk.status()));
+        access(&|| _ = core::hint::black_box(disk.config.read::<u32>(0)));
     }
     let longest_us = clock::to_ns(longest) / 1_000;
     say!("watched resetting={} accesses={accesses} longest_us={longest_us}", u8::from(resetting));

@@ -139,7 +139,7 @@ fn drive(lanes: &mut [Lane<'_>], options: &Options, doze: &mut Doze) {
             }
         } else if now.wrapping_sub(last) > limit {
             // Of an echo that was told to end, what has not come for so long is lost.
-            if lanes.iter().all(|lane| lane.is_over() && lane.pair.tx.is_idle()) {
+            if lanes.iter().all(|lane| lane.endless && lane.is_over() && lane.pair.tx.is_idle()) {
                 return;
             }
             lanes.iter().for_each(Lane::complain);
