@@ -67,8 +67,17 @@ struct Wanted {
     resets_done: u64,
     /// The device has refused the features.
     refused: bool,
+    /// The driver has asked for anything since it reset the device.
+    used: bool,
     /// The driver was told that its features are accepted without waiting for the device.
     assumed: bool,
+}
+
+impl Wanted {
+    /// Whether the device may be in another state than its first.
+    fn is_used(&self) -> bool {
+        self.used || self.resets != self.resets_done
+    }
 }
 
 struct Shared {
@@ -242,14 +251,20 @@ impl Owner {
         true
     }
 
-    /// The driver resets its device. Its setup is forgotten.
-    pub fn reset(&self) {
+    /// The driver resets its device. Its setup is forgotten. Returns whether there is anything to be done for that: a device that
+    /// has not been used since its last reset is in its first state already.
+    pub fn reset(&self) -> bool {
+        if !self.shared.lock().is_used() {
+            return false;
+        }
         self.shared.change(|wanted| {
             wanted.resets += 1;
+            wanted.used = false;
             (wanted.features, wanted.refused, wanted.assumed) = (None, false, false);
             wanted.writes.clear();
             wanted.queues.fill(None);
         });
+        true
     }
 
     /// Whether a reset is in progress.
@@ -263,7 +278,7 @@ impl Owner {
     /// `limit` is assumed to accept them, and needs a reset if it refuses them later.
     pub fn accept(&self, features: u64, limit: Duration) -> bool {
         self.shared.change(|wanted| {
-            wanted.features = Some(features);
+            (wanted.features, wanted.used) = (Some(features), true);
             (wanted.refused, wanted.assumed) = (false, false);
         });
         self.wait(limit);
@@ -274,7 +289,10 @@ impl Owner {
 
     /// The driver has these queues run from now on, and no others.
     pub fn set_queues(&self, queues: Vec<Option<Setup>>) {
-        self.shared.change(|wanted| wanted.queues = queues);
+        self.shared.change(|wanted| {
+            wanted.used |= queues.iter().any(Option::is_some);
+            wanted.queues = queues;
+        });
     }
 
     /// Reads the latest copy of the configuration space; bytes beyond its end are zero.
@@ -288,6 +306,7 @@ impl Owner {
         self.shared.change(|wanted| {
             if wanted.writes.len() < MAX_WRITES {
                 wanted.writes.insert(offset, data.to_vec());
+                wanted.used = true;
                 let mut space = self.shared.space.write().unwrap_or_else(PoisonError::into_inner);
                 self.shared.write_own(&mut space, offset, data);
             }

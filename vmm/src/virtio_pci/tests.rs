@@ -336,7 +336,7 @@ fn a_device_that_drains_for_ever_keeps_nobody_waiting() {
     let (reply, answer) = bounded(1);
     questions.stats(reply);
     answer.recv_timeout(PATIENCE).expect("questions are answered while it drains");
-    assert_eq!(bench.told.lock().unwrap().resets, 1, "the one before it was driven");
+    assert_eq!(bench.told.lock().unwrap().resets, 0, "before it was driven there was nothing to reset");
 
     let end = {
         let mut told = bench.told.lock().unwrap();
@@ -345,11 +345,29 @@ fn a_device_that_drains_for_ever_keeps_nobody_waiting() {
     };
     end.send(vec![Some(Suspended::default())]).unwrap();
     bench.settle();
-    assert_eq!((bench.status(), bench.told.lock().unwrap().resets), (0, 2));
+    assert_eq!((bench.status(), bench.told.lock().unwrap().resets), (0, 1));
     bench.told.lock().unwrap().drains_for_ever = false;
     bench.negotiate(VERSION_1);
     bench.settle();
     assert_eq!(bench.status(), 11);
+}
+
+#[test]
+fn a_driver_that_resets_an_unused_device_goes_on_at_once() {
+    let bench = Bench::with_patience(Duration::ZERO);
+    bench.config_write(reg::COMMAND, &(COMMAND_MEMORY | COMMAND_BUS_MASTER).to_le_bytes());
+    // The test holds the lock that the device would need for a reset.
+    let told = bench.told.lock().unwrap();
+    for _ in 0..2 {
+        bench.set_status(0);
+        assert_eq!(bench.status(), 0);
+        bench.set_status(1);
+        bench.set_status(1 | 2);
+        assert_eq!(bench.status(), 3, "what follows a status of 0 counts");
+    }
+    drop(told);
+    bench.settle();
+    assert_eq!(bench.status(), 3, "and is not undone later");
 }
 
 #[test]

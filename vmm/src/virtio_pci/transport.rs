@@ -15,7 +15,7 @@ use tracing::debug;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::signals::{ISR_CONFIG, ISR_QUEUE, Signals};
-use crate::owner::{Owner, Setup};
+use crate::owner::{Listener, Owner, Setup};
 
 /// Device status bits.
 pub(super) mod status {
@@ -335,8 +335,12 @@ impl Transport {
     /// Returns to the state after power-on. Requests in flight are cancelled, or waited for where they can't be:
     /// until then the status reads as before. Firmware that does not poll it is given a moment.
     fn reset(&mut self) {
-        self.owner.reset();
-        self.resetting = true;
+        if self.owner.reset() {
+            self.resetting = true;
+        } else {
+            // Nothing to wait for: the status reads as 0 at once, and the driver goes on at once.
+            self.signals.reset();
+        }
         for queue in &mut self.queues {
             queue.reset();
         }
