@@ -12,6 +12,8 @@ use rustix::process::Signal;
 const LIMIT: Duration = Duration::from_secs(120);
 /// Far above what an answer takes, and far below the time that the disk would need.
 const SOON: Duration = Duration::from_secs(20);
+/// Of the statistics of the other disk, once in each.
+const STATISTICS: &str = "disk0: read: 64 operations";
 /// Something was given up.
 const GAVE_UP: i32 = 3;
 
@@ -36,10 +38,10 @@ fn while_a_disk_drains(place: Place) {
     stuck.stick();
     running.expect_count("watched resetting=1", 4, LIMIT).expect("configuration spaces are read while it drains");
 
-    let statistics = answer(&mut running, Signal::USR1, "disk0", 1);
+    let statistics = answer(&mut running, Signal::USR1, STATISTICS, 1);
     // Disk 1 is asked to move as well, and may stay silent.
     let moved = answer(&mut running, Signal::USR2, "disk0: moved to a daemon", 1);
-    let again = answer(&mut running, Signal::USR1, "disk1", 1);
+    let again = answer(&mut running, Signal::USR1, STATISTICS, 2);
     running.expect_count("watched resetting=1", 8, LIMIT).expect("and while others move");
 
     let begun = Instant::now();
