@@ -16,7 +16,7 @@ use ringvm_backends::stats::DeviceStats;
 use ringvm_backends::trace;
 use ringvm_backends::virtqueue::End;
 use ringvm_backends::virtqueue::interrupt::Interrupt;
-use ringvm_backends::virtqueue::stopping::{Ends, Stopping};
+use ringvm_backends::virtqueue::stopping::Ends;
 use tracing::{Span, debug, debug_span};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -522,13 +522,13 @@ impl Keeper {
             return;
         }
         let _suspending = debug_span!("suspend", queues = ?running).entered();
-        let stopping: Stopping = self.device.stop(running, End::Suspended);
+        let stopping = self.device.stop(running, End::Suspended).into_receiver();
         let ends: Ends = loop {
             select! {
-                recv(stopping.receiver()) -> ends => break ends.unwrap_or_else(|_| vec![None; running.len()]),
+                recv(stopping) -> ends => break ends.unwrap_or_else(|_| vec![None; running.len()]),
                 recv(asked) -> question => match question {
                     Ok(question) => self.answer(question),
-                    Err(_) => break stopping.wait(),
+                    Err(_) => break stopping.recv().unwrap_or_else(|_| vec![None; running.len()]),
                 },
             }
         };

@@ -3,11 +3,15 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
 use super::Suspended;
+
+/// Waiting needs little stack.
+const STACK: usize = 64 << 10;
 
 /// The positions of queues that were stopped together: `None` for a queue that was not running, or whose thread died.
 pub type Ends = Vec<Option<Suspended>>;
@@ -17,10 +21,16 @@ pub type Ends = Vec<Option<Suspended>>;
 ///
 /// Dropping it changes nothing: the queues stop all the same, and another
 /// [`Device::stop`](crate::device::Device::stop) waits for them again.
-#[derive(Debug)]
 pub struct Stopping {
-    ends: Receiver<Ends>,
+    ends: Pending,
     count: usize,
+}
+
+enum Pending {
+    /// The ends come over a channel.
+    Told(Receiver<Ends>),
+    /// The ends come from a call that waits for them.
+    Call(Box<dyn FnOnce() -> Ends + Send>),
 }
 
 impl Stopping {
@@ -37,13 +47,23 @@ impl Stopping {
     #[must_use]
     pub fn pending(count: usize) -> (Sender<Ends>, Self) {
         let (end, ends) = bounded(1);
-        (end, Self { ends, count })
+        (end, Self { ends: Pending::Told(ends), count })
+    }
+
+    /// `count` queues whose end `wait` waits for. It is called on the thread that waits, or on one of its own for a thread that
+    /// waits for other things too.
+    #[must_use]
+    pub fn by(count: usize, wait: impl FnOnce() -> Ends + Send + 'static) -> Self {
+        Self { ends: Pending::Call(Box::new(wait)), count }
     }
 
     /// Waits until nothing of the queues is in flight and every completion is published.
     #[must_use]
     pub fn wait(self) -> Ends {
-        self.ends.recv().unwrap_or_else(|_| vec![None; self.count])
+        match self.ends {
+            Pending::Told(ends) => ends.recv().unwrap_or_else(|_| vec![None; self.count]),
+            Pending::Call(wait) => wait(),
+        }
     }
 
     /// Waits until `deadline` at most.
@@ -51,18 +71,40 @@ impl Stopping {
     /// # Errors
     /// This again, if something of the queues is in flight still.
     pub fn wait_until(self, deadline: Instant) -> Result<Ends, Self> {
-        match self.ends.recv_deadline(deadline) {
+        let count = self.count;
+        let ends = self.into_receiver();
+        match ends.recv_deadline(deadline) {
             Ok(ends) => Ok(ends),
-            Err(RecvTimeoutError::Timeout) => Err(self),
-            Err(RecvTimeoutError::Disconnected) => Ok(vec![None; self.count]),
+            Err(RecvTimeoutError::Timeout) => Err(Self { ends: Pending::Told(ends), count }),
+            Err(RecvTimeoutError::Disconnected) => Ok(vec![None; count]),
         }
     }
 
-    /// Becomes ready when the queues have stopped, for a thread that waits for other things as well: receiving takes
-    /// the ends; a disconnect means that none of the queues runs any more.
+    /// A channel that becomes ready when the queues have stopped, for a thread that waits for other things as well: receiving
+    /// takes the ends; a disconnect means that none of the queues runs any more.
     #[must_use]
-    pub fn receiver(&self) -> &Receiver<Ends> {
-        &self.ends
+    pub fn into_receiver(self) -> Receiver<Ends> {
+        let wait = match self.ends {
+            Pending::Told(ends) => return ends,
+            Pending::Call(wait) => wait,
+        };
+        let (end, ends) = bounded(1);
+        let (work, given) = bounded::<Box<dyn FnOnce() -> Ends + Send>>(1);
+        let waiter = end.clone();
+        let thread = thread::Builder::new().name("stop".into()).stack_size(STACK).spawn(move || {
+            if let Ok(wait) = given.recv() {
+                // The receiver may be gone.
+                let _ = waiter.send(wait());
+            }
+        });
+        if thread.is_ok() {
+            // The thread holds the other end, and there is room.
+            let _ = work.send(wait);
+        } else {
+            // The host has no thread left: this one waits.
+            let _ = end.send(wait());
+        }
+        ends
     }
 }
 
@@ -173,9 +215,28 @@ mod tests {
         queues.iter().zip([0, 2]).for_each(|(queue, position)| queue.tell(&gathering, position));
         drop(gathering);
         queues[1].end(Some(at(7)));
-        let stopping = stopping.wait_until(Instant::now() + Duration::from_millis(20)).unwrap_err();
+        let Err(stopping) = stopping.wait_until(Instant::now() + Duration::from_millis(20)) else {
+            panic!("one of them has not stopped")
+        };
         queues[0].end(None);
         assert_eq!(stopping.wait(), [None, None, Some(at(7))]);
+    }
+
+    #[test]
+    fn a_call_that_waits_is_made_by_whoever_waits() {
+        let here = thread::current().id();
+        let stopping = Stopping::by(1, move || vec![(thread::current().id() == here).then(|| at(3))]);
+        assert_eq!(stopping.wait(), [Some(at(3))], "on the same thread");
+        let (go, wait) = bounded::<()>(0);
+        let stopping = Stopping::by(1, move || {
+            let _ = wait.recv();
+            vec![Some(at(4))]
+        });
+        let Err(stopping) = stopping.wait_until(Instant::now() + Duration::from_millis(20)) else {
+            panic!("it waits for the test")
+        };
+        drop(go);
+        assert_eq!(stopping.into_receiver().recv(), Ok(vec![Some(at(4))]));
     }
 
     #[test]

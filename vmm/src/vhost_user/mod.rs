@@ -64,8 +64,6 @@ const AFTERLIFE: Duration = Duration::from_millis(500);
 const TRANSFER: Duration = Duration::from_secs(10);
 /// How long the keeper may take to notice that a connection was ended.
 const NOTICE: Duration = Duration::from_secs(2);
-/// Waiting needs little stack.
-const STACK: usize = 64 << 10;
 
 /// The device that another process is expected to serve.
 #[derive(Clone, Debug)]
@@ -358,23 +356,15 @@ impl Device for VhostUserDevice {
             })
             .collect::<Ends>()
         });
-        let (reply, stopping) = Stopping::pending(queues.len());
         let (shared, spent) = (Arc::clone(&self.shared), Arc::clone(&self.spent));
         let limit = self.stop_limit().saturating_sub(self.spent());
-        let wait = move || {
+        Stopping::by(queues.len(), move || {
             let start = Instant::now();
             let ends = await_answer(&shared, &answer, limit);
             spent.fetch_add(start.elapsed().as_millis() as u64, Ordering::Relaxed);
             shared.outlast((end == End::Suspended).then_some(AFTERLIFE));
-            // The receiver may be gone.
-            let _ = reply.send(ends.unwrap_or_else(by_memory));
-        };
-        let name = format!("stop-{}", self.info.name);
-        // Without a thread no wait takes place, and the ends are those that follow from memory.
-        if let Err(error) = thread::Builder::new().name(name).stack_size(STACK).spawn(wait) {
-            warn!(parent: self.shared.span(), %error, "starting a thread to wait for its daemon");
-        }
-        stopping
+            ends.unwrap_or_else(by_memory)
+        })
     }
 
     fn reset(&mut self) {
