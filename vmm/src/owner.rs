@@ -289,8 +289,13 @@ impl Owner {
 
     /// The driver has these queues run from now on, and no others.
     pub fn set_queues(&self, queues: Vec<Option<Setup>>) {
+        let any = |queues: &[Option<Setup>]| queues.iter().any(Option::is_some);
+        if !any(&queues) && !any(&self.shared.lock().queues) {
+            // None run, and none are to.
+            return;
+        }
         self.shared.change(|wanted| {
-            wanted.used |= queues.iter().any(Option::is_some);
+            wanted.used |= any(&queues);
             wanted.queues = queues;
         });
     }
