@@ -78,6 +78,11 @@ impl Source for Disk {
         }
     }
 
+    /// A disk remembers its cache mode only, which the driver has written to the configuration space.
+    fn has_state(&self) -> bool {
+        false
+    }
+
     /// The same file, wherever it was written.
     fn flusher(&self) -> Flusher {
         let (device, image) = (self.name.clone(), self.image.clone());

@@ -31,6 +31,11 @@ pub(super) trait Source: Send + Sync {
     /// that before a queue starts.
     fn serve(&self, place: Place) -> Result<Box<dyn Server>, PlaceError>;
 
+    /// Whether a device remembers anything of its driver that [`DriverSetup`] does not have.
+    fn has_state(&self) -> bool {
+        true
+    }
+
     /// The driver has reset the device: brings the shared parts to their state for a fresh driver.
     fn reset(&self) {}
 
@@ -104,6 +109,8 @@ struct Placed {
     place: Place,
     setup: DriverSetup,
     config_changed: Interrupt,
+    /// The device may remember something that the setup does not have.
+    has_state: bool,
     /// Statistics of other places.
     past: DeviceStats,
     /// A daemon was given the interrupts, and may keep them.
@@ -132,6 +139,7 @@ impl PlacedDevice {
             place,
             setup: DriverSetup::default(),
             config_changed: Interrupt::None,
+            has_state: source.has_state(),
             past: DeviceStats::default(),
             lent: place == Place::Daemon,
         };
@@ -185,7 +193,7 @@ impl Placed {
             return Err(PlaceError::Away { device: self.name.clone() });
         }
         // Before features are accepted the only state is that of a new device.
-        if self.setup.features.is_some() {
+        if self.has_state && self.setup.features.is_some() {
             next.load_state(&self.server.save_state()?)?;
         }
         Ok(self.setup.start_rings(next, ends, |call| interrupt(call, self.lent, place))?)
@@ -299,6 +307,7 @@ impl Device for PlacedDevice {
     fn reset(&mut self) {
         let mut placed = self.shared.lock();
         placed.setup = DriverSetup::default();
+        placed.has_state = self.shared.source.has_state();
         placed.server.reset();
         self.shared.source.reset();
     }
@@ -318,7 +327,10 @@ impl Device for PlacedDevice {
     }
 
     fn load_state(&mut self, state: &[u8]) -> Result<(), DeviceError> {
-        self.shared.lock().server.load_state(state)
+        let mut placed = self.shared.lock();
+        placed.server.load_state(state)?;
+        placed.has_state = true;
+        Ok(())
     }
 
     fn stats(&self) -> DeviceStats {
