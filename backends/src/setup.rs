@@ -116,16 +116,6 @@ impl DriverSetup {
         }
         Ok(())
     }
-
-    /// Brings a fresh device to the state of another one that was suspended at `at` with `state`.
-    ///
-    /// # Errors
-    /// When the device or the host refuses. Some of the rings may be running then.
-    pub fn replay(&self, to: &mut dyn Device, state: &[u8], at: &BTreeMap<u16, Suspended>) -> Result<(), DeviceError> {
-        self.negotiate(to)?;
-        to.load_state(state)?;
-        self.start_rings(to, at, |call| Ok(call.clone()))
-    }
 }
 
 #[cfg(test)]
