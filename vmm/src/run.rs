@@ -183,8 +183,8 @@ pub fn run(config: &Config) -> Result<Exit, RunError> {
     let machine = Machine::build(&blueprint, &mut devices)?;
     bus_error::watch(events.clone()).map_err(|source| RunError::Host { what: "listening to SIGBUS", source })?;
     let (control, requests) = Control::channel();
-    let operator =
-        Operator::start(control).map_err(|source| RunError::Host { what: "starting the operator's thread", source })?;
+    let operator = Operator::start(control.clone())
+        .map_err(|source| RunError::Host { what: "starting the operator's thread", source })?;
     let signals = signals::listen(events.clone(), operator.wishes())
         .map_err(|source| RunError::Host { what: "listening to signals", source })?;
     let raw = match config.serial {
@@ -196,6 +196,8 @@ pub fn run(config: &Config) -> Result<Exit, RunError> {
     let result = run_machines(config, &blueprint, machine, &endings, &requests, movers);
     drop(signals);
     operator.finish();
+    // Held until here: without anyone who could make requests, waiting for them would not wait.
+    drop(control);
     if let Some(console) = console {
         console.finish();
     }
