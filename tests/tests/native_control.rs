@@ -5,7 +5,9 @@ mod in_process;
 
 use std::time::Duration;
 
+use crossbeam_channel::unbounded;
 use in_process::{Guest, LIMIT, is_locked};
+use ringvm::control::Request;
 use ringvm::machine::MachineError;
 use ringvm_backends::block::{BlockDevice, BlockOptions};
 use ringvm_backends::io::reactor::{ReactorOptions, ReactorPool};
@@ -23,13 +25,13 @@ fn a_name_is_attached_once() {
         let options = BlockOptions { path: Some(image.path().into()), ..BlockOptions::default() };
         Box::new(BlockDevice::open("data", &options, &pool).expect("the image is free"))
     };
-    guest.running.attach(disk(&one)).expect("it is attached");
-    let error = guest.running.attach(disk(&other)).expect_err("there is one of that name");
+    guest.attach(disk(&one)).expect("it is attached");
+    let error = guest.attach(disk(&other)).expect_err("there is one of that name");
     assert!(matches!(&error, MachineError::Attached(name) if name == "data"), "{error}");
     assert!(!is_locked(other.path()), "what was refused is let go");
-    assert!(matches!(guest.running.detach("date"), Err(MachineError::NoDevice(_))));
-    drop(guest.running.detach("data").expect("it is there").recv_timeout(LIMIT).expect("it is idle"));
-    guest.running.attach(disk(&one)).expect("the name is free again");
+    assert!(matches!(guest.detach("date"), Err(MachineError::NoDevice(_))));
+    drop(guest.detach("data").expect("it is there"));
+    guest.attach(disk(&one)).expect("the name is free again");
     guest.stop();
 }
 
@@ -42,11 +44,11 @@ fn slots_run_out_and_come_back() {
     let guest = Guest::start("job=none");
     let rng = |n: usize| Box::new(ringvm_backends::rng::RngDevice::new(&format!("rng{n}"), &pool));
     for n in 0..31 {
-        guest.running.attach(rng(n)).expect("there is room for 31 beside the host bridge");
+        guest.attach(rng(n)).expect("there is room for 31 beside the host bridge");
     }
-    assert!(matches!(guest.running.attach(rng(31)), Err(MachineError::Pci(_))));
-    drop(guest.running.detach("rng7").expect("it is there").recv_timeout(LIMIT).expect("it is idle"));
-    assert_eq!(guest.running.attach(rng(31)).expect("there is room again").slot, 8);
+    assert!(matches!(guest.attach(rng(31)), Err(MachineError::Pci(_))));
+    drop(guest.detach("rng7").expect("it is there"));
+    assert_eq!(guest.attach(rng(31)).expect("there is room again").slot, 8);
     guest.stop();
 }
 
@@ -57,13 +59,12 @@ fn a_paused_guest_does_nothing_and_goes_on_where_it_was() {
     }
     let guest = Guest::start("job=hotplug rounds=1");
     guest.expect("start job=hotplug");
-    let vcpus = guest.running.vcpus();
-    let (paused, heard) = crossbeam_channel::unbounded();
-    vcpus.iter().for_each(|vcpu| vcpu.pause(paused.clone()));
+    let (paused, heard) = unbounded();
+    guest.serve(Request::Pause(paused));
     assert_eq!(heard.recv_timeout(LIMIT), Ok(0));
     let save = || {
-        let (reply, state) = crossbeam_channel::bounded(1);
-        vcpus[0].save(reply);
+        let (reply, state) = unbounded();
+        guest.serve(Request::Save(reply));
         state.recv_timeout(LIMIT).expect("a paused vCPU says what state it is in")
     };
     let (first, second) = (save(), save());
@@ -74,9 +75,9 @@ fn a_paused_guest_does_nothing_and_goes_on_where_it_was() {
     let pool = ReactorPool::new(&ReactorOptions::default()).expect("I/O threads");
     let options = BlockOptions { path: Some(image.path().into()), ..BlockOptions::default() };
     let disk = BlockDevice::open("disk9", &options, &pool).expect("the image is free");
-    guest.running.attach(Box::new(disk)).expect("it is attached");
+    guest.attach(Box::new(disk)).expect("it is attached");
     assert!(guest.lines.recv_timeout(Duration::from_millis(300)).is_err(), "a paused guest says nothing");
-    vcpus.iter().for_each(|vcpu| vcpu.resume());
+    guest.serve(Request::Resume);
     guest.expect("let-go round=0");
     guest.stop();
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use ringvm_tests::embedded::{assert_success, figure, guest, net, ready};
 use ringvm_tests::host::say;
-use ringvm_tests::moves::{pauses, tell};
+use ringvm_tests::moves::{tell_fifty, there_and_back};
 use ringvm_tests::native::{Ended, Place, Running, children, random, send};
 use ringvm_tests::paths;
 use rustix::process::Signal;
@@ -64,23 +64,9 @@ fn a_nic_moves_fifty_times_there_and_back_and_no_frame_is_lost_or_doubled() {
     ] {
         say(&format!("job=net-echo {words}, {options}:"));
         let mut running = echoing(&net(&format!("loopback=on,{options}"), Place::Process), words);
-        let mut early = None;
-        for count in 1..=100 {
-            sleep(random(Duration::from_millis(10)));
-            running.signal(Signal::USR2).expect("it runs");
-            running.expect_said(": moved to ", count, LIMIT).expect("it moves");
-            if count == 20 {
-                early = Some(running.holdings());
-            }
-        }
-        let late = running.holdings();
-        late.assert_flat(&early.expect("twenty is less than a hundred"));
-        assert!(children(running.pid()).is_empty(), "it is back in the process, and no daemon is left");
+        there_and_back(&mut running, LIMIT);
         let ended = end(running);
-        let (there, back) = (pauses(&ended.stderr, "a daemon"), pauses(&ended.stderr, "this process"));
-        assert_eq!((there.len(), back.len()), (50, 50), "{}", ended.stderr);
-        tell("a daemon", there);
-        tell("the process", back);
+        tell_fifty(&ended.stderr);
         assert_none_lost(&ended);
     }
 }

@@ -8,13 +8,17 @@ use std::path::Path;
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::bounded;
 use ringvm::boot::{BootSource, Kernel};
 use ringvm::config::{BootProtocol, CpuConfig, MemoryConfig};
 use ringvm::console::{Console, Streams};
+use ringvm::control::{self, Request};
 use ringvm::events::Events;
 use ringvm::kvm::Kvm;
 use ringvm::machine::ending::Limits;
-use ringvm::machine::{Blueprint, Machine, Running};
+use ringvm::machine::{Blueprint, Machine, MachineError, Running};
+use ringvm::pci::Bdf;
+use ringvm_backends::device::Device;
 use ringvm_tests::embedded::kernel;
 
 /// For whatever a busy machine may take its time for.
@@ -72,6 +76,26 @@ impl Guest {
                 return;
             }
         }
+    }
+
+    /// Has a request served as the main thread does.
+    pub(crate) fn serve(&self, request: Request) {
+        control::serve(request, &self.running, &[]);
+    }
+
+    /// Attaches a device.
+    pub(crate) fn attach(&self, device: Box<dyn Device>) -> Result<Bdf, MachineError> {
+        let (reply, answer) = bounded(1);
+        self.serve(Request::Attach(device, reply));
+        answer.recv_timeout(LIMIT).expect("the request is served")
+    }
+
+    /// Detaches a device, and waits until nothing of it is in flight.
+    pub(crate) fn detach(&self, name: &str) -> Result<Box<dyn Device>, MachineError> {
+        let (reply, answer) = bounded(1);
+        self.serve(Request::Detach(name.to_owned(), reply));
+        let taken = answer.recv_timeout(LIMIT).expect("the request is served")?;
+        Ok(taken.recv_timeout(LIMIT).expect("nothing of it is in flight").device)
     }
 
     /// Ends the machine, in order.
