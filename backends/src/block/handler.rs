@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::Waker;
 
 use tracing::Span;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_S_OK;
@@ -148,6 +149,10 @@ impl<S: Storage> Handler for BlockHandler<S> {
 
     const OPS: &'static [&'static str] = KINDS;
 
+    fn attached(&mut self, waker: &Waker) {
+        self.storage.attached(waker);
+    }
+
     fn files(&self, with: &mut dyn FnMut(BorrowedFd<'_>)) {
         self.storage.files(with);
     }
@@ -167,11 +172,6 @@ impl<S: Storage> Handler for BlockHandler<S> {
 
     fn is_waiting(&self, request: &Self::Request) -> bool {
         self.storage.is_waiting(&request.op)
-    }
-
-    #[inline]
-    fn wakes(&self) -> Option<BorrowedFd<'_>> {
-        self.storage.wakes()
     }
 
     fn next_woken(&mut self) -> Option<u32> {

@@ -10,8 +10,8 @@ pub mod storage;
 
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
@@ -22,6 +22,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use crate::device::{Device, DeviceError, DeviceInfo, Flusher, QueueParts};
 use crate::io::queues::Queues;
 use crate::io::reactor::ReactorPool;
+use crate::io::tasks;
 use crate::options::Checked;
 use crate::state::{Refusal, StateReader, StateWriter};
 use crate::stats::DeviceStats;
@@ -34,7 +35,8 @@ use handler::BlockHandler;
 use options::SERIAL_LEN;
 pub use options::{BlockOptions, OpenError, StorageKind};
 use request::{Limits, SECTOR};
-use storage::Storage;
+use storage::tasks::{AsyncStorage, Tasks};
+use storage::{Geometry, Storage};
 
 /// The layout of a disk's state: the driver's choice of a cache mode.
 const STATE_VERSION: u32 = 1;
@@ -69,6 +71,40 @@ impl<S: Storage + Clone + Send + 'static> Backing for S {
     fn sync(&self) -> Box<dyn Fn() -> io::Result<()> + Send> {
         let storage = self.clone();
         Box::new(move || storage.sync())
+    }
+}
+
+/// What makes a storage of async code.
+struct Async<F> {
+    geometry: Geometry,
+    make: F,
+    pool: ReactorPool,
+}
+
+impl<A: AsyncStorage, F: Fn() -> A + Clone + Send + 'static> Backing for Async<F> {
+    fn start(
+        &self,
+        handler: BlockHandler<()>,
+        queues: &mut Queues,
+        index: u16,
+        parts: QueueParts,
+        features: u64,
+    ) -> Result<(), DeviceError> {
+        let (make, geometry) = (self.make.clone(), self.geometry);
+        queues.start(index, parts, features, move || handler.over(Tasks::new(make(), geometry)))
+    }
+
+    fn sync(&self) -> Box<dyn Fn() -> io::Result<()> + Send> {
+        let (make, pool) = (self.make.clone(), self.pool.clone());
+        Box::new(move || {
+            let (reply, flushed) = mpsc::channel();
+            let make = make.clone();
+            pool.least_loaded().call(move || {
+                // Without a receiver nobody waits any more.
+                tasks::spawn(async move { drop(reply.send(make().flush().await)) });
+            });
+            flushed.recv().unwrap_or_else(|_| Err(io::Error::other("the flush has panicked on its I/O thread")))
+        })
     }
 }
 
@@ -125,6 +161,28 @@ impl BlockDevice {
         S: Storage + Clone + Send + 'static,
     {
         let geometry = *storage.geometry();
+        Self::backed(name, geometry, Box::new(storage), options, pool)
+    }
+
+    /// A disk over a storage that is written as async code. `make` makes the storage for each queue, on the I/O thread
+    /// that serves it.
+    pub fn over_async<A: AsyncStorage>(
+        name: &str,
+        geometry: Geometry,
+        make: impl Fn() -> A + Clone + Send + 'static,
+        options: &BlockOptions,
+        pool: &ReactorPool,
+    ) -> Self {
+        Self::backed(name, geometry, Box::new(Async { geometry, make, pool: pool.clone() }), options, pool)
+    }
+
+    fn backed(
+        name: &str,
+        geometry: Geometry,
+        backing: Box<dyn Backing>,
+        options: &BlockOptions,
+        pool: &ReactorPool,
+    ) -> Self {
         let mut features = RING_FEATURES
             | 1 << VIRTIO_BLK_F_SIZE_MAX
             | 1 << VIRTIO_BLK_F_SEG_MAX
@@ -160,7 +218,7 @@ impl BlockDevice {
                 queue_sizes: vec![options.queue_size; usize::from(options.queues)],
                 config_len: CONFIG_LEN as u32,
             },
-            backing: Box::new(storage),
+            backing,
             limits,
             serial,
             config: config::config_space(&geometry, &limits, seg_max, options.queues),

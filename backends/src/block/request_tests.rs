@@ -13,7 +13,7 @@ use super::request::{KINDS, Limits};
 use crate::block::storage::Geometry;
 use crate::block::storage::raw::Raw;
 use crate::device::{GuestMemory, QueueState};
-use crate::io::reactor::Task;
+use crate::io::reactor::{Task, TaskHandle};
 use crate::io::ring::Ring;
 use crate::io::service::Service;
 use crate::io::worker::Worker;
@@ -70,7 +70,7 @@ fn fuzz_block_request() {
             }));
             let queue =
                 Queue::new(mem.clone(), &driver.ring(), RING_FEATURES, QueueState::default(), Interrupt::None).unwrap();
-            let service = Service::new(tracing::Span::none(), queue, fault, 0, KINDS);
+            let service = Service::new(tracing::Span::none(), queue, fault, TaskHandle::unthreaded(0), KINDS);
             let mut worker = Worker::new(service, handler);
             for (i, (sector, count, flags)) in segments.iter().take(64).enumerate() {
                 let bytes = [&(sector % 80).to_le_bytes()[..], &(count % 80).to_le_bytes(), &(flags % 3).to_le_bytes()];

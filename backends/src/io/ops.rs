@@ -29,6 +29,11 @@ impl<'a> Io<'a> {
         Self { ring: None, token }
     }
 
+    /// Whether operations go nowhere.
+    pub(crate) fn leads_nowhere(&self) -> bool {
+        self.ring.is_none()
+    }
+
     /// The number of the request at its queue.
     pub(crate) fn slot(&self) -> u32 {
         self.token.slot

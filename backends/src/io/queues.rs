@@ -107,7 +107,7 @@ impl Queues {
         let span = self.spans[usize::from(index)].clone();
         let reactor = self.pool.least_loaded();
         let task = reactor
-            .attach(kick, move |task| build(Service::new(span, queue, fault, task, ops)))
+            .attach(kick, move |handle| build(Service::new(span, queue, fault, handle, ops)))
             .map_err(|source| DeviceError::Host { device: self.name.clone(), what: "starting a queue", source })?;
         *place = Some(Place::Runs { reactor: reactor.index(), task });
         Ok(())

@@ -7,6 +7,7 @@
 //! This file is the interface to such a thread; the code that runs there is in `reactor/core.rs`.
 
 mod core;
+mod wake;
 mod window;
 
 use std::io;
@@ -22,6 +23,7 @@ use tokio::sync::mpsc;
 use vmm_sys_util::eventfd::EventFd;
 
 pub(crate) use self::core::Core;
+pub use self::wake::TaskHandle;
 use crate::io::ring::{Budget, Ring};
 use crate::io::service::Service;
 use crate::stats::QueueStats;
@@ -34,6 +36,14 @@ pub trait Task {
     fn service(&mut self) -> &mut Service;
     /// Makes progress where it can, and pushes operations. Returns whether there was anything to do.
     fn turn(&mut self, ring: &mut Ring) -> bool;
+    /// Somebody has used the task's waker since this was called last.
+    fn woken(&mut self, _now: Instant, _ring: &mut Ring) {}
+    /// When [`Self::due`] wants to be called, whether or not anything else happens. Asked before the thread parks.
+    fn next_wake(&self) -> Option<Instant> {
+        None
+    }
+    /// The time that [`Self::next_wake`] has named has come.
+    fn due(&mut self, _now: Instant) {}
     /// An operation pushed for `slot` has ended.
     fn completed(&mut self, slot: u32, result: i32, now: Instant, ring: &mut Ring);
     /// Whether `turn` would find something. Cheap, because polling calls it.
@@ -131,12 +141,16 @@ impl ReactorPool {
         Ok(Self(reactors.collect::<io::Result<_>>()?))
     }
 
-    /// A reactor without its thread, and its commands.
+    /// A reactor without its thread: the thread's part, and its commands.
+    ///
+    /// # Errors
+    /// When the host refuses the ring.
     #[cfg(any(test, feature = "testing"))]
-    pub(crate) fn unthreaded() -> (Self, mpsc::UnboundedReceiver<Command>) {
+    pub(crate) fn unthreaded() -> io::Result<(Self, Core, mpsc::UnboundedReceiver<Command>)> {
         let (commands, inbox) = mpsc::unbounded_channel();
+        let core = Core::new(None, Duration::ZERO, None, commands.downgrade())?;
         let reactor = Reactor { index: 0, commands: Some(commands), load: Arc::default(), thread: None };
-        (Self(Arc::from([reactor])), inbox)
+        Ok((Self(Arc::from([reactor])), core, inbox))
     }
 
     /// The thread that serves the fewest queues.
@@ -172,7 +186,7 @@ pub struct Reactor {
     thread: Option<JoinHandle<()>>,
 }
 
-pub(crate) type Build = Box<dyn FnOnce(u32) -> Box<dyn Task> + Send>;
+pub(crate) type Build = Box<dyn FnOnce(TaskHandle) -> Box<dyn Task> + Send>;
 
 /// Commands to an I/O thread.
 pub(crate) enum Command {
@@ -188,6 +202,10 @@ pub(crate) enum Command {
     },
     /// Checks again how the leaving tasks are to end.
     Hurry,
+    /// The waker of this task was used.
+    Wake(u32),
+    /// Calls something on the thread, which may spawn tasks there.
+    Call(Box<dyn FnOnce() + Send>),
     Stats {
         task: u32,
         reply: reply::Sender<QueueStats>,
@@ -241,8 +259,9 @@ impl Reactor {
         let (ready, started) = reply::channel();
         let cpu = (!options.affinity.is_empty()).then(|| options.affinity[index % options.affinity.len()]);
         let (poll, on_panic) = (options.poll, options.on_panic.clone());
+        let own_commands = commands.downgrade();
         let thread = std::thread::Builder::new().name(format!("io{index}")).stack_size(512 << 10).spawn(move || {
-            let core = match Core::new(cpu, poll, budget) {
+            let core = match Core::new(cpu, poll, budget, own_commands) {
                 Ok(core) => core,
                 Err(e) => return drop(ready.send(Err(e))),
             };
@@ -265,16 +284,25 @@ impl Reactor {
         self.index
     }
 
-    /// Runs a task, built on the thread itself from the number it will be known by.
+    /// Runs a task, built on the thread itself from its place there.
     ///
     /// # Errors
     /// When the thread has died or can't watch the kick's descriptor.
-    pub fn attach(&self, kick: EventFd, build: impl FnOnce(u32) -> Box<dyn Task> + Send + 'static) -> io::Result<u32> {
+    pub fn attach(
+        &self,
+        kick: EventFd,
+        build: impl FnOnce(TaskHandle) -> Box<dyn Task> + Send + 'static,
+    ) -> io::Result<u32> {
         let (reply, answer) = reply::channel();
         self.send(Command::Attach { kick, build: Box::new(build), reply });
         let task = answer.recv().map_err(|_| io::Error::other("the I/O thread has died"))??;
         self.load.fetch_add(1, Ordering::Relaxed);
         Ok(task)
+    }
+
+    /// Has the thread call `call`, which may spawn tasks there ([`crate::io::tasks`]) and must not block.
+    pub fn call(&self, call: impl FnOnce() + Send + 'static) {
+        self.send(Command::Call(Box::new(call)));
     }
 
     /// Tells a task to leave, without waiting for it. Its counters are added to `counted` when it ends.

@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
 use crate::io::queues::Queues;
-use crate::io::reactor::{ReactorOptions, ReactorPool};
+use crate::io::reactor::{ReactorOptions, ReactorPool, TaskHandle};
 use crate::testing::driver::{Buffer, Descriptor, Driver};
 use crate::virtqueue::interrupt::Interrupt;
 use crate::virtqueue::split::{Queue, RING_FEATURES};
@@ -414,7 +414,7 @@ fn fuzz_receiver() {
                 Queue::new(Arc::clone(&mem), &driver.ring(), RING_FEATURES, QueueState::default(), Interrupt::None)
                     .unwrap();
             queue.in_order = *in_order;
-            let service = Service::new(tracing::Span::none(), queue, fault, 0, Scripted::OPS);
+            let service = Service::new(tracing::Span::none(), queue, fault, TaskHandle::unthreaded(0), Scripted::OPS);
             let mut stage = Stage { ring: Ring::new().unwrap(), receiver: Receiver::new(service, source) };
             let (mut offered, mut used, mut spoilt) = (0, 0, false);
             for event in events.iter().take(32) {

@@ -1,8 +1,11 @@
 //! The part common to every queue that a reactor serves, whatever its chains wait for: the ring's bookkeeping,
 //! statistics, and the handling of a broken ring or a request to stop.
 
+use std::task::Waker;
+
 use tracing::Span;
 
+use crate::io::reactor::TaskHandle;
 use crate::stats::QueueStats;
 use crate::virtqueue::buffers::Chain;
 use crate::virtqueue::interrupt::Interrupt;
@@ -32,20 +35,25 @@ pub struct Service {
     pub(crate) stats: QueueStats,
     fault: Interrupt,
     state: State,
-    task: u32,
+    handle: TaskHandle,
     kicks_wanted: bool,
 }
 
 impl Service {
-    /// A queue that its reactor knows as `task`, and the log by `span`. `fault` is raised if the driver breaks it; `ops` names what
-    /// is counted.
-    pub(crate) fn new(span: Span, queue: Queue, fault: Interrupt, task: u32, ops: &[&'static str]) -> Self {
-        Self { span, queue, stats: QueueStats::new(ops), fault, state: State::Running, task, kicks_wanted: true }
+    /// A queue with this place at its reactor, which the log knows by `span`. `fault` is raised if the driver breaks
+    /// it; `ops` names what is counted.
+    pub(crate) fn new(span: Span, queue: Queue, fault: Interrupt, handle: TaskHandle, ops: &[&'static str]) -> Self {
+        Self { span, queue, stats: QueueStats::new(ops), fault, state: State::Running, handle, kicks_wanted: true }
     }
 
     /// Its number on the reactor.
     pub(crate) fn task(&self) -> u32 {
-        self.task
+        self.handle.task
+    }
+
+    /// Has its thread look for requests that were woken.
+    pub(crate) fn waker(&self) -> &Waker {
+        &self.handle.waker
     }
 
     /// What lines of the log about it are part of.

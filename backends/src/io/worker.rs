@@ -6,7 +6,8 @@
 //! served by a [`crate::io::receiver::Receiver`] instead.
 
 use std::os::fd::BorrowedFd;
-use std::time::Instant;
+use std::task::Waker;
+use std::time::{Duration, Instant};
 
 use crate::io::ops::Io;
 use crate::io::reactor::Task;
@@ -30,6 +31,10 @@ pub trait Handler {
     /// Whether requests may wait for another side, such as room at a port.
     const MAY_WAIT: bool = false;
 
+    /// The queue is served from now on. Whoever has [`Self::next_woken`] name a request uses the waker, whose clones any
+    /// thread may keep.
+    fn attached(&mut self, _waker: &Waker) {}
+
     /// Looks at a new chain, and pushes its first operation if it needs one.
     fn start(&mut self, chain: &mut Chain, request: &mut Self::Request, io: &mut Io<'_>) -> Step;
 
@@ -47,12 +52,7 @@ pub trait Handler {
         false
     }
 
-    /// While any request waits for others: a descriptor that becomes readable when another thread has woken one.
-    fn wakes(&self) -> Option<BorrowedFd<'_>> {
-        None
-    }
-
-    /// The next request that need not wait any more, by its number ([`Token::slot`]). Asked whenever one has ended.
+    /// The next request that need not wait any more, by its number ([`Token::slot`]). Asked when the waker was used.
     fn next_woken(&mut self) -> Option<u32> {
         None
     }
@@ -105,21 +105,60 @@ pub struct Worker<H: Handler> {
     free: Vec<u32>,
     /// Taken in this turn and not begun.
     taken: Vec<u32>,
-    /// Whether [`Handler::wakes`] is polled.
-    listening: bool,
+    /// When to look for requests that the host has not ended for long.
+    next_look: Option<Instant>,
+    /// Times in a row that there were some.
+    late_looks: u32,
 }
 
-/// The slot of that poll, beyond those of requests.
-const WAKES: u32 = u32::MAX;
+/// Longest time that a request takes of which nobody hears. Each time that it has passed, the next is twice as long.
+const LATE: Duration = Duration::from_secs(10);
 
 impl<H: Handler> Worker<H> {
     /// A worker for the queue of `service`.
-    pub(crate) fn new(service: Service, handler: H) -> Self {
-        Self { service, handler, slots: Vec::new(), free: Vec::new(), taken: Vec::new(), listening: false }
+    pub(crate) fn new(service: Service, mut handler: H) -> Self {
+        handler.attached(service.waker());
+        Self {
+            service,
+            handler,
+            slots: Vec::new(),
+            free: Vec::new(),
+            taken: Vec::new(),
+            next_look: None,
+            late_looks: 0,
+        }
     }
 
     fn in_flight(&self) -> usize {
         self.slots.len() - self.free.len()
+    }
+
+    /// The slots of all requests in flight.
+    fn busy(&self) -> Vec<u32> {
+        let mut busy = vec![true; self.slots.len()];
+        self.free.iter().for_each(|&index| busy[index as usize] = false);
+        (0..).zip(busy).filter_map(|(index, busy)| busy.then_some(index)).collect()
+    }
+
+    /// Writes a line when the oldest request in flight has been there for long.
+    #[cold]
+    fn look_for_late(&mut self, now: Instant) {
+        let seen = self.busy().into_iter().map(|index| &self.slots[index as usize]).min_by_key(|slot| slot.seen);
+        let Some(oldest) = seen else {
+            self.next_look = None;
+            self.late_looks = 0;
+            return;
+        };
+        let (age, head) = (now - oldest.seen, oldest.chain.head);
+        if age < LATE {
+            self.next_look = Some(oldest.seen + LATE);
+            self.late_looks = 0;
+            return;
+        }
+        self.next_look = Some(now + LATE * 2u32.saturating_pow(self.late_looks.min(10)));
+        self.late_looks += 1;
+        let (seconds, in_flight) = (age.as_secs(), self.in_flight());
+        tracing::warn!(parent: self.service.span(), head, seconds, in_flight, "the host has not completed a request");
     }
 
     fn free_slot(&mut self, now: Instant) -> u32 {
@@ -136,30 +175,6 @@ impl<H: Handler> Worker<H> {
             self.leave(index);
         } else if H::MAY_WAIT || self.service.is_suspending() {
             ring.cancel(Token { task: self.service.task(), slot: index });
-        }
-    }
-
-    /// Continues requests that no longer have to wait for others, and polls for the next ones to be woken.
-    #[cold]
-    fn wake(&mut self, now: Instant, ring: &mut Ring) {
-        while let Some(index) = self.handler.next_woken() {
-            self.resume(index, 0, now, ring);
-        }
-        if let (false, Some(event)) = (self.listening, self.handler.wakes()) {
-            #[allow(unsafe_code)]
-            // SAFETY: the handler keeps its event, and goes only when nothing is in flight or the ring has gone.
-            unsafe {
-                ring.poll(Token { task: self.service.task(), slot: WAKES }, event, libc::POLLIN as u32);
-            }
-            self.listening = true;
-        }
-        self.end_listening(ring);
-    }
-
-    /// Ends the poll of a queue that is leaving, once no request is left to be woken.
-    fn end_listening(&mut self, ring: &mut Ring) {
-        if self.listening && !self.service.is_running() && self.in_flight() == 0 {
-            ring.cancel(Token { task: self.service.task(), slot: WAKES });
         }
     }
 
@@ -252,21 +267,28 @@ impl<H: Handler> Task for Worker<H> {
             self.settle(index, step, now);
         }
         self.taken = taken;
-        if self.handler.wakes().is_some() {
-            self.wake(now, ring);
+        if !H::MAY_WAIT && self.next_look.is_none() {
+            self.next_look = Some(now + LATE);
         }
         true
     }
 
     fn completed(&mut self, index: u32, result: i32, now: Instant, ring: &mut Ring) {
-        if index == WAKES {
-            self.listening = false;
-        } else {
-            self.resume(index, result, now, ring);
+        self.resume(index, result, now, ring);
+    }
+
+    fn woken(&mut self, now: Instant, ring: &mut Ring) {
+        while let Some(index) = self.handler.next_woken() {
+            self.resume(index, 0, now, ring);
         }
-        if self.listening || self.handler.wakes().is_some() {
-            self.wake(now, ring);
-        }
+    }
+
+    fn next_wake(&self) -> Option<Instant> {
+        self.next_look
+    }
+
+    fn due(&mut self, now: Instant) {
+        self.look_for_late(now);
     }
 
     fn ready(&self) -> bool {
@@ -283,15 +305,16 @@ impl<H: Handler> Task for Worker<H> {
     }
 
     fn stop(&mut self, ring: &mut Ring) {
-        let mut busy = vec![true; self.slots.len()];
-        self.free.iter().for_each(|&index| busy[index as usize] = false);
-        for (index, _) in (0..).zip(busy).filter(|(_, busy)| *busy) {
+        for index in self.busy() {
             self.end_waiting(index, ring);
         }
-        self.end_listening(ring);
     }
 
     fn is_idle(&self) -> bool {
-        self.in_flight() == 0 && !self.listening && self.service.owes_nothing()
+        self.in_flight() == 0 && self.service.owes_nothing()
     }
 }
+
+#[cfg(test)]
+#[path = "worker_tests.rs"]
+mod tests;

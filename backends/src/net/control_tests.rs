@@ -8,7 +8,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::*;
 use crate::device::{GuestMemory, QueueState};
-use crate::io::reactor::Task;
+use crate::io::reactor::{Task, TaskHandle};
 use crate::io::ring::Ring;
 use crate::io::service::Service;
 use crate::io::worker::Worker;
@@ -152,7 +152,8 @@ fn fuzz_control_queue() {
         let mut driver = Driver::new(mem.clone(), 0, SIZE, RING_FEATURES);
         let queue =
             Queue::new(mem.clone(), &driver.ring(), RING_FEATURES, QueueState::default(), Interrupt::None).unwrap();
-        let service = Service::new(tracing::Span::none(), queue, Interrupt::None, 0, ControlHandler::OPS);
+        let service =
+            Service::new(tracing::Span::none(), queue, Interrupt::None, TaskHandle::unthreaded(0), ControlHandler::OPS);
         let mut worker = Worker::new(service, handler);
         for said in commands.iter().take(16) {
             let bytes = said.bytes();

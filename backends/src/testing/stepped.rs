@@ -27,9 +27,9 @@ impl<D: Send> Stepped<D> {
     /// # Errors
     /// When the host refuses an io_uring.
     pub fn new(start: impl FnOnce(&ReactorPool) -> D + Send) -> io::Result<Self> {
-        let (pool, inbox) = ReactorPool::unthreaded();
+        let (pool, core, inbox) = ReactorPool::unthreaded()?;
         let runtime = tokio_uring::Runtime::new(tokio_uring::builder().entries(8))?;
-        let mut stepped = Self { device: None, core: Core::new(None, Duration::ZERO, None)?, inbox, runtime };
+        let mut stepped = Self { device: None, core, inbox, runtime };
         stepped.device = Some(stepped.obeying(move || start(&pool)));
         Ok(stepped)
     }

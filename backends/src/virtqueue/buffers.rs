@@ -11,11 +11,14 @@
 //! compiler treating them as it treats memory of a device.
 #![allow(unsafe_code, reason = "host pointers into guest memory, checked when they are made by the queue")]
 
+mod owned;
+
 use std::ptr;
 use std::sync::Arc;
 
 use vm_memory::VolatileSlice;
 
+pub use self::owned::GuestBuffer;
 use crate::virtqueue::GuestMemory;
 
 /// Most pieces of one vector that the kernel takes (IOV_MAX).

@@ -3,16 +3,18 @@
 //! A storage is a set of state machines over the data ring. Each operation has at most one ring operation
 //! outstanding, or waits for another operation of the storage, and keeps its state in [`Storage::Op`], which lives in
 //! the request's slot. So a request costs no allocation and no task. A format that needs several steps (tables before
-//! data) is a longer machine of the same shape.
+//! data) is a longer machine of the same shape, or async code where speed matters less ([`tasks`]).
 
 mod bounce;
 pub mod null;
 pub mod raw;
 mod share;
 mod spot;
+pub mod tasks;
 
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::task::Waker;
 
 use crate::io::ops::Io;
 use crate::virtqueue::buffers::GuestIo;
@@ -94,14 +96,12 @@ pub trait Storage {
         false
     }
 
-    /// While any operation of this queue waits for others: a descriptor that becomes readable when another thread has
-    /// woken one.
-    fn wakes(&self) -> Option<BorrowedFd<'_>> {
-        None
-    }
+    /// The queue is served from now on. Whoever has [`Self::next_woken`] name a request uses the waker, whose clones any
+    /// thread may keep.
+    fn attached(&mut self, _waker: &Waker) {}
 
-    /// The next request whose operation no longer has to wait, by its number at the queue. Called whenever one has
-    /// ended.
+    /// The next request whose operation no longer has to wait, by its number at the queue. Asked when the waker was
+    /// used.
     fn next_woken(&mut self) -> Option<u32> {
         None
     }

@@ -10,6 +10,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, OnceLock};
+use std::task::Waker;
 use std::time::Instant;
 
 use super::bounce::Bounce;
@@ -238,17 +239,12 @@ impl Raw {
     }
 
     fn take(&mut self, op: &mut RawOp, want: Want, io: &mut Io<'_>) -> Option<Progress> {
-        match self.part.take(want, io.slot()) {
-            Ok(None) => {
-                op.receive(want);
-                None
-            }
-            Ok(wait) => {
-                op.wait = wait;
-                Some(Progress::Pending)
-            }
-            Err(error) => Some(self.end(op, Err(error))),
+        op.wait = self.part.take(want, io.slot());
+        if op.wait.is_some() {
+            return Some(Progress::Pending);
         }
+        op.receive(want);
+        None
     }
 
     fn push_fallocate(&mut self, op: &mut RawOp, io: &mut Io<'_>) -> Progress {
@@ -362,9 +358,8 @@ impl Storage for Raw {
         op.wait.is_some()
     }
 
-    #[inline]
-    fn wakes(&self) -> Option<BorrowedFd<'_>> {
-        self.part.event()
+    fn attached(&mut self, waker: &Waker) {
+        self.part.attached(waker);
     }
 
     fn next_woken(&mut self) -> Option<u32> {
@@ -431,7 +426,6 @@ impl Storage for Raw {
 
     fn resume(&mut self, op: &mut RawOp, data: &mut GuestIo, result: i32, io: &mut Io<'_>) -> Progress {
         if let Some(wait) = op.wait.take() {
-            self.part.went_on();
             op.receive(wait.want);
             return self.run(op, data, io);
         }

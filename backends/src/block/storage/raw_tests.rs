@@ -49,14 +49,9 @@ fn rig(mode: Mode) -> Rig {
     let file = File::options().read(true).write(true).custom_flags(flags).open(image.path()).unwrap();
     let geometry =
         Geometry { capacity: SIZE as u64, logical_block: 512, physical_block: 4096, readonly: false, discard: true };
-    Rig {
-        raw: Raw::new(Arc::new(file), geometry, align),
-        ring: Ring::new().unwrap(),
-        model,
-        most_taken: 0,
-        order: Vec::new(),
-        _image: image,
-    }
+    let mut raw = Raw::new(Arc::new(file), geometry, align);
+    raw.attached(Waker::noop());
+    Rig { raw, ring: Ring::new().unwrap(), model, most_taken: 0, order: Vec::new(), _image: image }
 }
 
 /// Pieces over a buffer of the test's, cut at the given places.

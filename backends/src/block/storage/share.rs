@@ -6,11 +6,8 @@
 //! holder of a range can always make progress, and every operation that waits for the range gets its turn.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use std::task::Waker;
 
 /// Bytes for the bounce buffers of a disk, whatever its queues: enough for a hundred of the longest. A guest has as
 /// many requests in flight as its queues have descriptors, and each would hold a buffer.
@@ -63,106 +60,70 @@ struct Waiter {
 /// The requests of a queue that may continue.
 #[derive(Debug)]
 struct Woken {
-    list: Mutex<WokenList>,
-    /// Tells the queue's thread of those that another thread has woken.
-    event: EventFd,
-}
-
-#[derive(Debug, Default)]
-struct WokenList {
-    requests: VecDeque<(Ticket, u32)>,
-    raised: bool,
+    requests: Mutex<VecDeque<(Ticket, u32)>>,
+    /// Has the queue's thread look at them.
+    waker: Waker,
 }
 
 /// One queue's share in a disk's resources.
 #[derive(Debug, Default)]
 pub(super) struct Part {
     share: Arc<Mutex<Share>>,
-    /// Made when an operation waits for the first time.
+    /// Of a queue that is served.
     woken: Option<Arc<Woken>>,
-    /// Operations that wait, or were woken and have not continued yet.
-    waiting: usize,
 }
 
 impl Clone for Part {
     /// That of another queue of the same disk.
     fn clone(&self) -> Self {
-        Self { share: Arc::clone(&self.share), woken: None, waiting: 0 }
+        Self { share: Arc::clone(&self.share), woken: None }
     }
 }
 
 impl Part {
+    /// The queue is served by a thread that looks for woken requests when this waker is used.
+    pub(super) fn attached(&mut self, waker: &Waker) {
+        self.woken = Some(Arc::new(Woken { requests: Mutex::default(), waker: waker.clone() }));
+    }
+
     /// Takes the wanted resource, for the request in `slot`. If it can't be had now, the request waits:
     /// [`Self::next_woken`] names the request once it was given the resource.
-    ///
-    /// # Errors
-    /// When the host has no descriptor for the first request that waits.
-    pub(super) fn take(&mut self, want: Want, slot: u32) -> io::Result<Option<Wait>> {
+    pub(super) fn take(&mut self, want: Want, slot: u32) -> Option<Wait> {
         let mut share = lock(&self.share);
         if share.try_take(want) {
-            return Ok(None);
+            return None;
         }
-        let queue = match &self.woken {
-            Some(woken) => woken,
-            None => self
-                .woken
-                .insert(Arc::new(Woken { list: Mutex::default(), event: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)? })),
-        };
+        let queue = Arc::clone(self.woken.as_ref().expect("only requests of a queue that is served wait"));
         let ticket = share.next_ticket;
         share.next_ticket += 1;
-        share.waiters.insert(ticket, Waiter { want, slot, queue: Arc::clone(queue) });
+        share.waiters.insert(ticket, Waiter { want, slot, queue });
         share.wait(ticket, want);
-        self.waiting += 1;
-        Ok(Some(Wait { ticket, want }))
+        Some(Wait { ticket, want })
     }
 
     /// Gives a resource back.
     pub(super) fn give_back(&mut self, want: Want) {
-        lock(&self.share).give_back(want, self.woken.as_ref());
-    }
-
-    /// A woken operation continues with the resource that it waited for.
-    pub(super) fn went_on(&mut self) {
-        self.waiting -= 1;
+        lock(&self.share).give_back(want);
     }
 
     /// An operation does not wait any more, whether or not it was woken.
     pub(super) fn give_up(&mut self, wait: Wait) {
-        self.waiting -= 1;
         let mut share = lock(&self.share);
         if share.waiters.remove(&wait.ticket).is_some() {
             share.for_memory.remove(&wait.ticket);
             // It may have been the one at the head of the line: the operations after it want less.
-            share.hand_out_memory(self.woken.as_ref());
+            share.hand_out_memory();
             return;
         }
         if let Some(woken) = &self.woken {
-            lock(&woken.list).requests.retain(|(ticket, _)| *ticket != wait.ticket);
+            lock(&woken.requests).retain(|(ticket, _)| *ticket != wait.ticket);
         }
-        share.give_back(wait.want, self.woken.as_ref());
-    }
-
-    /// Whether operations of this queue wait; if so, the event that is readable once others have woken some.
-    #[inline]
-    pub(super) fn event(&self) -> Option<BorrowedFd<'_>> {
-        if self.waiting == 0 { None } else { self.waiting_event() }
-    }
-
-    #[cold]
-    #[allow(unsafe_code, reason = "the event type lends no descriptor of its own")]
-    fn waiting_event(&self) -> Option<BorrowedFd<'_>> {
-        // SAFETY: the event is open for as long as it is borrowed.
-        self.woken.as_ref().map(|woken| unsafe { BorrowedFd::borrow_raw(woken.event.as_raw_fd()) })
+        share.give_back(wait.want);
     }
 
     /// The next request that was woken.
     pub(super) fn next_woken(&mut self) -> Option<u32> {
-        let mut list = lock(&self.woken.as_ref()?.list);
-        if std::mem::take(&mut list.raised) {
-            // Only this queue reads the event, and it was raised.
-            _ = self.woken.as_ref()?.event.read();
-        }
-        list.requests.pop_front().map(|(_, slot)| slot)
+        lock(&self.woken.as_ref()?.requests).pop_front().map(|(_, slot)| slot)
     }
 }
 
@@ -207,21 +168,21 @@ impl Share {
         }
     }
 
-    fn give_back(&mut self, want: Want, giver: Option<&Arc<Woken>>) {
+    fn give_back(&mut self, want: Want) {
         match want {
             Want::Memory(bytes) => {
                 self.taken -= bytes;
-                self.hand_out_memory(giver);
+                self.hand_out_memory();
             }
             Want::Range(start, _) => {
                 if let Some(claim) = self.claims.remove(&start) {
-                    self.hand_out_range(claim.behind, giver);
+                    self.hand_out_range(claim.behind);
                 }
             }
         }
     }
 
-    fn hand_out_memory(&mut self, giver: Option<&Arc<Woken>>) {
+    fn hand_out_memory(&mut self) {
         while let Some(&ticket) = self.for_memory.first() {
             let Some(&Waiter { want: Want::Memory(bytes), .. }) = self.waiters.get(&ticket) else { return };
             if !self.has_room(bytes) {
@@ -229,13 +190,13 @@ impl Share {
             }
             self.taken += bytes;
             self.for_memory.pop_first();
-            self.wake(ticket, giver);
+            self.wake(ticket);
         }
     }
 
     /// Lets the operations that waited for a claim try again, up to the first that has to wait once more. The others
     /// then wait for the same claim: most often it is that of the first of them, and all want the same block.
-    fn hand_out_range(&mut self, mut behind: BTreeSet<Ticket>, giver: Option<&Arc<Woken>>) {
+    fn hand_out_range(&mut self, mut behind: BTreeSet<Ticket>) {
         while let Some(&ticket) = behind.first() {
             if let Some(&Waiter { want: want @ Want::Range(start, end), .. }) = self.waiters.get(&ticket) {
                 if let Some(claim) = self.overlapping(start, end) {
@@ -243,22 +204,17 @@ impl Share {
                     return;
                 }
                 self.try_take(want);
-                self.wake(ticket, giver);
+                self.wake(ticket);
             }
             behind.pop_first();
         }
     }
 
     /// The waiter is given the resource.
-    fn wake(&mut self, ticket: Ticket, giver: Option<&Arc<Woken>>) {
+    fn wake(&mut self, ticket: Ticket) {
         let Some(Waiter { slot, queue, .. }) = self.waiters.remove(&ticket) else { return };
-        let mut list = lock(&queue.list);
-        list.requests.push_back((ticket, slot));
-        // The giver's queue looks at its own list next.
-        if !list.raised && giver.is_none_or(|giver| !Arc::ptr_eq(giver, &queue)) {
-            // It is not raised, so this can't fail, nor wait.
-            list.raised = queue.event.write(1).is_ok();
-        }
+        lock(&queue.requests).push_back((ticket, slot));
+        queue.waker.wake_by_ref();
     }
 }
 
@@ -268,6 +224,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::Wake;
+
     use super::*;
 
     impl Part {
@@ -277,53 +236,64 @@ mod tests {
         }
     }
 
-    fn is_raised(part: &Part) -> bool {
-        part.woken.as_ref().is_some_and(|woken| lock(&woken.list).raised)
+    fn all_woken(part: &mut Part) -> Vec<u32> {
+        std::iter::from_fn(|| part.next_woken()).collect()
     }
 
-    fn all_woken(part: &mut Part) -> Vec<u32> {
-        let woken: Vec<_> = std::iter::from_fn(|| part.next_woken()).collect();
-        woken.iter().for_each(|_| part.went_on());
-        woken
+    /// Counts how often a queue is woken.
+    #[derive(Default)]
+    struct Count(AtomicUsize);
+
+    impl Wake for Count {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    /// The part of a queue that is served.
+    fn served() -> (Part, Arc<Count>) {
+        let (mut part, count) = (Part::default(), Arc::<Count>::default());
+        part.attached(&Arc::clone(&count).into());
+        (part, count)
     }
 
     #[test]
     fn memory_is_handed_out_in_the_order_of_asking() {
-        let mut part = Part::default();
+        let (mut part, _) = served();
         let most = Want::Memory(MEMORY);
         let (small, large) = (Want::Memory(1), Want::Memory(MEMORY - 1));
-        assert!(part.take(most, 0).unwrap().is_none());
+        assert!(part.take(most, 0).is_none());
         for (slot, want) in [(1, large), (2, small), (3, small)] {
-            assert!(part.take(want, slot).unwrap().is_some());
+            assert!(part.take(want, slot).is_some());
         }
         assert_eq!(part.next_woken(), None);
         part.give_back(most);
         assert_eq!(all_woken(&mut part), [1, 2], "a third does not fit beside them");
         part.give_back(small);
         assert_eq!(all_woken(&mut part), [3]);
-        let fourth = part.take(large, 4).unwrap().expect("there is no room");
-        let fifth = part.take(Want::Memory(0), 5).unwrap().expect("somebody else was first");
+        let fourth = part.take(large, 4).expect("there is no room");
+        let fifth = part.take(Want::Memory(0), 5).expect("somebody else was first");
         part.give_up(fourth);
         assert_eq!(part.next_woken(), Some(5), "what was asked for behind it can be had");
         part.give_up(fifth);
         part.give_back(small);
         part.give_back(large);
-        assert_eq!((part.taken(), part.waiting), (0, 0));
+        assert_eq!(part.taken(), 0);
         let beyond = Want::Memory(2 * MEMORY);
-        assert!(part.take(beyond, 6).unwrap().is_none(), "one can always go on");
-        assert!(part.take(beyond, 7).unwrap().is_some());
+        assert!(part.take(beyond, 6).is_none(), "one can always go on");
+        assert!(part.take(beyond, 7).is_some());
         part.give_back(beyond);
         assert_eq!(all_woken(&mut part), [7]);
     }
 
     #[test]
     fn a_range_is_held_by_one_and_all_others_come_to_their_turn() {
-        let mut part = Part::default();
+        let (mut part, _) = served();
         let block = |at: u64, count: u64| Want::Range(at * 4096, (at + count) * 4096);
-        assert!(part.take(block(0, 4), 0).unwrap().is_none());
-        assert!(part.take(block(4, 1), 1).unwrap().is_none(), "side by side is not in each other's way");
+        assert!(part.take(block(0, 4), 0).is_none());
+        assert!(part.take(block(4, 1), 1).is_none(), "side by side is not in each other's way");
         for (slot, want) in [(2, block(0, 1)), (3, block(1, 1)), (4, block(0, 1)), (5, block(3, 2)), (6, block(0, 1))] {
-            assert!(part.take(want, slot).unwrap().is_some());
+            assert!(part.take(want, slot).is_some());
         }
         part.give_back(block(0, 4));
         assert_eq!(all_woken(&mut part), [2, 3], "the next wants what the first has");
@@ -341,36 +311,36 @@ mod tests {
     }
 
     #[test]
-    fn another_queue_is_woken_by_its_event() {
-        let mut first = Part::default();
-        let mut second = first.clone();
+    fn a_queue_is_woken_once_for_each_of_its_operations() {
+        let (mut first, woken) = served();
+        let (mut second, second_woken) = (first.clone(), Arc::<Count>::default());
+        second.attached(&Arc::clone(&second_woken).into());
+        let counts = || [&woken, &second_woken].map(|count| count.0.load(Ordering::SeqCst));
         let want = Want::Range(0, 4096);
-        assert!(first.take(want, 0).unwrap().is_none());
-        assert!(second.event().is_none(), "nobody waits");
-        let wait = second.take(want, 7).unwrap().expect("another has it");
-        assert!(second.event().is_some() && !is_raised(&second));
-        assert!(first.take(want, 1).unwrap().is_some());
+        assert!(first.take(want, 0).is_none());
+        let wait = second.take(want, 7).expect("another has it");
+        assert!(first.take(want, 1).is_some());
+        assert_eq!(counts(), [0, 0]);
         first.give_back(want);
-        assert!(is_raised(&second) && !is_raised(&first));
-        assert_eq!(all_woken(&mut second), [7]);
-        assert!(!is_raised(&second) && second.event().is_none());
+        assert_eq!(counts(), [0, 1]);
+        assert_eq!((all_woken(&mut second), all_woken(&mut first)), (vec![7], vec![]));
         second.give_back(wait.want);
-        assert_eq!((is_raised(&first), all_woken(&mut first)), (true, vec![1]));
+        assert_eq!((all_woken(&mut first), counts()), (vec![1], [1, 1]));
     }
 
     #[test]
     fn who_gives_up_leaves_nothing_behind() {
-        let mut part = Part::default();
+        let (mut part, _) = served();
         let want = Want::Range(0, 4096);
-        assert!(part.take(want, 0).unwrap().is_none());
-        let [one, two, three] = [1, 2, 3].map(|slot| part.take(want, slot).unwrap().expect("another has it"));
+        assert!(part.take(want, 0).is_none());
+        let [one, two, three] = [1, 2, 3].map(|slot| part.take(want, slot).expect("another has it"));
         part.give_up(one);
         part.give_back(want);
         // Woken, and given up before it went on.
         part.give_up(two);
         assert_eq!(part.next_woken(), Some(3), "and not the second");
         part.give_up(three);
-        assert!(part.event().is_none() && part.next_woken().is_none());
-        assert!(part.take(want, 4).unwrap().is_none());
+        assert!(part.next_woken().is_none() && lock(&part.share).waiters.is_empty());
+        assert!(part.take(want, 4).is_none());
     }
 }

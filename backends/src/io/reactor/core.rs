@@ -1,22 +1,27 @@
 //! The code that runs on an I/O thread: the round over its queues, polling, parking, and commands.
+//!
+//! The thread parks until a kick, a completion or a command comes, or until the time that one of its queues has named.
 #![allow(unsafe_code, reason = "registering descriptors with the runtime")]
 
 use std::future::poll_fn;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
 use tracing::debug;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::wake::Bell;
 use super::window::Window;
 use super::{Command, Leave, Task, Teller};
 use crate::io::ring::{Budget, Ring, Token};
+use crate::io::tasks;
 use crate::virtqueue::{End, GuestMemory};
 
 /// A kick's descriptor as `AsyncFd` wants it.
@@ -28,9 +33,10 @@ impl AsRawFd for Kick {
     }
 }
 
-struct RingFd(RawFd);
+/// A descriptor of the thread's own, which lives as long as the thread.
+struct Watched(RawFd);
 
-impl AsRawFd for RingFd {
+impl AsRawFd for Watched {
     fn as_raw_fd(&self) -> RawFd {
         self.0
     }
@@ -39,6 +45,7 @@ impl AsRawFd for RingFd {
 struct Seat {
     task: Box<dyn Task>,
     kick: AsyncFd<Kick>,
+    bell: Arc<Bell>,
     leaving: Option<Leave>,
     /// The guest memory that the kernel holds for it.
     memory: Option<GuestMemory>,
@@ -46,6 +53,12 @@ struct Seat {
 
 /// How long to wait before submissions that the kernel did not take are tried again.
 const RETRY_PAUSE: Duration = Duration::from_millis(1);
+
+/// How many turns that found work may follow each other before tasks of the runtime get their turn.
+const TURNS_IN_A_ROW: u32 = 4;
+
+/// How many of them pass before the clock is looked at for queues that wait for their time.
+const TURNS_PER_LOOK: u32 = 64;
 
 /// The state of one I/O thread. The ring comes first: dropped first, it waits for the operations of the tasks.
 pub(crate) struct Core {
@@ -58,10 +71,49 @@ pub(crate) struct Core {
     hold_next: Instant,
     /// Whether it was logged that some memory is not held.
     hold_refused: bool,
+    /// Where tasks' wakers send their commands.
+    commands: mpsc::WeakUnboundedSender<Command>,
+    /// Ends a park at a time.
+    alarm: Alarm,
+    /// Turns that found work since the last that did not.
+    busy_turns: u32,
+}
+
+/// A timer of the kernel's, which is exact to some microseconds: the runtime's own are to the millisecond.
+struct Alarm {
+    timer: OwnedFd,
+    /// The time that it is set for, which may have passed.
+    at: Option<Instant>,
+}
+
+impl Alarm {
+    fn new() -> io::Result<Self> {
+        let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
+        Ok(Self { timer: rustix::time::timerfd_create(TimerfdClockId::Monotonic, flags)?, at: None })
+    }
+
+    /// Has the timer go off at this time at the latest.
+    fn set(&mut self, at: Instant, now: Instant) {
+        if self.at.is_some_and(|set| now < set && set <= at) {
+            return;
+        }
+        // Zero would turn it off.
+        let left = at.saturating_duration_since(now).max(Duration::from_nanos(1));
+        let it_value = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+        let value = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value };
+        let set = rustix::time::timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &value);
+        debug_assert!(set.is_ok(), "{set:?}");
+        self.at = Some(at);
+    }
 }
 
 impl Core {
-    pub(crate) fn new(cpu: Option<usize>, poll: Duration, budget: Option<Arc<Budget>>) -> io::Result<Self> {
+    pub(crate) fn new(
+        cpu: Option<usize>,
+        poll: Duration,
+        budget: Option<Arc<Budget>>,
+        commands: mpsc::WeakUnboundedSender<Command>,
+    ) -> io::Result<Self> {
         // Before this thread is bound: the guest may have other CPUs.
         let window = Window::new(poll);
         if let Some(cpu) = cpu {
@@ -69,17 +121,30 @@ impl Core {
         }
         let hold_memory = budget.is_some();
         let ring = budget.map_or_else(Ring::new, Ring::with_budget).map_err(explain_no_ring)?;
-        let (hold_next, hold_refused) = (Instant::now(), false);
-        Ok(Self { ring, seats: Vec::new(), completions: Vec::new(), window, hold_memory, hold_next, hold_refused })
+        Ok(Self {
+            ring,
+            seats: Vec::new(),
+            completions: Vec::new(),
+            window,
+            hold_memory,
+            hold_next: Instant::now(),
+            hold_refused: false,
+            commands,
+            alarm: Alarm::new()?,
+            busy_turns: 0,
+        })
     }
 
     pub(super) async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Command>, teller: Teller) {
         // Dropped before the ring, which waits for everything in flight.
         let _teller = teller;
-        // SAFETY: the ring outlives this local and always answers with the same descriptor.
-        let ring_fd = match unsafe { AsyncFd::register_with_interest(RingFd(self.ring.fd()), Interest::READABLE) } {
-            Ok(fd) => fd,
-            Err(error) => return tracing::error!(%error, "I/O thread can't watch its ring"),
+        // SAFETY: ring and timer outlive these locals and always answer with the same descriptors.
+        let watch = |fd| unsafe { AsyncFd::register_with_interest(Watched(fd), Interest::READABLE) };
+        let watched = match (watch(self.ring.fd()), watch(self.alarm.timer.as_raw_fd())) {
+            (Ok(ring), Ok(timer)) => [ring, timer],
+            (Err(error), _) | (_, Err(error)) => {
+                return tracing::error!(error = %io::Error::from(error), "I/O thread can't watch its ring and timer");
+            }
         };
         loop {
             loop {
@@ -93,31 +158,60 @@ impl Core {
             self.let_go();
             worked |= self.hold_more(worked);
             if worked {
-                continue;
+                self.busy_turns = self.busy_turns.wrapping_add(1);
+                if self.busy_turns.is_multiple_of(TURNS_PER_LOOK) {
+                    self.call_due(Instant::now());
+                }
+                if !(self.busy_turns.is_multiple_of(TURNS_IN_A_ROW) && tasks::any_run()) {
+                    continue;
+                }
             }
             let idle = Instant::now();
-            if self.poll(&inbox) {
-                continue;
-            }
-            // Arm every queue, even when one has work already: all must be armed when the thread parks.
-            let armed = self.seats.iter_mut().flatten().fold(false, |work, seat| seat.task.arm() | work);
-            if armed || self.ring.has_completions() {
-                continue;
-            }
-            let retry = self.ring.has_unsubmitted();
-            let park = poll_fn(|cx| self.poll_park(cx, &ring_fd, &mut inbox));
-            let woken = if retry {
-                // The kernel would not take a submission, and there may be no event for when it will.
-                tokio::time::timeout(RETRY_PAUSE, park).await.unwrap_or(Woken::Work)
+            let limit = if worked {
+                // Parks, because the runtime submits its tasks' operations and hears of their ends only then, but for
+                // no time.
+                Some(idle)
             } else {
-                park.await
+                if self.poll(&inbox) {
+                    continue;
+                }
+                // Arm every queue, even when one has work already: all must be armed when the thread parks.
+                let armed = self.seats.iter_mut().flatten().fold(false, |work, seat| seat.task.arm() | work);
+                if armed || self.ring.has_completions() {
+                    continue;
+                }
+                self.next_wake(idle)
             };
-            match woken {
+            if let Some(limit) = limit {
+                self.alarm.set(limit, Instant::now());
+            }
+            match poll_fn(|cx| self.poll_park(cx, &watched, &mut inbox)).await {
                 Woken::Command(Some(command)) => self.obey(command),
                 Woken::Command(None) => return,
                 Woken::Work => {}
             }
-            self.window.woken(idle.elapsed());
+            let now = Instant::now();
+            if !worked {
+                self.window.woken(now - idle);
+            }
+            if limit.is_some_and(|limit| limit <= now) {
+                self.call_due(now);
+            }
+        }
+    }
+
+    /// When the thread must not sleep any longer, if there is such a time.
+    fn next_wake(&self, now: Instant) -> Option<Instant> {
+        // Where the kernel would not take a submission, there may be no event for when it will.
+        let retry = self.ring.has_unsubmitted().then(|| now + RETRY_PAUSE);
+        self.seats.iter().flatten().filter_map(|seat| seat.task.next_wake()).chain(retry).min()
+    }
+
+    fn call_due(&mut self, now: Instant) {
+        for seat in self.seats.iter_mut().flatten() {
+            if seat.task.next_wake().is_some_and(|at| at <= now) {
+                seat.task.due(now);
+            }
         }
     }
 
@@ -155,10 +249,11 @@ impl Core {
     /// Polls within the window. Returns whether there is work.
     fn poll(&mut self, inbox: &mpsc::UnboundedReceiver<Command>) -> bool {
         let window = self.window.current;
-        if window.is_zero() || self.seats.iter().all(Option::is_none) {
+        if window.is_zero() || self.seats.iter().all(Option::is_none) || tasks::any_run() {
             return false;
         }
         let start = Instant::now();
+        let limit = self.next_wake(start).map_or(start + window, |wake| wake.min(start + window));
         loop {
             // Reading the clock costs as much as looking at a few queues.
             for _ in 0..8 {
@@ -176,7 +271,7 @@ impl Core {
                 }
                 std::hint::spin_loop();
             }
-            if start.elapsed() >= window {
+            if Instant::now() >= limit {
                 self.window.missed();
                 self.seats.iter_mut().flatten().for_each(|seat| seat.task.service().stats.poll_misses += 1);
                 return false;
@@ -187,7 +282,7 @@ impl Core {
     fn poll_park(
         &mut self,
         cx: &mut Context<'_>,
-        ring_fd: &AsyncFd<RingFd>,
+        watched: &[AsyncFd<Watched>],
         inbox: &mut mpsc::UnboundedReceiver<Command>,
     ) -> Poll<Woken> {
         let mut woken = false;
@@ -199,9 +294,11 @@ impl Core {
                 woken = true;
             }
         }
-        while let Poll::Ready(Ok(mut guard)) = ring_fd.poll_read_ready(cx) {
-            guard.clear_ready();
-            woken = true;
+        for fd in watched {
+            while let Poll::Ready(Ok(mut guard)) = fd.poll_read_ready(cx) {
+                guard.clear_ready();
+                woken = true;
+            }
         }
         if woken {
             return Poll::Ready(Woken::Work);
@@ -220,7 +317,8 @@ impl Core {
                         self.seats.push(None);
                         self.seats.len() - 1
                     });
-                    let mut task = build(index as u32);
+                    let bell = Bell::new(self.commands.clone(), index as u32);
+                    let mut task = build(bell.handle());
                     let mut names_files = false;
                     task.files(&mut |file| {
                         self.ring.hold(file);
@@ -230,7 +328,7 @@ impl Core {
                     let memory = holds.then(|| Arc::clone(task.service().queue.memory()));
                     memory.iter().for_each(|memory| self.ring.hold_memory(memory));
                     task.service().span().in_scope(|| debug!("the queue is served by this thread"));
-                    self.seats[index] = Some(Seat { task, kick, leaving: None, memory });
+                    self.seats[index] = Some(Seat { task, kick, bell, leaving: None, memory });
                     index as u32
                 });
                 drop(reply.send(seat));
@@ -253,6 +351,13 @@ impl Core {
                     }
                 }
             }
+            Command::Wake(task) => {
+                if let Some(Some(seat)) = self.seats.get_mut(task as usize) {
+                    seat.bell.answer();
+                    seat.task.woken(Instant::now(), &mut self.ring);
+                }
+            }
+            Command::Call(call) => call(),
             Command::Stats { task, reply } => {
                 if let Some(Some(seat)) = self.seats.get_mut(task as usize) {
                     drop(reply.send(seat.task.service().stats.clone()));
@@ -355,7 +460,8 @@ mod tests {
         let cpus = rustix::thread::sched_getaffinity(None).unwrap();
         let cpu = (0..rustix::thread::CpuSet::MAX_CPU).find(|&cpu| cpus.is_set(cpu)).unwrap();
         // Bound on a thread of its own, which ends.
-        let bound = std::thread::spawn(move || Core::new(Some(cpu), max, None).unwrap().window.max).join().unwrap();
-        assert_eq!(bound, Core::new(None, max, None).unwrap().window.max);
+        let max_of = move |cpu| Core::new(cpu, max, None, mpsc::unbounded_channel().0.downgrade()).unwrap().window.max;
+        let bound = std::thread::spawn(move || max_of(Some(cpu))).join().unwrap();
+        assert_eq!(bound, max_of(None));
     }
 }
