@@ -5,23 +5,22 @@ mod disk;
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use disk::*;
 use ringvm_backends::block::storage::Geometry;
 use ringvm_backends::block::storage::tasks::AsyncStorage;
-use ringvm_backends::block::{BlockDevice, BlockOptions, StorageKind};
-use ringvm_backends::device::{Device, QueueParts};
+use ringvm_backends::block::{BlockDevice, BlockOptions};
+use ringvm_backends::device::Device;
 use ringvm_backends::io::reactor::ReactorPool;
 use ringvm_backends::io::tasks::{read_exact_at, spawn, write_all_at};
-use ringvm_backends::testing::driver::{Buffer, Driver};
+use ringvm_backends::testing::driver::Buffer;
 use ringvm_backends::virtqueue::End;
 use ringvm_backends::virtqueue::buffers::GuestIo;
 use tokio::sync::{Semaphore, oneshot};
 use tokio_uring::fs::File;
 use vm_memory::{Bytes, GuestAddress};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 const SECTORS: usize = 64;
 /// Bytes of the first file; the second has the rest.
@@ -227,48 +226,4 @@ fn requests_of_two_queues_end_in_any_order() {
     assert!(disk.rig.queues[0].driver.next_used().is_none());
     disk.gate.add_permits(1);
     disk.rig.next_used(0);
-}
-
-/// A queue that always has work keeps its thread from parking, and only a thread that parks serves its runtime.
-#[test]
-fn tasks_are_served_beside_a_queue_that_never_rests() {
-    let pool = pool(1);
-    let mut disk = disk(1, &pool);
-    let options = BlockOptions { storage: StorageKind::Null, size: Some(1 << 20), ..BlockOptions::default() };
-    let mut busy = BlockDevice::open("disk1", &options, &pool).unwrap();
-    busy.ack_features(busy.info().features).unwrap();
-    let mem = disk.rig.mem.clone();
-    let mut driver = Driver::new(mem.clone(), 0x2_0000, 256, 0);
-    let kick = EventFd::new(EFD_NONBLOCK).unwrap();
-    busy.start_queue(0, QueueParts::new(driver.ring(), mem.clone(), kick.try_clone().unwrap())).unwrap();
-    let done = Arc::new(AtomicBool::new(false));
-    std::thread::scope(|scope| {
-        let over = Arc::clone(&done);
-        let served = scope.spawn(move || {
-            let header = 0x9_0000;
-            let bytes = [&T_IN.to_le_bytes()[..], &[0; 12]].concat();
-            mem.write_slice(&bytes, GuestAddress(header)).unwrap();
-            let chain = [
-                Buffer { addr: header, len: 16, writable: false },
-                Buffer { addr: header + 512, len: 512, writable: true },
-                Buffer { addr: header + 16, len: 1, writable: true },
-            ];
-            let mut served = 0u64;
-            while !over.load(Ordering::Relaxed) {
-                while driver.add(&chain).is_some() {}
-                if driver.publish() {
-                    kick.write(1).unwrap();
-                }
-                while driver.next_used().is_some() {
-                    served += 1;
-                }
-            }
-            served
-        });
-        for _ in 0..50 {
-            assert_eq!(disk.rig.request(T_IN, 28, 8 * SECTOR as u32), (OK, 8 * SECTOR as u32 + 1));
-        }
-        done.store(true, Ordering::Relaxed);
-        assert!(served.join().unwrap() > 0);
-    });
 }

@@ -10,6 +10,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::*;
 use crate::io::queues::Queues;
 use crate::io::reactor::{ReactorOptions, ReactorPool, TaskHandle};
+use crate::io::tasks::spawn;
 use crate::testing::driver::{Buffer, Driver};
 use crate::virtqueue::interrupt::Interrupt;
 use crate::virtqueue::split::Queue;
@@ -136,9 +137,10 @@ fn a_request_that_the_host_does_not_complete_is_told_of_less_and_less_often() {
     assert_eq!((worker.next_wake(), worker.late_looks), (None, 0));
 }
 
-/// A task that does nothing but wait for its time, again and again.
+/// A task that does nothing but wait for its time, again and again, or never rests.
 struct Sleeper {
     service: Service,
+    rests: bool,
     at: Instant,
     tell: mpsc::Sender<(Instant, Instant)>,
 }
@@ -151,7 +153,7 @@ impl Task for Sleeper {
     }
 
     fn turn(&mut self, _: &mut Ring) -> bool {
-        false
+        !self.rests
     }
 
     fn next_wake(&self) -> Option<Instant> {
@@ -182,22 +184,47 @@ impl Task for Sleeper {
     }
 }
 
+/// Has the thread serve a sleeper; the times that it is called at come by the channel.
+fn sleeper(pool: &ReactorPool, rests: bool, tell: &mpsc::Sender<(Instant, Instant)>) {
+    let ((mem, driver), tell) = (driver(), tell.clone());
+    let kick = EventFd::new(EFD_NONBLOCK).unwrap();
+    let build = move |handle| {
+        let service = service(mem, &driver, handle);
+        Box::new(Sleeper { service, rests, at: Instant::now() + NAP, tell }) as Box<dyn Task>
+    };
+    pool.get(0).unwrap().attach(kick, build).unwrap();
+}
+
 #[test]
 fn a_task_is_called_when_its_time_has_come_and_not_before() {
-    let pool = ReactorPool::new(&ReactorOptions::default()).unwrap();
-    let (tell, told) = mpsc::channel();
     // Two of them: the thread has one timer for all.
-    for _ in 0..2 {
-        let ((mem, driver), tell) = (driver(), tell.clone());
-        let kick = EventFd::new(EFD_NONBLOCK).unwrap();
-        let build = move |handle| {
-            let service = service(mem, &driver, handle);
-            Box::new(Sleeper { service, at: Instant::now() + NAP, tell }) as Box<dyn Task>
-        };
-        pool.get(0).unwrap().attach(kick, build).unwrap();
+    for rest in [[true, true], [true, false]] {
+        let pool = ReactorPool::new(&ReactorOptions::default()).unwrap();
+        let (tell, told) = mpsc::channel();
+        rest.iter().for_each(|&rests| sleeper(&pool, rests, &tell));
+        for _ in 0..200 {
+            let (at, called) = told.recv_timeout(PATIENCE).expect("the thread sleeps too long");
+            assert!(at <= called, "{:?} too early", at - called);
+        }
     }
-    for _ in 0..200 {
-        let (at, called) = told.recv_timeout(PATIENCE).expect("the thread sleeps too long");
-        assert!(at <= called, "{:?} too early", at - called);
+}
+
+#[test]
+fn async_code_goes_on_beside_a_queue_that_never_rests() {
+    let pool = ReactorPool::new(&ReactorOptions::default()).unwrap();
+    let (ignore, _ignored) = mpsc::channel();
+    sleeper(&pool, false, &ignore);
+    let (tell, told) = mpsc::channel();
+    pool.get(0).unwrap().call(move || {
+        spawn(async move {
+            let file = tokio_uring::fs::File::open("/proc/self/stat").await.unwrap();
+            for _ in 0..50 {
+                let (count, _) = file.read_at(vec![0; 8], 0).await;
+                tell.send(count.unwrap()).unwrap();
+            }
+        });
+    });
+    for _ in 0..50 {
+        assert_eq!(told.recv_timeout(PATIENCE).expect("the runtime is not served"), 8);
     }
 }
