@@ -8,6 +8,7 @@ use std::time::Duration;
 use crossbeam_channel::unbounded;
 use in_process::{Guest, LIMIT, is_locked};
 use ringvm::control::Request;
+use ringvm::kvm::VcpuState;
 use ringvm::machine::MachineError;
 use ringvm_backends::block::{BlockDevice, BlockOptions};
 use ringvm_backends::io::reactor::{ReactorOptions, ReactorPool};
@@ -70,6 +71,9 @@ fn a_paused_guest_does_nothing_and_goes_on_where_it_was() {
     let (first, second) = (save(), save());
     assert_eq!((first.regs.rip, first.regs.rsp), (second.regs.rip, second.regs.rsp));
     assert_ne!(first.regs.rip, 0);
+    let msr = |state: &VcpuState, index| state.msrs.iter().find(|msr| msr.index == index).map(|msr| msr.data);
+    assert_eq!(msr(&first, 0xc000_0080), Some(first.sregs.efer), "EFER, read in either way");
+    assert!(msr(&second, 0x10) > msr(&first, 0x10), "the TSC goes on");
     // A disk that comes now is not found before the guest goes on.
     let image = image(1);
     let pool = ReactorPool::new(&ReactorOptions::default()).expect("I/O threads");

@@ -6,33 +6,48 @@ use ringvm_tests::Result;
 use ringvm_tests::lab::{Exit, Guest, Lab, disk, lab, vm};
 use ringvm_tests::native::Place;
 use ringvm_tests::ongoing;
+use rustix::process::Signal;
 
 /// TCG in TCG.
 const LIMIT: Duration = Duration::from_secs(240);
 const HOST: &str = "10.9.0.1";
 const GUEST: &str = "10.9.0.2";
 
-/// Starts work in the guest, kills the daemon so many times meanwhile, each time once it serves again and `busy` succeeds in the
-/// guest, and lets the work come to its end, which must be a success. Gives what it printed when it was done for the last time.
-fn through_kills(lab: &Lab, guest: &mut Guest, daemon: &str, kills: usize, work: &str, busy: &str) -> Result<String> {
-    let told = |guest: &Guest, what: &str| guest.stderr().matches(what).count();
-    let before = told(guest, " is back");
+/// Does `work` in the guest while `disturb` is done so many times, each once `busy` holds, and the line with `sign` was
+/// said of the time before. Returns what the work has said.
+fn through(
+    guest: &mut Guest,
+    times: usize,
+    sign: &str,
+    (work, busy): (&str, &str),
+    mut disturb: impl FnMut(&mut Guest) -> Result<()>,
+) -> Result<String> {
+    let told = |guest: &Guest| guest.stderr().matches(sign).count();
+    let before = told(guest);
     guest.run(&ongoing::start(work))?;
-    for kill in 1..=kills {
+    for time in 1..=times {
         guest.listen(Duration::from_millis(700))?;
         guest.run(&format!("until {busy}; do {{ {}; }} || exit 1; sleep 0.1; done", ongoing::GOES_ON))?;
         guest.run(ongoing::GOES_ON)?;
-        lab.run(&format!("kill -9 $(pidof {daemon})"))?;
+        disturb(guest)?;
         for _ in 0..300 {
-            if told(guest, " is back") == before + kill {
+            if told(guest) == before + time {
                 break;
             }
             guest.listen(Duration::from_millis(100))?;
         }
-        assert_eq!(told(guest, " is back"), before + kill, "{daemon} comes back: {}", guest.stderr());
+        assert_eq!(told(guest), before + time, "`{sign}` is said: {}", guest.stderr());
     }
-    let said = guest.run_for(LIMIT, ongoing::FINISH)?;
-    assert_eq!(told(guest, " is away ("), told(guest, " is back"), "each absence is said once: {}", guest.stderr());
+    guest.run_for(LIMIT, ongoing::FINISH)
+}
+
+/// Starts work in the guest, kills the daemon so many times meanwhile, each time once it serves again and `busy` succeeds in the
+/// guest, and lets the work come to its end, which must be a success. Gives what it printed when it was done for the last time.
+fn through_kills(lab: &Lab, guest: &mut Guest, daemon: &str, kills: usize, work: &str, busy: &str) -> Result<String> {
+    let kill = |_: &mut Guest| lab.run(&format!("kill -9 $(pidof {daemon})")).map(drop);
+    let said = through(guest, kills, " is back", (work, busy), kill)?;
+    let told = |what: &str| guest.stderr().matches(what).count();
+    assert_eq!(told(" is away ("), told(" is back"), "each absence is said once: {}", guest.stderr());
     Ok(said)
 }
 
@@ -76,26 +91,58 @@ fn pitfall_51_a_file_system_is_whole_after_kills_of_the_daemon() {
     });
 }
 
+/// A guest with a NIC on the tap `vm0` of L1, which serves iperf3.
+fn networked(lab: &mut Lab, place: Place, pairs: u32) -> Result<Guest> {
+    let net = format!("tap=vm0,mac=52:54:00:0a:09:02,queues={pairs}");
+    let mut guest = lab.boot(&vm().cpus(pairs).net_in(place, &net))?;
+    lab.run(&format!("ip addr add {HOST}/24 dev vm0"))?;
+    guest.run(&format!("ip addr add {GUEST}/24 dev eth0 && ip link set eth0 up && ping -c 3 -W 5 {HOST}"))?;
+    assert_eq!(guest.run("ls -d /sys/class/net/eth0/queues/rx-* | wc -l")?, pairs.to_string());
+    lab.run("iperf3 -s -D -I /run/iperf3.pid")?;
+    Ok(guest)
+}
+
+/// A command that streams for some seconds. The server may not know yet that the client before it has gone. Each time
+/// something must arrive.
+fn iperf3(pairs: u32, direction: &str) -> String {
+    format!(
+        "sleep 1; iperf3 -c {HOST} -t 6 -f m -P {pairs} {direction} >/tmp/iperf3; code=$?; cat /tmp/iperf3; \
+         [ $code = 0 ] && grep receiver /tmp/iperf3 | grep -v -q ' 0.00 Mbits/sec'"
+    )
+}
+
+fn tell_rate(pairs: u32, said: &str) {
+    let received = said.lines().rfind(|line| line.trim_end().ends_with("receiver"));
+    println!("{pairs} pairs: {}", received.unwrap_or_else(|| panic!("no receiver in {said}")));
+}
+
+#[test]
+fn iperf3_goes_on_while_its_nic_moves_between_process_and_daemon() {
+    lab(|lab| {
+        let mut guest = networked(lab, Place::Process, 2)?;
+        for direction in ["", "-R"] {
+            let moved = |guest: &mut Guest| guest.signal(Signal::USR2);
+            // Away and back, twice.
+            let said = through(&mut guest, 4, "net0: moved to ", (&iperf3(2, direction), "pidof iperf3"), moved)?;
+            tell_rate(2, &said);
+        }
+        guest.run(&format!("ping -c 3 -W 5 {HOST}"))?;
+        lab.run("kill $(cat /run/iperf3.pid)")?;
+        println!("{}", guest.stderr());
+        assert_eq!(guest.power_off()?, Exit::Code(0));
+        Ok(())
+    });
+}
+
 #[test]
 fn pitfall_51_iperf3_goes_on_through_kills_of_the_daemon_with_one_and_two_queue_pairs() {
     lab(|lab| {
         for pairs in [1, 2] {
-            let net = format!("tap=vm0,mac=52:54:00:0a:09:02,queues={pairs}");
-            let mut guest = lab.boot(&vm().cpus(pairs).net_in(Place::Daemon, &net))?;
-            lab.run(&format!("ip addr add {HOST}/24 dev vm0"))?;
-            guest.run(&format!("ip addr add {GUEST}/24 dev eth0 && ip link set eth0 up && ping -c 3 -W 5 {HOST}"))?;
-            assert_eq!(guest.run("ls -d /sys/class/net/eth0/queues/rx-* | wc -l")?, pairs.to_string());
-            lab.run("iperf3 -s -D -I /run/iperf3.pid")?;
+            let mut guest = networked(lab, Place::Daemon, pairs)?;
             for direction in ["", "-R"] {
-                // The server may not know yet that the client before it has gone.
-                // Each time something must arrive.
-                let iperf3 = format!(
-                    "sleep 1; iperf3 -c {HOST} -t 6 -f m -P {pairs} {direction} >/tmp/iperf3; code=$?; cat /tmp/iperf3; \
-                     [ $code = 0 ] && grep receiver /tmp/iperf3 | grep -v -q ' 0.00 Mbits/sec'"
-                );
+                let iperf3 = iperf3(pairs, direction);
                 let said = through_kills(lab, &mut guest, "ringvm-net", 3, &iperf3, "pidof iperf3")?;
-                let received = said.lines().rfind(|line| line.trim_end().ends_with("receiver"));
-                println!("{pairs} pairs: {}", received.unwrap_or_else(|| panic!("no receiver in {said}")));
+                tell_rate(pairs, &said);
             }
             guest.run(&format!("ping -c 3 -W 5 {HOST}"))?;
             lab.run("kill $(cat /run/iperf3.pid)")?;

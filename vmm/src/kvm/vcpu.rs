@@ -218,7 +218,6 @@ impl VcpuThread {
 struct Runner {
     id: u32,
     /// Keeps the memory mapped for as long as the guest may run.
-    #[allow(dead_code, reason = "held, not used")]
     vm: Arc<Vm>,
     buses: Arc<Buses>,
     events: Events,
@@ -269,7 +268,7 @@ impl Runner {
                 Ok(Command::Pause(paused)) => {
                     let _ = paused.send(self.id);
                 }
-                Ok(Command::Save(state)) => match VcpuState::of(self.id, vcpu) {
+                Ok(Command::Save(state)) => match VcpuState::of(self.id, vcpu, &self.vm.saved_msrs) {
                     Ok(saved) => drop(state.send(saved)),
                     // The sender is dropped, which tells the requester that there is no state.
                     Err(error) => warn!(vcpu = self.id, %error, "its state can't be read"),

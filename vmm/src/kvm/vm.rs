@@ -84,6 +84,8 @@ pub struct Vm {
     irqs: Arc<Irqs>,
     /// KVM holds no reference on mapped memory: it must not go before the VM.
     pub(super) memory: GuestMemory,
+    /// The MSRs that are part of a vCPU's state.
+    pub(super) saved_msrs: Vec<u32>,
 }
 
 impl Vm {
@@ -106,7 +108,8 @@ impl Vm {
         let fd = Arc::new(fd);
         let irqs = Irqs::new(Arc::clone(&fd))
             .map_err(|source| KvmError::Call { what: "setting the interrupt routes".into(), source })?;
-        Ok(Self { fd, irqs, memory })
+        let saved_msrs = kvm.system.get_msr_index_list().map_err(call("asking for the MSRs of a vCPU's state"))?;
+        Ok(Self { fd, irqs, memory, saved_msrs: saved_msrs.as_slice().to_vec() })
     }
 
     /// Takes the performance counters away from vCPUs that are created after this. On a KVM that can't (before Linux
