@@ -7,6 +7,7 @@
 //! where it takes about a third of the time (`benches/queue.rs` measures both).
 #![allow(unsafe_code, reason = "ring areas are reached through host pointers that were checked at creation")]
 
+mod notes;
 mod suppression;
 
 use std::cell::Cell;
@@ -20,10 +21,11 @@ use virtio_bindings::virtio_ring::{
 
 use crate::virtqueue::buffers::{Chain, read_once};
 use crate::virtqueue::dirty::{QueueLog, Writes};
-use crate::virtqueue::inflight::{InflightTable, crash_point};
+use crate::virtqueue::inflight::InflightTable;
 use crate::virtqueue::interrupt::Interrupt;
 use crate::virtqueue::translate::{Near, host_range, translate};
 use crate::virtqueue::{GuestMemory, QueueState, RingConfig, RingError};
+use notes::Notes;
 use suppression::{Words, ask_for_kick, wants_interrupt};
 
 /// Feature bits that this ring implements; every device offers them.
@@ -78,14 +80,12 @@ pub struct Queue {
     seen_avail: u16,
     /// One bit per head that was popped and not completed.
     in_flight: Vec<u64>,
-    /// Where the same is noted for a successor.
-    table: Option<InflightTable>,
+    /// Notes of each chain, if anything is to be noted.
+    notes: Option<Box<Notes>>,
     /// Buffers are to be used in the order in which they came.
     pub(crate) in_order: bool,
     /// Heads that a predecessor has left in flight, the oldest last.
     replay: Vec<u16>,
-    /// Notes the written pages, if there is a log.
-    writes: Option<Box<Writes>>,
     call: Interrupt,
 }
 
@@ -119,23 +119,23 @@ impl Queue {
             published: from.next_used,
             seen_avail: from.next_avail,
             in_flight: vec![0; usize::from(ring.size).div_ceil(64)],
-            table: None,
+            notes: None,
             in_order: false,
             replay: Vec::new(),
-            writes: None,
             call,
         })
     }
 
     /// Notes from now on which pages are written. Before the first `pop`.
     pub(crate) fn log_writes(&mut self, to: QueueLog) {
-        self.writes = Some(Box::new(Writes::new(to, &self.mem, self.size)));
+        let writes = Writes::new(to, &self.mem, self.size);
+        self.notes.get_or_insert_default().writes = Some(writes);
     }
 
     /// Promises that the device writes no more than so many bytes to the front of a chain, and to its last byte,
     /// whatever the chain offers.
     pub(crate) fn writes_at_most(&mut self, bytes: u64) {
-        if let Some(writes) = &mut self.writes {
+        if let Some(writes) = self.notes.as_mut().and_then(|notes| notes.writes.as_mut()) {
             writes.at_most(bytes);
         }
     }
@@ -154,7 +154,7 @@ impl Queue {
             self.next_avail = used.wrapping_add(self.replay.len() as u16);
             self.seen_avail = self.next_avail;
         }
-        self.table = Some(table);
+        self.notes.get_or_insert_default().table = Some(table);
         Ok(())
     }
 
@@ -173,7 +173,7 @@ impl Queue {
             }
             self.replay.push(head);
         }
-        if let Some(table) = &mut self.table {
+        if let Some(table) = self.notes.as_mut().and_then(|notes| notes.table.as_mut()) {
             heads.iter().for_each(|&head| table.popped(head));
         }
         Ok(())
@@ -231,8 +231,8 @@ impl Queue {
         if let Some(head) = self.replay.pop() {
             self.follow(head, chain)?;
             self.in_flight[usize::from(head / 64)] |= 1 << (head % 64);
-            if let Some(writes) = &mut self.writes {
-                writes.taken(head, &chain.writable);
+            if let Some(notes) = &mut self.notes {
+                notes.popped(head, &chain.writable, false);
             }
             return Ok(true);
         }
@@ -257,11 +257,8 @@ impl Queue {
         self.follow(head, chain)?;
         self.in_flight[word] |= bit;
         self.next_avail = self.next_avail.wrapping_add(1);
-        if let Some(table) = &mut self.table {
-            table.popped(head);
-        }
-        if let Some(writes) = &mut self.writes {
-            writes.taken(head, &chain.writable);
+        if let Some(notes) = &mut self.notes {
+            notes.popped(head, &chain.writable, true);
         }
         Ok(true)
     }
@@ -275,12 +272,8 @@ impl Queue {
         }
         self.in_flight[usize::from(head / 64)] &= !(1 << (head % 64));
         self.next_avail = last;
-        if let Some(table) = &mut self.table {
-            table.returned(head);
-        }
-        if let Some(writes) = &mut self.writes {
-            // A frame that was dropped may have come into it.
-            writes.returned(head);
+        if let Some(notes) = &mut self.notes {
+            notes.unpopped(head);
         }
         true
     }
@@ -292,9 +285,6 @@ impl Queue {
         let (word, bit) = (usize::from(head / 64), 1 << (head % 64));
         debug_assert!(self.in_flight[word] & bit != 0, "completing a chain that was not popped");
         self.in_flight[word] &= !bit;
-        if let Some(writes) = &mut self.writes {
-            writes.returned(head);
-        }
         let slot = 2 + usize::from(self.next_used & (self.size - 1)) * 4;
         // SAFETY: the slot index is below the queue size, so both words lie in the used ring, which `new` checked to be
         // mapped for its whole length and aligned to 4 bytes.
@@ -304,9 +294,8 @@ impl Queue {
             (*entry.add(1)).store(len, Ordering::Relaxed);
         }
         self.next_used = self.next_used.wrapping_add(1);
-        if let Some(table) = &mut self.table {
-            crash_point();
-            table.completed(head);
+        if let Some(notes) = &mut self.notes {
+            notes.completed(head);
         }
     }
 
@@ -318,17 +307,12 @@ impl Queue {
         }
         let old = self.published;
         self.published = self.next_used;
-        if let Some(writes) = &self.writes {
+        if let Some(writes) = self.writes() {
             self.log_entries(writes, old);
         }
         self.used_word(1).store(self.next_used, Ordering::Release);
-        if let Some(writes) = &self.writes {
-            writes.used_written(2, 2);
-            writes.tell();
-        }
-        if let Some(table) = &mut self.table {
-            crash_point();
-            table.published(self.next_used);
+        if let Some(notes) = &mut self.notes {
+            notes.published(self.next_used);
         }
         let wanted = wants_interrupt(self, self.event_idx, old, self.next_used);
         if wanted {
@@ -341,7 +325,7 @@ impl Queue {
     pub fn disable_kicks(&mut self) {
         if !self.event_idx {
             self.used_word(0).store(VRING_USED_F_NO_NOTIFY as u16, Ordering::Relaxed);
-            if let Some(writes) = &self.writes {
+            if let Some(writes) = self.writes() {
                 writes.used_written(0, 2);
             }
         }
@@ -351,7 +335,7 @@ impl Queue {
     /// again.
     pub fn enable_kicks(&mut self) -> bool {
         let came = ask_for_kick(self, self.event_idx, self.next_avail);
-        if let Some(writes) = &self.writes {
+        if let Some(writes) = self.writes() {
             // Either of the two that it was.
             writes.used_written(0, 2);
             writes.used_written(4 + 8 * u64::from(self.size), 2);
@@ -362,6 +346,11 @@ impl Queue {
     /// Raises the interrupt whatever the driver wishes: after a change of place it may have missed one.
     pub fn force_interrupt(&self) {
         self.call.raise();
+    }
+
+    /// The notes of written pages, if there is a log.
+    fn writes(&self) -> Option<&Writes> {
+        self.notes.as_ref()?.writes.as_ref()
     }
 
     /// Marks the entries of the used ring from `old` on: in one piece, or in two around its end.
