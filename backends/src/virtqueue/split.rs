@@ -228,39 +228,41 @@ impl Queue {
     /// When the ring or the chain can't be followed. The chain can't be answered; the queue must not be used any
     /// further.
     pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
-        if let Some(head) = self.replay.pop() {
-            self.follow(head, chain)?;
-            self.in_flight[usize::from(head / 64)] |= 1 << (head % 64);
-            if let Some(notes) = &mut self.notes {
-                notes.popped(head, &chain.writable, false);
-            }
-            return Ok(true);
+        let is_new = self.replay.is_empty();
+        let head = if is_new { self.next_head()? } else { self.replay.pop() };
+        let Some(head) = head else { return Ok(false) };
+        let (word, bit) = (usize::from(head / 64), 1 << (head % 64));
+        let before = self.in_flight[word];
+        if before & bit != 0 {
+            return Err(RingError::Twice(head));
         }
+        self.in_flight[word] = before | bit;
+        if let Err(error) = self.follow(head, chain) {
+            self.in_flight[word] = before;
+            return Err(error);
+        }
+        self.next_avail = self.next_avail.wrapping_add(is_new.into());
+        if let Some(notes) = &mut self.notes {
+            notes.popped(head, &chain.writable, is_new);
+        }
+        Ok(true)
+    }
+
+    /// The head of the next entry of the available ring, if there is one.
+    #[inline(always)]
+    fn next_head(&mut self) -> Result<Option<u16>, RingError> {
         if self.seen_avail == self.next_avail {
             // Pairs with the driver's barrier between filling ring entries and publishing the index.
             self.seen_avail = self.avail_word(1).load(Ordering::Acquire);
             if self.seen_avail == self.next_avail {
-                return Ok(false);
+                return Ok(None);
             }
             if self.seen_avail.wrapping_sub(self.next_avail) > self.size {
                 return Err(RingError::AvailIndex { avail: self.seen_avail, next: self.next_avail });
             }
         }
         let head = self.avail_word(2 + usize::from(self.next_avail & (self.size - 1))).load(Ordering::Relaxed);
-        if head >= self.size {
-            return Err(RingError::Index(head));
-        }
-        let (word, bit) = (usize::from(head / 64), 1 << (head % 64));
-        if self.in_flight[word] & bit != 0 {
-            return Err(RingError::Twice(head));
-        }
-        self.follow(head, chain)?;
-        self.in_flight[word] |= bit;
-        self.next_avail = self.next_avail.wrapping_add(1);
-        if let Some(notes) = &mut self.notes {
-            notes.popped(head, &chain.writable, true);
-        }
-        Ok(true)
+        if head >= self.size { Err(RingError::Index(head)) } else { Ok(Some(head)) }
     }
 
     /// Takes back the last `pop`, if it was of `head` and the driver has not rewritten the entry since: the chain is
