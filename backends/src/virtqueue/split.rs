@@ -10,7 +10,6 @@
 mod notes;
 mod suppression;
 
-use std::cell::Cell;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -40,11 +39,11 @@ pub const MAX_INDIRECT: u32 = 1024 + 2;
 const DESC_LEN: u64 = 16;
 
 /// A descriptor as it was when it was read.
+#[derive(Clone, Copy)]
 struct Descriptor {
     addr: u64,
-    len: u32,
-    flags: u16,
-    next: u16,
+    /// Length, flags and the next index, from the low bits on: shifted where they are needed, flags tested in place.
+    rest: u64,
 }
 
 impl Descriptor {
@@ -56,14 +55,29 @@ impl Descriptor {
     unsafe fn read(from: *const [u8; DESC_LEN as usize]) -> Self {
         // SAFETY: promised by the caller.
         let bytes = u128::from_le_bytes(unsafe { read_once(from.cast()) });
-        Self { addr: bytes as u64, len: (bytes >> 64) as u32, flags: (bytes >> 96) as u16, next: (bytes >> 112) as u16 }
+        Self { addr: bytes as u64, rest: (bytes >> 64) as u64 }
+    }
+
+    #[inline(always)]
+    fn len(self) -> u32 {
+        self.rest as u32
+    }
+
+    #[inline(always)]
+    fn has(self, flag: u32) -> bool {
+        self.rest & u64::from(flag) << 32 != 0
+    }
+
+    #[inline(always)]
+    fn next(self) -> u16 {
+        (self.rest >> 48) as u16
     }
 }
 
 /// The device's side of one virtqueue.
 pub struct Queue {
     mem: GuestMemory,
-    near: Cell<Near>,
+    near: Near,
     size: u16,
     desc: *const [u8; DESC_LEN as usize],
     /// `flags`, `idx`, `ring[size]`, `used_event`.
@@ -107,7 +121,7 @@ impl Queue {
         let [desc, avail, used] = areas(&mem, ring)?;
         Ok(Self {
             mem,
-            near: Cell::new(Near::NOWHERE),
+            near: Near::NOWHERE,
             size: ring.size,
             desc: desc.cast(),
             avail: avail.cast(),
@@ -377,59 +391,31 @@ impl Queue {
         unsafe { &*self.used.add(index) }
     }
 
-    #[inline]
-    fn follow(&self, head: u16, chain: &mut Chain) -> Result<(), RingError> {
+    #[inline(always)]
+    fn follow(&mut self, head: u16, chain: &mut Chain) -> Result<(), RingError> {
         chain.head = head;
         chain.readable.reset(&self.mem);
         chain.writable.reset(&self.mem);
         chain.unmapped = false;
-        let mut walk = Walk { chain, mem: &self.mem, near: &self.near, broken_piece: false };
+        let (table, size) = (self.desc, self.size);
+        let mut walk = Walk { chain, mem: &self.mem, near: &mut self.near };
         let mut index = head;
-        for _ in 0..self.size {
+        for _ in 0..size {
             // SAFETY: `index` is below the size (checked below and by `pop`), the table is mapped and aligned.
-            let desc = unsafe { Descriptor::read(self.desc.add(usize::from(index))) };
-            if has(&desc, VRING_DESC_F_INDIRECT) {
-                if !self.indirect || has(&desc, VRING_DESC_F_NEXT) {
+            let desc = unsafe { Descriptor::read(table.add(usize::from(index))) };
+            if desc.has(VRING_DESC_F_INDIRECT) {
+                if !self.indirect || desc.has(VRING_DESC_F_NEXT) {
                     return Err(RingError::Indirect(head));
                 }
-                return self.follow_table(&mut walk, &desc);
+                return walk.follow_table(desc, size);
             }
-            walk.add(&desc)?;
-            if !has(&desc, VRING_DESC_F_NEXT) {
+            walk.add(desc)?;
+            if !desc.has(VRING_DESC_F_NEXT) {
                 return Ok(());
             }
-            if desc.next >= self.size {
-                return Err(RingError::Index(desc.next));
-            }
-            index = desc.next;
-        }
-        Err(RingError::TooLong(head))
-    }
-
-    fn follow_table(&self, walk: &mut Walk<'_>, table: &Descriptor) -> Result<(), RingError> {
-        let head = walk.chain.head;
-        let bad = RingError::Table { addr: table.addr, len: table.len };
-        let count = table.len / DESC_LEN as u32;
-        if count == 0 || !u64::from(table.len).is_multiple_of(DESC_LEN) {
-            return Err(bad);
-        }
-        let base = host_range(&self.mem, table.addr, u64::from(table.len)).ok_or(bad)?;
-        let mut index = 0;
-        for _ in 0..count.min(MAX_INDIRECT.max(self.size.into())) {
-            // SAFETY: `index` is below `count`, and the whole table is mapped. The driver may have placed it at any
-            // address, hence unaligned; the guest may write to it at the same time, so it is copied once and the copy
-            // used.
-            let desc = unsafe { Descriptor::read(base.cast::<[u8; DESC_LEN as usize]>().add(index as usize)) };
-            if has(&desc, VRING_DESC_F_INDIRECT) {
-                return Err(RingError::Indirect(head));
-            }
-            walk.add(&desc)?;
-            if !has(&desc, VRING_DESC_F_NEXT) {
-                return Ok(());
-            }
-            index = u32::from(desc.next);
-            if index >= count {
-                return Err(RingError::Index(desc.next));
+            index = desc.next();
+            if index >= size {
+                return Err(RingError::Index(index));
             }
         }
         Err(RingError::TooLong(head))
@@ -472,38 +458,79 @@ impl Words for Queue {
 struct Walk<'a> {
     chain: &'a mut Chain,
     mem: &'a GuestMemory,
-    near: &'a Cell<Near>,
-    broken_piece: bool,
+    near: &'a mut Near,
 }
 
 impl Walk<'_> {
+    /// Follows an indirect table, of a queue of `size` descriptors.
+    fn follow_table(mut self, table: Descriptor, size: u16) -> Result<(), RingError> {
+        let head = self.chain.head;
+        let bad = RingError::Table { addr: table.addr, len: table.len() };
+        let count = table.len() / DESC_LEN as u32;
+        if count == 0 || !u64::from(table.len()).is_multiple_of(DESC_LEN) {
+            return Err(bad);
+        }
+        let base = host_range(self.mem, table.addr, table.len().into()).ok_or(bad)?;
+        let mut index = 0;
+        for _ in 0..count.min(MAX_INDIRECT.max(size.into())) {
+            // SAFETY: `index` is below `count`, and the whole table is mapped. The driver may have placed it at any
+            // address, hence unaligned; the guest may write to it at the same time, so it is copied once and the copy
+            // used.
+            let desc = unsafe { Descriptor::read(base.cast::<[u8; DESC_LEN as usize]>().add(index as usize)) };
+            if desc.has(VRING_DESC_F_INDIRECT) {
+                return Err(RingError::Indirect(head));
+            }
+            self.add(desc)?;
+            if !desc.has(VRING_DESC_F_NEXT) {
+                return Ok(());
+            }
+            index = desc.next().into();
+            if index >= count {
+                return Err(RingError::Index(desc.next()));
+            }
+        }
+        Err(RingError::TooLong(head))
+    }
+
     #[inline(always)]
-    fn add(&mut self, desc: &Descriptor) -> Result<(), RingError> {
-        let writable = has(desc, VRING_DESC_F_WRITE);
-        if !writable && !self.chain.writable.is_empty() {
+    fn add(&mut self, desc: Descriptor) -> Result<(), RingError> {
+        let io = if desc.has(VRING_DESC_F_WRITE) {
+            &mut self.chain.writable
+        } else if self.chain.writable.is_empty() {
+            &mut self.chain.readable
+        } else {
             return Err(RingError::Order(self.chain.head));
-        }
-        let io = if writable { &mut self.chain.writable } else { &mut self.chain.readable };
-        // A chain with a hole is answered with an error. That needs only the header in front and the status at the
-        // end, so of the buffers after the first hole only the last is kept.
-        if self.broken_piece && writable {
-            io.clear();
-        }
-        let (addr, len) = (desc.addr, u64::from(desc.len));
-        if let Some(host) = self.near.get().host(addr, len) {
+        };
+        let (addr, len) = (desc.addr, u64::from(desc.len()));
+        if let Some(host) = self.near.host(addr, len) {
             // SAFETY: the region is mapped from there on for so many bytes, for as long as the queue lives.
             unsafe { io.push(host, len as usize) };
-        } else if translate(self.mem, self.near, addr, len, io).is_none() {
-            io.clear();
-            self.broken_piece = true;
-            self.chain.unmapped = true;
+        } else {
+            self.add_from_afar(desc);
         }
         Ok(())
     }
-}
 
-fn has(desc: &Descriptor, flag: u32) -> bool {
-    u32::from(desc.flags) & flag != 0
+    /// Adds a buffer that is not in the region of the last one, or empty, or behind a hole.
+    #[cold]
+    #[inline(never)]
+    fn add_from_afar(&mut self, desc: Descriptor) {
+        let writable = desc.has(VRING_DESC_F_WRITE);
+        let io = if writable { &mut self.chain.writable } else { &mut self.chain.readable };
+        // A chain with a hole is answered with an error. That needs only the header in front and the status at the
+        // end, so of the buffers after the first hole only the last is kept.
+        if self.chain.unmapped && writable {
+            io.clear();
+        }
+        if translate(self.mem, self.near, desc.addr, desc.len().into(), io).is_none() {
+            io.clear();
+            self.chain.unmapped = true;
+        }
+        if self.chain.unmapped {
+            // All buffers of this chain that follow come here.
+            *self.near = Near::NOWHERE;
+        }
+    }
 }
 
 /// The used index of a ring that is not being served, or `None` if the ring does not lie in memory.
