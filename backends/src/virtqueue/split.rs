@@ -38,12 +38,16 @@ pub const MAX_INDIRECT: u32 = 1024 + 2;
 
 const DESC_LEN: u64 = 16;
 
+/// A descriptor in guest memory.
+type RawDescriptor = [u8; DESC_LEN as usize];
+
 /// A descriptor as it was when it was read.
 #[derive(Clone, Copy)]
 struct Descriptor {
     addr: u64,
-    /// Length, flags and the next index, from the low bits on: shifted where they are needed, flags tested in place.
-    rest: u64,
+    len: u32,
+    /// The flags, and the next index above them.
+    rest: u32,
 }
 
 impl Descriptor {
@@ -52,25 +56,38 @@ impl Descriptor {
     /// # Safety
     /// It must be mapped.
     #[inline(always)]
-    unsafe fn read(from: *const [u8; DESC_LEN as usize]) -> Self {
-        // SAFETY: promised by the caller.
-        let bytes = u128::from_le_bytes(unsafe { read_once(from.cast()) });
-        Self { addr: bytes as u64, rest: (bytes >> 64) as u64 }
+    unsafe fn read(from: *const RawDescriptor) -> Self {
+        if from.cast::<u64>().is_aligned() {
+            // SAFETY: promised by the caller, and it is aligned.
+            unsafe { Self::read_aligned(from) }
+        } else {
+            // SAFETY: promised by the caller.
+            let bytes = u128::from_le_bytes(unsafe { read_once(from.cast()) });
+            Self { addr: bytes as u64, len: (bytes >> 64) as u32, rest: (bytes >> 96) as u32 }
+        }
     }
 
+    /// The same for one at a multiple of 8. Each of its fields is read once.
+    ///
+    /// # Safety
+    /// It must be mapped and lie at a multiple of 8.
     #[inline(always)]
-    fn len(self) -> u32 {
-        self.rest as u32
+    unsafe fn read_aligned(from: *const RawDescriptor) -> Self {
+        let words = from.cast::<u32>();
+        // SAFETY: promised by the caller. All of these lie in the descriptor, at multiples of their size.
+        let (addr, len, rest) =
+            unsafe { (from.cast::<u64>().read_volatile(), words.add(2).read_volatile(), words.add(3).read_volatile()) };
+        Self { addr: u64::from_le(addr), len: u32::from_le(len), rest: u32::from_le(rest) }
     }
 
     #[inline(always)]
     fn has(self, flag: u32) -> bool {
-        self.rest & u64::from(flag) << 32 != 0
+        self.rest & flag != 0
     }
 
     #[inline(always)]
     fn next(self) -> u16 {
-        (self.rest >> 48) as u16
+        (self.rest >> 16) as u16
     }
 }
 
@@ -79,7 +96,8 @@ pub struct Queue {
     mem: GuestMemory,
     near: Near,
     size: u16,
-    desc: *const [u8; DESC_LEN as usize],
+    /// At a multiple of 16.
+    desc: *const RawDescriptor,
     /// `flags`, `idx`, `ring[size]`, `used_event`.
     avail: *const AtomicU16,
     /// `flags`, `idx`, `ring[size]` of (id, len), `avail_event`.
@@ -246,20 +264,25 @@ impl Queue {
         let head = if is_new { self.next_head()? } else { self.replay.pop() };
         let Some(head) = head else { return Ok(false) };
         let (word, bit) = (usize::from(head / 64), 1 << (head % 64));
-        let before = self.in_flight[word];
-        if before & bit != 0 {
+        let taken = &mut self.in_flight[word];
+        if *taken & bit != 0 {
             return Err(RingError::Twice(head));
         }
-        self.in_flight[word] = before | bit;
+        *taken |= bit;
         if let Err(error) = self.follow(head, chain) {
-            self.in_flight[word] = before;
+            self.not_taken(chain.head);
             return Err(error);
         }
         self.next_avail = self.next_avail.wrapping_add(is_new.into());
         if let Some(notes) = &mut self.notes {
-            notes.popped(head, &chain.writable, is_new);
+            notes.popped(chain, is_new);
         }
         Ok(true)
+    }
+
+    #[cold]
+    fn not_taken(&mut self, head: u16) {
+        self.in_flight[usize::from(head / 64)] &= !(1 << (head % 64));
     }
 
     /// The head of the next entry of the available ring, if there is one.
@@ -286,7 +309,7 @@ impl Queue {
         if self.avail_word(2 + usize::from(last & (self.size - 1))).load(Ordering::Relaxed) != head {
             return false;
         }
-        self.in_flight[usize::from(head / 64)] &= !(1 << (head % 64));
+        self.not_taken(head);
         self.next_avail = last;
         if let Some(notes) = &mut self.notes {
             notes.unpopped(head);
@@ -399,10 +422,10 @@ impl Queue {
         chain.unmapped = false;
         let (table, size) = (self.desc, self.size);
         let mut walk = Walk { chain, mem: &self.mem, near: &mut self.near };
-        let mut index = head;
-        for _ in 0..size {
+        let (mut index, mut left) = (head, size);
+        loop {
             // SAFETY: `index` is below the size (checked below and by `pop`), the table is mapped and aligned.
-            let desc = unsafe { Descriptor::read(table.add(usize::from(index))) };
+            let desc = unsafe { Descriptor::read_aligned(table.add(usize::from(index))) };
             if desc.has(VRING_DESC_F_INDIRECT) {
                 if !self.indirect || desc.has(VRING_DESC_F_NEXT) {
                     return Err(RingError::Indirect(head));
@@ -417,8 +440,11 @@ impl Queue {
             if index >= size {
                 return Err(RingError::Index(index));
             }
+            left -= 1;
+            if left == 0 {
+                return Err(RingError::TooLong(head));
+            }
         }
-        Err(RingError::TooLong(head))
     }
 }
 
@@ -463,20 +489,22 @@ struct Walk<'a> {
 
 impl Walk<'_> {
     /// Follows an indirect table, of a queue of `size` descriptors.
+    #[inline(never)]
     fn follow_table(mut self, table: Descriptor, size: u16) -> Result<(), RingError> {
         let head = self.chain.head;
-        let bad = RingError::Table { addr: table.addr, len: table.len() };
-        let count = table.len() / DESC_LEN as u32;
-        if count == 0 || !u64::from(table.len()).is_multiple_of(DESC_LEN) {
+        let bad = RingError::Table { addr: table.addr, len: table.len };
+        let count = table.len / DESC_LEN as u32;
+        if count == 0 || !u64::from(table.len).is_multiple_of(DESC_LEN) {
             return Err(bad);
         }
-        let base = host_range(self.mem, table.addr, table.len().into()).ok_or(bad)?;
+        let (addr, len) = (table.addr, table.len.into());
+        let base = self.near.host(addr, len).or_else(|| host_range(self.mem, addr, len)).ok_or(bad)?;
         let mut index = 0;
         for _ in 0..count.min(MAX_INDIRECT.max(size.into())) {
             // SAFETY: `index` is below `count`, and the whole table is mapped. The driver may have placed it at any
             // address, hence unaligned; the guest may write to it at the same time, so it is copied once and the copy
             // used.
-            let desc = unsafe { Descriptor::read(base.cast::<[u8; DESC_LEN as usize]>().add(index as usize)) };
+            let desc = unsafe { Descriptor::read(base.cast::<RawDescriptor>().add(index as usize)) };
             if desc.has(VRING_DESC_F_INDIRECT) {
                 return Err(RingError::Indirect(head));
             }
@@ -501,35 +529,35 @@ impl Walk<'_> {
         } else {
             return Err(RingError::Order(self.chain.head));
         };
-        let (addr, len) = (desc.addr, u64::from(desc.len()));
+        let (addr, len) = (desc.addr, u64::from(desc.len));
         if let Some(host) = self.near.host(addr, len) {
             // SAFETY: the region is mapped from there on for so many bytes, for as long as the queue lives.
             unsafe { io.push(host, len as usize) };
         } else {
-            self.add_from_afar(desc);
+            add_from_afar(self.mem, self.near, self.chain, desc);
         }
         Ok(())
     }
+}
 
-    /// Adds a buffer that is not in the region of the last one, or empty, or behind a hole.
-    #[cold]
-    #[inline(never)]
-    fn add_from_afar(&mut self, desc: Descriptor) {
-        let writable = desc.has(VRING_DESC_F_WRITE);
-        let io = if writable { &mut self.chain.writable } else { &mut self.chain.readable };
-        // A chain with a hole is answered with an error. That needs only the header in front and the status at the
-        // end, so of the buffers after the first hole only the last is kept.
-        if self.chain.unmapped && writable {
-            io.clear();
-        }
-        if translate(self.mem, self.near, desc.addr, desc.len().into(), io).is_none() {
-            io.clear();
-            self.chain.unmapped = true;
-        }
-        if self.chain.unmapped {
-            // All buffers of this chain that follow come here.
-            *self.near = Near::NOWHERE;
-        }
+/// Adds a buffer that is not in the region of the last one, or empty, or behind a hole.
+#[cold]
+#[inline(never)]
+fn add_from_afar(mem: &GuestMemory, near: &mut Near, chain: &mut Chain, desc: Descriptor) {
+    let writable = desc.has(VRING_DESC_F_WRITE);
+    let io = if writable { &mut chain.writable } else { &mut chain.readable };
+    // A chain with a hole is answered with an error. That needs only the header in front and the status at the end, so
+    // of the buffers after the first hole only the last is kept.
+    if chain.unmapped && writable {
+        io.clear();
+    }
+    if translate(mem, near, desc.addr, desc.len.into(), io).is_none() {
+        io.clear();
+        chain.unmapped = true;
+    }
+    if chain.unmapped {
+        // All buffers of this chain that follow come here.
+        *near = Near::NOWHERE;
     }
 }
 
@@ -576,7 +604,9 @@ fn area(mem: &GuestMemory, area: &'static str, addr: u64, len: u64, align: u64) 
     if !addr.is_multiple_of(align) {
         return Err(RingError::Misaligned { area, addr });
     }
-    host_range(mem, addr, len).ok_or(RingError::Unmapped { area, addr, len })
+    let host = host_range(mem, addr, len).ok_or(RingError::Unmapped { area, addr, len })?;
+    // Regions begin where pages do, for the guest and here. The pointer is what the accesses rely on.
+    if (host as usize as u64).is_multiple_of(align) { Ok(host) } else { Err(RingError::Misaligned { area, addr }) }
 }
 
 #[cfg(test)]

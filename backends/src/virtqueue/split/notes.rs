@@ -1,7 +1,7 @@
 //! What a queue notes of its chains for others: the requests in flight for a successor, the written pages for a copy
 //! of the guest. Most queues have neither, so both lie behind one pointer that a chain tests once.
 
-use crate::virtqueue::buffers::GuestIo;
+use crate::virtqueue::buffers::Chain;
 use crate::virtqueue::dirty::Writes;
 use crate::virtqueue::inflight::{InflightTable, crash_point};
 
@@ -15,13 +15,13 @@ pub(super) struct Notes {
 }
 
 impl Notes {
-    /// A head was popped. The table knows of those that a predecessor has left.
-    pub(super) fn popped(&mut self, head: u16, writable: &GuestIo, is_new: bool) {
+    /// A chain was popped. The table knows of those that a predecessor has left.
+    pub(super) fn popped(&mut self, chain: &Chain, is_new: bool) {
         if let Some(table) = self.table.as_mut().filter(|_| is_new) {
-            table.popped(head);
+            table.popped(chain.head);
         }
         if let Some(writes) = &mut self.writes {
-            writes.taken(head, writable);
+            writes.taken(chain.head, &chain.writable);
         }
     }
 
