@@ -14,7 +14,7 @@
 use std::ptr;
 use std::sync::Arc;
 
-use vm_memory::VolatileSlice;
+use vm_memory::{GuestMemoryMmap, VolatileSlice};
 
 use crate::virtqueue::GuestMemory;
 
@@ -55,10 +55,15 @@ impl GuestIo {
     #[inline]
     pub(crate) fn reset(&mut self, mem: &GuestMemory) {
         self.clear();
-        let same = self.mem.as_ref().is_some_and(|kept| Arc::ptr_eq(kept, mem));
-        if !same {
+        if self.memory() != Arc::as_ptr(mem) {
             self.change_memory(mem);
         }
+    }
+
+    /// The address of the memory that is kept, or null: compared at once, where an `Option` is looked into first.
+    #[inline(always)]
+    fn memory(&self) -> *const GuestMemoryMmap {
+        self.mem.as_ref().map_or(ptr::null(), Arc::as_ptr)
     }
 
     #[cold]
@@ -104,7 +109,7 @@ impl GuestIo {
     /// Appends the rest of another list, all of which lies in one guest's memory.
     pub(crate) fn append(&mut self, other: &Self) {
         if let Some(mem) = &other.mem
-            && self.mem.as_ref().is_none_or(|kept| !Arc::ptr_eq(kept, mem))
+            && self.memory() != Arc::as_ptr(mem)
         {
             self.change_memory(mem);
         }
