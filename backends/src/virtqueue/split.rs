@@ -564,7 +564,7 @@ fn add_from_afar(mem: &GuestMemory, near: &mut Near, chain: &mut Chain, desc: De
 /// The used index of a ring that is not being served, or `None` if the ring does not lie in memory.
 #[must_use]
 pub fn used_index(mem: &GuestMemory, ring: &RingConfig) -> Option<u16> {
-    let used = host_range(mem, ring.used, 6 + 8 * u64::from(ring.size)).filter(|_| ring.used.is_multiple_of(4))?;
+    let used = used_ring(mem, ring).ok()?;
     // SAFETY: the ring is mapped for as long as `mem` lives; its index follows the flags, at an even address.
     Some(unsafe { &*used.cast::<AtomicU16>().add(1) }.load(Ordering::Acquire))
 }
@@ -572,7 +572,7 @@ pub fn used_index(mem: &GuestMemory, ring: &RingConfig) -> Option<u16> {
 /// The available index of a ring, or `None` if the ring does not lie in memory.
 #[must_use]
 pub fn avail_index(mem: &GuestMemory, ring: &RingConfig) -> Option<u16> {
-    let avail = host_range(mem, ring.avail, 6 + 2 * u64::from(ring.size)).filter(|_| ring.avail.is_multiple_of(2))?;
+    let avail = avail_ring(mem, ring).ok()?;
     // SAFETY: as above.
     Some(unsafe { &*avail.cast::<AtomicU16>().add(1) }.load(Ordering::Acquire))
 }
@@ -590,14 +590,19 @@ fn areas(mem: &GuestMemory, ring: &RingConfig) -> Result<[*mut u8; 3], RingError
     if !ring.size.is_power_of_two() || ring.size > 1 << 15 {
         return Err(RingError::Size(ring.size));
     }
-    let size = u64::from(ring.size);
-    // The two event words are part of the areas whether or not they are negotiated. A driver that leaves them out at
-    // the very end of memory has not been seen yet.
-    Ok([
-        area(mem, "descriptor table", ring.desc, DESC_LEN * size, 16)?,
-        area(mem, "available ring", ring.avail, 6 + 2 * size, 2)?,
-        area(mem, "used ring", ring.used, 6 + 8 * size, 4)?,
-    ])
+    let desc = area(mem, "descriptor table", ring.desc, DESC_LEN * u64::from(ring.size), 16)?;
+    Ok([desc, avail_ring(mem, ring)?, used_ring(mem, ring)?])
+}
+
+// The event words at the ends of both rings are part of them whether or not they are negotiated. A driver that leaves
+// them out at the very end of memory has not been seen yet.
+
+fn avail_ring(mem: &GuestMemory, ring: &RingConfig) -> Result<*mut u8, RingError> {
+    area(mem, "available ring", ring.avail, 6 + 2 * u64::from(ring.size), 2)
+}
+
+fn used_ring(mem: &GuestMemory, ring: &RingConfig) -> Result<*mut u8, RingError> {
+    area(mem, "used ring", ring.used, 6 + 8 * u64::from(ring.size), 4)
 }
 
 fn area(mem: &GuestMemory, area: &'static str, addr: u64, len: u64, align: u64) -> Result<*mut u8, RingError> {
@@ -605,8 +610,8 @@ fn area(mem: &GuestMemory, area: &'static str, addr: u64, len: u64, align: u64) 
         return Err(RingError::Misaligned { area, addr });
     }
     let host = host_range(mem, addr, len).ok_or(RingError::Unmapped { area, addr, len })?;
-    // Regions begin where pages do, for the guest and here. The pointer is what the accesses rely on.
-    if (host as usize as u64).is_multiple_of(align) { Ok(host) } else { Err(RingError::Misaligned { area, addr }) }
+    // The accesses rely on the pointer. It differs in this only if a region begins elsewhere than at a page.
+    if (host as u64).is_multiple_of(align) { Ok(host) } else { Err(RingError::Misaligned { area, addr }) }
 }
 
 #[cfg(test)]

@@ -305,6 +305,34 @@ fn pitfall_10_rings_must_lie_in_one_piece() {
 }
 
 #[test]
+fn rings_must_be_aligned_where_they_are_mapped() {
+    // A region that begins in the middle of a page for the guest begins with a page here.
+    let odd =
+        |start| -> GuestMemory { Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(start), 0x8000)]).unwrap()) };
+    let ring = RingConfig { size: 8, desc: 0x1000, avail: 0x2000, used: 0x3000 };
+    for start in [1, 2, 8] {
+        let mem = odd(start);
+        let queue = Queue::new(mem.clone(), &ring, RING_FEATURES, QueueState::default(), Interrupt::None);
+        assert!(matches!(queue.map(drop), Err(RingError::Misaligned { area: "descriptor table", .. })), "{start}");
+        assert_eq!(used_index(&mem, &ring).is_some(), start == 8, "{start}");
+        assert_eq!(avail_index(&mem, &ring).is_some(), start != 1, "{start}");
+    }
+    assert_eq!(check_ring(&odd(16), &ring), Ok(()));
+}
+
+#[test]
+fn a_chain_that_can_not_be_followed_is_not_left_to_anybody() {
+    let mut rig = rig();
+    rig.desc(3, 0x4000, 1, VRING_DESC_F_NEXT, 8);
+    rig.offer(3);
+    assert_eq!(rig.pop().unwrap_err(), RingError::Index(8));
+    assert_eq!((rig.queue.left(), rig.queue.state()), (Vec::new(), QueueState::default()));
+    rig.queue.take_left(&[3]).unwrap();
+    assert_eq!(rig.pop().unwrap_err(), RingError::Index(8));
+    assert_eq!((rig.queue.left(), rig.queue.state()), (Vec::new(), QueueState::default()));
+}
+
+#[test]
 fn pitfall_10_buffers_across_regions_are_split_and_holes_marked() {
     let mut rig = rig();
     rig.driver.add(&[out(0x7ff0, 0x20)]).unwrap();
