@@ -111,19 +111,13 @@ impl<S: Storage> BlockHandler<S> {
         Progress::Done(Ok(()))
     }
 
-    #[inline]
+    #[inline(always)]
     fn step(&mut self, chain: &Chain, request: &Request<S::Op>, progress: Result<Progress, Refusal>) -> Step {
         let status = match progress {
             Ok(Progress::Pending) => return Step::Pending,
             Ok(Progress::Done(Ok(()))) => VIRTIO_BLK_S_OK as u8,
-            Ok(Progress::Done(Err(error))) => {
-                self.report(request.kind, &error);
-                IOERR.0
-            }
-            Err(Refusal(status)) => {
-                tracing::debug!(parent: &self.span, head = chain.head, kind = ?request.kind, status, "request refused");
-                status
-            }
+            Ok(Progress::Done(Err(error))) => self.failed(request.kind, error),
+            Err(refusal) => self.refused(chain.head, request.kind, refusal),
         };
         chain.writable.set_last(status);
         let ok = status == VIRTIO_BLK_S_OK as u8;
@@ -133,14 +127,23 @@ impl<S: Storage> BlockHandler<S> {
         Step::Done(Outcome { op: request.kind as usize, written, bytes: request.len, ok })
     }
 
+    /// The status of a request that the host has failed.
     #[cold]
-    fn report(&mut self, kind: Kind, error: &io::Error) {
+    fn failed(&mut self, kind: Kind, error: io::Error) -> u8 {
         self.failures += 1;
         // A failing disk fails every request: one line each time their number has doubled.
         if self.failures.is_power_of_two() {
             let (kind, failures) = (KINDS[kind as usize], self.failures);
             tracing::warn!(parent: &self.span, kind, %error, failures, "the host failed a request");
         }
+        IOERR.0
+    }
+
+    /// The status of a request that can't be served.
+    #[cold]
+    fn refused(&self, head: u16, kind: Kind, Refusal(status): Refusal) -> u8 {
+        tracing::debug!(parent: &self.span, head, ?kind, status, "request refused");
+        status
     }
 }
 

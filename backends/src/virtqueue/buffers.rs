@@ -16,7 +16,7 @@ mod owned;
 use std::ptr;
 use std::sync::Arc;
 
-use vm_memory::VolatileSlice;
+use vm_memory::{GuestMemoryMmap, VolatileSlice};
 
 pub use self::owned::GuestBuffer;
 use crate::virtqueue::GuestMemory;
@@ -58,10 +58,15 @@ impl GuestIo {
     #[inline]
     pub(crate) fn reset(&mut self, mem: &GuestMemory) {
         self.clear();
-        let same = self.mem.as_ref().is_some_and(|kept| Arc::ptr_eq(kept, mem));
-        if !same {
+        if self.memory() != Arc::as_ptr(mem) {
             self.change_memory(mem);
         }
+    }
+
+    /// The address of the memory that is kept, or null: compared at once, where an `Option` is looked into first.
+    #[inline(always)]
+    fn memory(&self) -> *const GuestMemoryMmap {
+        self.mem.as_ref().map_or(ptr::null(), Arc::as_ptr)
     }
 
     #[cold]
@@ -107,7 +112,7 @@ impl GuestIo {
     /// Appends the rest of another list, all of which lies in one guest's memory.
     pub(crate) fn append(&mut self, other: &Self) {
         if let Some(mem) = &other.mem
-            && self.mem.as_ref().is_none_or(|kept| !Arc::ptr_eq(kept, mem))
+            && self.memory() != Arc::as_ptr(mem)
         {
             self.change_memory(mem);
         }
@@ -119,7 +124,7 @@ impl GuestIo {
     #[inline]
     pub(crate) fn fetch_front(&self) {
         #[cfg(target_arch = "x86_64")]
-        if let [piece, ..] = self.pieces() {
+        if let Some(piece) = self.iov.get(self.first) {
             use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
             // SAFETY: a hint, of an address that is mapped.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(piece.iov_base.cast()) };
@@ -130,7 +135,7 @@ impl GuestIo {
     #[inline]
     pub(crate) fn fetch_back(&self) {
         #[cfg(target_arch = "x86_64")]
-        if let [.., piece] = self.pieces() {
+        if let Some(piece) = self.iov.last().filter(|_| self.first < self.iov.len()) {
             use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
             // SAFETY: a hint, of an address that is mapped: no piece is empty.
             unsafe { _mm_prefetch::<_MM_HINT_ET0>(piece.iov_base.cast::<i8>().add(piece.iov_len - 1)) };
@@ -202,7 +207,10 @@ impl GuestIo {
     /// Takes the last byte off, for [`Self::set_last`] once its value is known. Returns whether there was one.
     #[inline]
     pub fn take_last(&mut self) -> bool {
-        let Some(piece) = self.iov.get_mut(self.first..).and_then(<[_]>::last_mut) else { return false };
+        if self.first >= self.iov.len() {
+            return false;
+        }
+        let piece = self.iov.last_mut().expect("a piece is left");
         self.len -= 1;
         piece.iov_len -= 1;
         // SAFETY: no piece is empty, so this was the last byte of its.
@@ -270,20 +278,27 @@ impl GuestIo {
     /// Copies exactly `N` bytes from the front and consumes them, or returns `None` and consumes nothing.
     #[inline(always)]
     pub fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
-        let bytes = self.peek()?;
-        match &mut self.iov[self.first..] {
-            [piece, ..] if piece.iov_len > N => {
-                // SAFETY: the piece continues after these bytes.
-                piece.iov_base = unsafe { piece.iov_base.add(N) };
-                piece.iov_len -= N;
-                self.len -= N as u64;
-            }
-            [piece, ..] if piece.iov_len == N => {
-                self.first += 1;
-                self.len -= N as u64;
-            }
-            _ => self.advance(N as u64),
+        let Some(piece) = self.iov.get_mut(self.first).filter(|piece| piece.iov_len >= N) else {
+            return self.take_from_several();
+        };
+        let (base, left) = (piece.iov_base, piece.iov_len - N);
+        if left == 0 {
+            self.first += 1;
+        } else {
+            // SAFETY: the piece continues after these bytes.
+            piece.iov_base = unsafe { base.add(N) };
+            piece.iov_len = left;
         }
+        self.len -= N as u64;
+        // SAFETY: the piece is mapped, and had as many bytes.
+        Some(unsafe { read_once(base.cast()) })
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn take_from_several<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let bytes = self.peek_at_several()?;
+        self.advance(N as u64);
         Some(bytes)
     }
 

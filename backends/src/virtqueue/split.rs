@@ -7,63 +7,36 @@
 //! where it takes about a third of the time (`benches/queue.rs` measures both).
 #![allow(unsafe_code, reason = "ring areas are reached through host pointers that were checked at creation")]
 
+mod descriptors;
+mod notes;
 mod suppression;
 
-use std::cell::Cell;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
-use virtio_bindings::virtio_ring::{
-    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
-    VRING_USED_F_NO_NOTIFY,
-};
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VRING_USED_F_NO_NOTIFY};
 
-use crate::virtqueue::buffers::{Chain, read_once};
+use crate::virtqueue::buffers::Chain;
 use crate::virtqueue::dirty::{QueueLog, Writes};
-use crate::virtqueue::inflight::{InflightTable, crash_point};
+use crate::virtqueue::inflight::InflightTable;
 use crate::virtqueue::interrupt::Interrupt;
-use crate::virtqueue::translate::{Near, host_range, translate};
+use crate::virtqueue::translate::{Near, host_range};
 use crate::virtqueue::{GuestMemory, QueueState, RingConfig, RingError};
+use descriptors::{DESC_LEN, RawDescriptor, Walk};
+use notes::Notes;
 use suppression::{Words, ask_for_kick, wants_interrupt};
 
 /// Feature bits that this ring implements; every device offers them.
 pub const RING_FEATURES: u64 =
     1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
 
-/// Most descriptors followed in an indirect table, if the queue itself has no more: as many segments as the kernel
-/// takes in one vector, and a header and a status. A driver may make a chain as long as the queue (2.7.5.3.1), which
-/// bounds the work that one available entry can cause.
-pub const MAX_INDIRECT: u32 = 1024 + 2;
-
-const DESC_LEN: u64 = 16;
-
-/// A descriptor as it was when it was read.
-struct Descriptor {
-    addr: u64,
-    len: u32,
-    flags: u16,
-    next: u16,
-}
-
-impl Descriptor {
-    /// Copies a descriptor out of guest memory.
-    ///
-    /// # Safety
-    /// It must be mapped.
-    #[inline(always)]
-    unsafe fn read(from: *const [u8; DESC_LEN as usize]) -> Self {
-        // SAFETY: promised by the caller.
-        let bytes = u128::from_le_bytes(unsafe { read_once(from.cast()) });
-        Self { addr: bytes as u64, len: (bytes >> 64) as u32, flags: (bytes >> 96) as u16, next: (bytes >> 112) as u16 }
-    }
-}
-
 /// The device's side of one virtqueue.
 pub struct Queue {
     mem: GuestMemory,
-    near: Cell<Near>,
+    near: Near,
     size: u16,
-    desc: *const [u8; DESC_LEN as usize],
+    /// At a multiple of 16.
+    desc: *const RawDescriptor,
     /// `flags`, `idx`, `ring[size]`, `used_event`.
     avail: *const AtomicU16,
     /// `flags`, `idx`, `ring[size]` of (id, len), `avail_event`.
@@ -78,14 +51,12 @@ pub struct Queue {
     seen_avail: u16,
     /// One bit per head that was popped and not completed.
     in_flight: Vec<u64>,
-    /// Where the same is noted for a successor.
-    table: Option<InflightTable>,
+    /// Notes of each chain, if anything is to be noted.
+    notes: Option<Box<Notes>>,
     /// Buffers are to be used in the order in which they came.
     pub(crate) in_order: bool,
     /// Heads that a predecessor has left in flight, the oldest last.
     replay: Vec<u16>,
-    /// Notes the written pages, if there is a log.
-    writes: Option<Box<Writes>>,
     call: Interrupt,
 }
 
@@ -107,7 +78,7 @@ impl Queue {
         let [desc, avail, used] = areas(&mem, ring)?;
         Ok(Self {
             mem,
-            near: Cell::new(Near::NOWHERE),
+            near: Near::NOWHERE,
             size: ring.size,
             desc: desc.cast(),
             avail: avail.cast(),
@@ -119,23 +90,23 @@ impl Queue {
             published: from.next_used,
             seen_avail: from.next_avail,
             in_flight: vec![0; usize::from(ring.size).div_ceil(64)],
-            table: None,
+            notes: None,
             in_order: false,
             replay: Vec::new(),
-            writes: None,
             call,
         })
     }
 
     /// Notes from now on which pages are written. Before the first `pop`.
     pub(crate) fn log_writes(&mut self, to: QueueLog) {
-        self.writes = Some(Box::new(Writes::new(to, &self.mem, self.size)));
+        let writes = Writes::new(to, &self.mem, self.size);
+        self.notes.get_or_insert_default().writes = Some(writes);
     }
 
     /// Promises that the device writes no more than so many bytes to the front of a chain, and to its last byte,
     /// whatever the chain offers.
     pub(crate) fn writes_at_most(&mut self, bytes: u64) {
-        if let Some(writes) = &mut self.writes {
+        if let Some(writes) = self.notes.as_mut().and_then(|notes| notes.writes.as_mut()) {
             writes.at_most(bytes);
         }
     }
@@ -154,7 +125,7 @@ impl Queue {
             self.next_avail = used.wrapping_add(self.replay.len() as u16);
             self.seen_avail = self.next_avail;
         }
-        self.table = Some(table);
+        self.notes.get_or_insert_default().table = Some(table);
         Ok(())
     }
 
@@ -173,7 +144,7 @@ impl Queue {
             }
             self.replay.push(head);
         }
-        if let Some(table) = &mut self.table {
+        if let Some(table) = self.notes.as_mut().and_then(|notes| notes.table.as_mut()) {
             heads.iter().for_each(|&head| table.popped(head));
         }
         Ok(())
@@ -228,42 +199,46 @@ impl Queue {
     /// When the ring or the chain can't be followed. The chain can't be answered; the queue must not be used any
     /// further.
     pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
-        if let Some(head) = self.replay.pop() {
-            self.follow(head, chain)?;
-            self.in_flight[usize::from(head / 64)] |= 1 << (head % 64);
-            if let Some(writes) = &mut self.writes {
-                writes.taken(head, &chain.writable);
-            }
-            return Ok(true);
+        let is_new = self.replay.is_empty();
+        let head = if is_new { self.next_head()? } else { self.replay.pop() };
+        let Some(head) = head else { return Ok(false) };
+        let (word, bit) = (usize::from(head / 64), 1 << (head % 64));
+        let taken = &mut self.in_flight[word];
+        if *taken & bit != 0 {
+            return Err(RingError::Twice(head));
         }
+        *taken |= bit;
+        if let Err(error) = self.follow(head, chain) {
+            self.not_taken(chain.head);
+            return Err(error);
+        }
+        self.next_avail = self.next_avail.wrapping_add(is_new.into());
+        if let Some(notes) = &mut self.notes {
+            notes.popped(chain, is_new);
+        }
+        Ok(true)
+    }
+
+    #[cold]
+    fn not_taken(&mut self, head: u16) {
+        self.in_flight[usize::from(head / 64)] &= !(1 << (head % 64));
+    }
+
+    /// The head of the next entry of the available ring, if there is one.
+    #[inline(always)]
+    fn next_head(&mut self) -> Result<Option<u16>, RingError> {
         if self.seen_avail == self.next_avail {
             // Pairs with the driver's barrier between filling ring entries and publishing the index.
             self.seen_avail = self.avail_word(1).load(Ordering::Acquire);
             if self.seen_avail == self.next_avail {
-                return Ok(false);
+                return Ok(None);
             }
             if self.seen_avail.wrapping_sub(self.next_avail) > self.size {
                 return Err(RingError::AvailIndex { avail: self.seen_avail, next: self.next_avail });
             }
         }
         let head = self.avail_word(2 + usize::from(self.next_avail & (self.size - 1))).load(Ordering::Relaxed);
-        if head >= self.size {
-            return Err(RingError::Index(head));
-        }
-        let (word, bit) = (usize::from(head / 64), 1 << (head % 64));
-        if self.in_flight[word] & bit != 0 {
-            return Err(RingError::Twice(head));
-        }
-        self.follow(head, chain)?;
-        self.in_flight[word] |= bit;
-        self.next_avail = self.next_avail.wrapping_add(1);
-        if let Some(table) = &mut self.table {
-            table.popped(head);
-        }
-        if let Some(writes) = &mut self.writes {
-            writes.taken(head, &chain.writable);
-        }
-        Ok(true)
+        if head >= self.size { Err(RingError::Index(head)) } else { Ok(Some(head)) }
     }
 
     /// Takes back the last `pop`, if it was of `head` and the driver has not rewritten the entry since: the chain is
@@ -273,14 +248,10 @@ impl Queue {
         if self.avail_word(2 + usize::from(last & (self.size - 1))).load(Ordering::Relaxed) != head {
             return false;
         }
-        self.in_flight[usize::from(head / 64)] &= !(1 << (head % 64));
+        self.not_taken(head);
         self.next_avail = last;
-        if let Some(table) = &mut self.table {
-            table.returned(head);
-        }
-        if let Some(writes) = &mut self.writes {
-            // A frame that was dropped may have come into it.
-            writes.returned(head);
+        if let Some(notes) = &mut self.notes {
+            notes.unpopped(head);
         }
         true
     }
@@ -292,9 +263,6 @@ impl Queue {
         let (word, bit) = (usize::from(head / 64), 1 << (head % 64));
         debug_assert!(self.in_flight[word] & bit != 0, "completing a chain that was not popped");
         self.in_flight[word] &= !bit;
-        if let Some(writes) = &mut self.writes {
-            writes.returned(head);
-        }
         let slot = 2 + usize::from(self.next_used & (self.size - 1)) * 4;
         // SAFETY: the slot index is below the queue size, so both words lie in the used ring, which `new` checked to be
         // mapped for its whole length and aligned to 4 bytes.
@@ -304,9 +272,8 @@ impl Queue {
             (*entry.add(1)).store(len, Ordering::Relaxed);
         }
         self.next_used = self.next_used.wrapping_add(1);
-        if let Some(table) = &mut self.table {
-            crash_point();
-            table.completed(head);
+        if let Some(notes) = &mut self.notes {
+            notes.completed(head);
         }
     }
 
@@ -318,17 +285,12 @@ impl Queue {
         }
         let old = self.published;
         self.published = self.next_used;
-        if let Some(writes) = &self.writes {
+        if let Some(writes) = self.writes() {
             self.log_entries(writes, old);
         }
         self.used_word(1).store(self.next_used, Ordering::Release);
-        if let Some(writes) = &self.writes {
-            writes.used_written(2, 2);
-            writes.tell();
-        }
-        if let Some(table) = &mut self.table {
-            crash_point();
-            table.published(self.next_used);
+        if let Some(notes) = &mut self.notes {
+            notes.published(self.next_used);
         }
         let wanted = wants_interrupt(self, self.event_idx, old, self.next_used);
         if wanted {
@@ -341,7 +303,7 @@ impl Queue {
     pub fn disable_kicks(&mut self) {
         if !self.event_idx {
             self.used_word(0).store(VRING_USED_F_NO_NOTIFY as u16, Ordering::Relaxed);
-            if let Some(writes) = &self.writes {
+            if let Some(writes) = self.writes() {
                 writes.used_written(0, 2);
             }
         }
@@ -351,7 +313,7 @@ impl Queue {
     /// again.
     pub fn enable_kicks(&mut self) -> bool {
         let came = ask_for_kick(self, self.event_idx, self.next_avail);
-        if let Some(writes) = &self.writes {
+        if let Some(writes) = self.writes() {
             // Either of the two that it was.
             writes.used_written(0, 2);
             writes.used_written(4 + 8 * u64::from(self.size), 2);
@@ -362,6 +324,11 @@ impl Queue {
     /// Raises the interrupt whatever the driver wishes: after a change of place it may have missed one.
     pub fn force_interrupt(&self) {
         self.call.raise();
+    }
+
+    /// The notes of written pages, if there is a log.
+    fn writes(&self) -> Option<&Writes> {
+        self.notes.as_ref()?.writes.as_ref()
     }
 
     /// Marks the entries of the used ring from `old` on: in one piece, or in two around its end.
@@ -386,62 +353,16 @@ impl Queue {
         unsafe { &*self.used.add(index) }
     }
 
-    #[inline]
-    fn follow(&self, head: u16, chain: &mut Chain) -> Result<(), RingError> {
+    #[inline(always)]
+    fn follow(&mut self, head: u16, chain: &mut Chain) -> Result<(), RingError> {
         chain.head = head;
         chain.readable.reset(&self.mem);
         chain.writable.reset(&self.mem);
         chain.unmapped = false;
-        let mut walk = Walk { chain, mem: &self.mem, near: &self.near, broken_piece: false };
-        let mut index = head;
-        for _ in 0..self.size {
-            // SAFETY: `index` is below the size (checked below and by `pop`), the table is mapped and aligned.
-            let desc = unsafe { Descriptor::read(self.desc.add(usize::from(index))) };
-            if has(&desc, VRING_DESC_F_INDIRECT) {
-                if !self.indirect || has(&desc, VRING_DESC_F_NEXT) {
-                    return Err(RingError::Indirect(head));
-                }
-                return self.follow_table(&mut walk, &desc);
-            }
-            walk.add(&desc)?;
-            if !has(&desc, VRING_DESC_F_NEXT) {
-                return Ok(());
-            }
-            if desc.next >= self.size {
-                return Err(RingError::Index(desc.next));
-            }
-            index = desc.next;
-        }
-        Err(RingError::TooLong(head))
-    }
-
-    fn follow_table(&self, walk: &mut Walk<'_>, table: &Descriptor) -> Result<(), RingError> {
-        let head = walk.chain.head;
-        let bad = RingError::Table { addr: table.addr, len: table.len };
-        let count = table.len / DESC_LEN as u32;
-        if count == 0 || !u64::from(table.len).is_multiple_of(DESC_LEN) {
-            return Err(bad);
-        }
-        let base = host_range(&self.mem, table.addr, u64::from(table.len)).ok_or(bad)?;
-        let mut index = 0;
-        for _ in 0..count.min(MAX_INDIRECT.max(self.size.into())) {
-            // SAFETY: `index` is below `count`, and the whole table is mapped. The driver may have placed it at any
-            // address, hence unaligned; the guest may write to it at the same time, so it is copied once and the copy
-            // used.
-            let desc = unsafe { Descriptor::read(base.cast::<[u8; DESC_LEN as usize]>().add(index as usize)) };
-            if has(&desc, VRING_DESC_F_INDIRECT) {
-                return Err(RingError::Indirect(head));
-            }
-            walk.add(&desc)?;
-            if !has(&desc, VRING_DESC_F_NEXT) {
-                return Ok(());
-            }
-            index = u32::from(desc.next);
-            if index >= count {
-                return Err(RingError::Index(desc.next));
-            }
-        }
-        Err(RingError::TooLong(head))
+        let walk = Walk { chain, mem: &self.mem, near: &mut self.near };
+        // SAFETY: `new` checked that the table is mapped for so many descriptors, at a multiple of 16; no head is taken
+        // that is not below the size.
+        unsafe { walk.follow(head, self.desc, self.size, self.indirect) }
     }
 }
 
@@ -477,48 +398,10 @@ impl Words for Queue {
     }
 }
 
-/// Collects the descriptors of one chain.
-struct Walk<'a> {
-    chain: &'a mut Chain,
-    mem: &'a GuestMemory,
-    near: &'a Cell<Near>,
-    broken_piece: bool,
-}
-
-impl Walk<'_> {
-    #[inline(always)]
-    fn add(&mut self, desc: &Descriptor) -> Result<(), RingError> {
-        let writable = has(desc, VRING_DESC_F_WRITE);
-        if !writable && !self.chain.writable.is_empty() {
-            return Err(RingError::Order(self.chain.head));
-        }
-        let io = if writable { &mut self.chain.writable } else { &mut self.chain.readable };
-        // A chain with a hole is answered with an error. That needs only the header in front and the status at the
-        // end, so of the buffers after the first hole only the last is kept.
-        if self.broken_piece && writable {
-            io.clear();
-        }
-        let (addr, len) = (desc.addr, u64::from(desc.len));
-        if let Some(host) = self.near.get().host(addr, len) {
-            // SAFETY: the region is mapped from there on for so many bytes, for as long as the queue lives.
-            unsafe { io.push(host, len as usize) };
-        } else if translate(self.mem, self.near, addr, len, io).is_none() {
-            io.clear();
-            self.broken_piece = true;
-            self.chain.unmapped = true;
-        }
-        Ok(())
-    }
-}
-
-fn has(desc: &Descriptor, flag: u32) -> bool {
-    u32::from(desc.flags) & flag != 0
-}
-
 /// The used index of a ring that is not being served, or `None` if the ring does not lie in memory.
 #[must_use]
 pub fn used_index(mem: &GuestMemory, ring: &RingConfig) -> Option<u16> {
-    let used = host_range(mem, ring.used, 6 + 8 * u64::from(ring.size)).filter(|_| ring.used.is_multiple_of(4))?;
+    let used = used_ring(mem, ring).ok()?;
     // SAFETY: the ring is mapped for as long as `mem` lives; its index follows the flags, at an even address.
     Some(unsafe { &*used.cast::<AtomicU16>().add(1) }.load(Ordering::Acquire))
 }
@@ -526,7 +409,7 @@ pub fn used_index(mem: &GuestMemory, ring: &RingConfig) -> Option<u16> {
 /// The available index of a ring, or `None` if the ring does not lie in memory.
 #[must_use]
 pub fn avail_index(mem: &GuestMemory, ring: &RingConfig) -> Option<u16> {
-    let avail = host_range(mem, ring.avail, 6 + 2 * u64::from(ring.size)).filter(|_| ring.avail.is_multiple_of(2))?;
+    let avail = avail_ring(mem, ring).ok()?;
     // SAFETY: as above.
     Some(unsafe { &*avail.cast::<AtomicU16>().add(1) }.load(Ordering::Acquire))
 }
@@ -544,21 +427,28 @@ fn areas(mem: &GuestMemory, ring: &RingConfig) -> Result<[*mut u8; 3], RingError
     if !ring.size.is_power_of_two() || ring.size > 1 << 15 {
         return Err(RingError::Size(ring.size));
     }
-    let size = u64::from(ring.size);
-    // The two event words are part of the areas whether or not they are negotiated. A driver that leaves them out at
-    // the very end of memory has not been seen yet.
-    Ok([
-        area(mem, "descriptor table", ring.desc, DESC_LEN * size, 16)?,
-        area(mem, "available ring", ring.avail, 6 + 2 * size, 2)?,
-        area(mem, "used ring", ring.used, 6 + 8 * size, 4)?,
-    ])
+    let desc = area(mem, "descriptor table", ring.desc, DESC_LEN * u64::from(ring.size), 16)?;
+    Ok([desc, avail_ring(mem, ring)?, used_ring(mem, ring)?])
+}
+
+// The event words at the ends of both rings are part of them whether or not they are negotiated. A driver that leaves
+// them out at the very end of memory has not been seen yet.
+
+fn avail_ring(mem: &GuestMemory, ring: &RingConfig) -> Result<*mut u8, RingError> {
+    area(mem, "available ring", ring.avail, 6 + 2 * u64::from(ring.size), 2)
+}
+
+fn used_ring(mem: &GuestMemory, ring: &RingConfig) -> Result<*mut u8, RingError> {
+    area(mem, "used ring", ring.used, 6 + 8 * u64::from(ring.size), 4)
 }
 
 fn area(mem: &GuestMemory, area: &'static str, addr: u64, len: u64, align: u64) -> Result<*mut u8, RingError> {
     if !addr.is_multiple_of(align) {
         return Err(RingError::Misaligned { area, addr });
     }
-    host_range(mem, addr, len).ok_or(RingError::Unmapped { area, addr, len })
+    let host = host_range(mem, addr, len).ok_or(RingError::Unmapped { area, addr, len })?;
+    // The accesses rely on the pointer. It differs in this only if a region begins elsewhere than at a page.
+    if (host as u64).is_multiple_of(align) { Ok(host) } else { Err(RingError::Misaligned { area, addr }) }
 }
 
 #[cfg(test)]

@@ -1,8 +1,6 @@
 //! From guest-physical addresses to host pointers.
 #![allow(unsafe_code, reason = "pointers into regions that are mapped")]
 
-use std::cell::Cell;
-
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::virtqueue::GuestMemory;
@@ -28,7 +26,9 @@ impl Near {
     #[inline]
     pub(super) fn host(&self, addr: u64, len: u64) -> Option<*mut u8> {
         let offset = addr.wrapping_sub(self.start);
-        let inside = offset < self.len && len <= self.len - offset && len > 0;
+        let room = self.len.checked_sub(offset)?;
+        // Without a byte it wraps, and is not inside either.
+        let inside = len.wrapping_sub(1) < room;
         // SAFETY: the region is mapped from `host` on for all of its length.
         inside.then(|| unsafe { self.host.add(offset as usize) })
     }
@@ -48,7 +48,7 @@ pub(super) fn host_range(mem: &GuestMemory, addr: u64, len: u64) -> Option<*mut 
 /// too many pieces.
 pub(super) fn translate(
     mem: &GuestMemory,
-    near: &Cell<Near>,
+    near: &mut Near,
     mut addr: u64,
     mut len: u64,
     io: &mut GuestIo,
@@ -62,7 +62,7 @@ pub(super) fn translate(
         let count = len.min(region.len() - offset);
         let host = region.get_host_address(MemoryRegionAddress(offset)).ok()?;
         let start = region.get_host_address(MemoryRegionAddress(0)).ok()?;
-        near.set(Near { start: region.start_addr().raw_value(), len: region.len(), host: start });
+        *near = Near { start: region.start_addr().raw_value(), len: region.len(), host: start };
         // SAFETY: the region is mapped from `host` on for at least `count` bytes, for as long as the queue lives.
         unsafe { io.push(host, count as usize) };
         len -= count;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use proptest::prelude::*;
+use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT};
 use virtio_queue::{Queue as OracleQueue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -302,6 +303,34 @@ fn pitfall_10_rings_must_lie_in_one_piece() {
     for size in [0, 3, 0x8001, u16::MAX] {
         assert_eq!(new(RingConfig { size, ..good }), Err(RingError::Size(size)));
     }
+}
+
+#[test]
+fn rings_must_be_aligned_where_they_are_mapped() {
+    // A region that begins in the middle of a page for the guest begins with a page here.
+    let odd =
+        |start| -> GuestMemory { Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(start), 0x8000)]).unwrap()) };
+    let ring = RingConfig { size: 8, desc: 0x1000, avail: 0x2000, used: 0x3000 };
+    for start in [1, 2, 8] {
+        let mem = odd(start);
+        let queue = Queue::new(mem.clone(), &ring, RING_FEATURES, QueueState::default(), Interrupt::None);
+        assert!(matches!(queue.map(drop), Err(RingError::Misaligned { area: "descriptor table", .. })), "{start}");
+        assert_eq!(used_index(&mem, &ring).is_some(), start == 8, "{start}");
+        assert_eq!(avail_index(&mem, &ring).is_some(), start != 1, "{start}");
+    }
+    assert_eq!(check_ring(&odd(16), &ring), Ok(()));
+}
+
+#[test]
+fn a_chain_that_can_not_be_followed_is_not_left_to_anybody() {
+    let mut rig = rig();
+    rig.desc(3, 0x4000, 1, VRING_DESC_F_NEXT, 8);
+    rig.offer(3);
+    assert_eq!(rig.pop().unwrap_err(), RingError::Index(8));
+    assert_eq!((rig.queue.left(), rig.queue.state()), (Vec::new(), QueueState::default()));
+    rig.queue.take_left(&[3]).unwrap();
+    assert_eq!(rig.pop().unwrap_err(), RingError::Index(8));
+    assert_eq!((rig.queue.left(), rig.queue.state()), (Vec::new(), QueueState::default()));
 }
 
 #[test]
