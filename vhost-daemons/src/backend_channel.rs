@@ -19,7 +19,7 @@ pub(crate) fn config_change(socket: OwnedFd) -> Option<Interrupt> {
         return None;
     }
     let connection = Connection::new(socket.into());
-    let changed = message::request(BackendReq::CONFIG_CHANGE_MSG.into(), false, &[]);
+    let changed = message::request(BackendReq::CONFIG_CHANGE_MSG, false, &[]);
     Some(Interrupt::Call(Arc::new(move || {
         // A frontend that does not read what it was told before will read the configuration space when it does.
         if let Err(error) = connection.send(&changed, &[], Limit::now()) {

@@ -205,12 +205,12 @@ impl Connection {
     pub fn send(&self, bytes: &[u8], files: &[BorrowedFd<'_>], limit: Limit) -> Result<(), WireError> {
         let mut sent = 0;
         while sent < bytes.len() {
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
-            let mut control = SendAncillaryBuffer::new(&mut space);
             let files = if sent == 0 { files } else { &[] };
-            if !files.is_empty() && !control.push(SendAncillaryMessage::ScmRights(files)) {
-                let source = io::Error::other(format!("{} descriptors are too many", files.len()));
-                return Err(WireError::Socket { what: "sending a message", source });
+            let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(files.len()))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            if !files.is_empty() {
+                let fits = control.push(SendAncillaryMessage::ScmRights(files));
+                debug_assert!(fits, "there is room for all of them");
             }
             let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
             match sendmsg(&self.stream, &[IoSlice::new(&bytes[sent..])], &mut control, flags) {

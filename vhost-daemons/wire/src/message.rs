@@ -25,7 +25,8 @@ const VERSION: u32 = 1;
 
 /// The name of a frontend's request.
 #[must_use]
-pub fn request_name(request: u32) -> String {
+pub fn request_name(request: impl Into<u32>) -> String {
+    let request = request.into();
     match FrontendReq::try_from(request) {
         Ok(known) => format!("{known:?}"),
         Err(_) if request == GET_VRING_BASE_SKIP_DRAIN => "GET_VRING_BASE_SKIP_DRAIN".to_owned(),
@@ -69,8 +70,12 @@ impl Header {
 
 /// The bytes of a request, of either side.
 #[must_use]
-pub fn request(request: u32, need_reply: bool, body: &[u8]) -> Vec<u8> {
-    encode(request, if need_reply { VhostUserHeaderFlag::NEED_REPLY } else { VhostUserHeaderFlag::empty() }, body)
+pub fn request(request: impl Into<u32>, need_reply: bool, body: &[u8]) -> Vec<u8> {
+    encode(
+        request.into(),
+        if need_reply { VhostUserHeaderFlag::NEED_REPLY } else { VhostUserHeaderFlag::empty() },
+        body,
+    )
 }
 
 /// The bytes of the answer to a request.

@@ -33,7 +33,7 @@ fn a_message_comes_as_it_was_sent_with_its_descriptors() {
     let (ours, theirs) = pair();
     let mut theirs = Connection::new(theirs);
     let (out, into) = std::io::pipe().unwrap();
-    let bytes = message::request(FrontendReq::SET_VRING_KICK.into(), true, &7_u64.to_ne_bytes());
+    let bytes = message::request(FrontendReq::SET_VRING_KICK, true, &7_u64.to_ne_bytes());
     ours.send(&bytes, &[out.as_fd()], long()).unwrap();
     let came = theirs.receive_request(long()).unwrap().unwrap();
     assert_eq!((came.request, came.need_reply), (12, true));
