@@ -121,7 +121,7 @@ impl Keeper {
         let process = self.peer.program().and_then(|program| program.process()).map(Arc::clone);
         // Without a handle waiting takes as long as the link's own limit.
         let socket = socket.try_clone_to_owned().ok();
-        self.shared.view().breaker = socket.map(|socket| Breaker { socket, events: None, process });
+        self.shared.view().breaker = socket.map(|socket| Breaker { socket, process });
     }
 
     fn connected(&mut self, link: Link) {
@@ -130,9 +130,6 @@ impl Keeper {
         (view.keeps_table, view.suspends, view.has_config) = (link.keeps_table(), link.suspends(), link.has_config());
         view.has_state = link.has_state();
         view.afterlife = None;
-        if let (Some(breaker), Some(events)) = (&mut view.breaker, link.events()) {
-            breaker.events = events.try_clone_to_owned().ok();
-        }
         drop(view);
         self.link = Some(link);
         self.since = Instant::now();

@@ -39,6 +39,8 @@ const SUSPENDING: Protocol = Protocol::GET_VRING_BASE_INFLIGHT.union(F_SKIP_DRAI
 const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 /// Events that are read before anything else is done.
 const MOST_EVENTS: usize = 64;
+/// Longest wait for the rest of events that have begun. Each is sent in one piece.
+const EVENT_PATIENCE: Duration = Duration::from_secs(1);
 /// More queues than this have no index in the messages that carry descriptors.
 const MAX_QUEUES: u16 = 256;
 
@@ -162,13 +164,14 @@ impl Link {
     /// Hears it, up to a bound. Returns whether the configuration space has changed.
     pub(super) fn hear(&mut self) -> Result<bool, LinkError> {
         let what = "hearing an event";
+        let limit = Limit::after(EVENT_PATIENCE);
         let mut changed = false;
         for _ in 0..MOST_EVENTS {
             let Some(events) = &mut self.events else { break };
             if !events.has_more().map_err(|error| LinkError::wire(what, error))? {
                 break;
             }
-            let event = events.receive_event(self.limit).map_err(|error| LinkError::wire(what, error))?;
+            let event = events.receive_event(limit).map_err(|error| LinkError::wire(what, error))?;
             let Some(Message { request, need_reply, body, files }) = event else {
                 // A daemon without anything to say need not keep its end open.
                 self.events = None;

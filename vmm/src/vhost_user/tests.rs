@@ -352,6 +352,29 @@ fn a_daemon_that_leaves_off_in_an_event_is_given_up_with_the_first_wait() {
 }
 
 #[test]
+fn a_daemon_without_events_may_close_their_channel() {
+    let Play { stage, mut device, _folder } = play(VIRTIO_ID_GPU, PLAIN, |_, _| Does::Obey);
+    drop(lock(&stage.events).take());
+    thread::sleep(Duration::from_millis(300));
+    device.ack_features(VERSION_1).unwrap();
+    assert_eq!((stage.connections(), device.is_connected()), (1, true));
+}
+
+#[test]
+fn pitfall_54_answers_to_events_that_are_never_read_end_the_connection() {
+    let Play { stage, device, _folder } = play(VIRTIO_ID_GPU, PLAIN, |_, _| Does::Obey);
+    let events = lock(&stage.events).take().unwrap();
+    let flood = thread::spawn(move || {
+        // It fails when the frontend has closed its end.
+        let event = message::request(BackendReq::CONFIG_CHANGE_MSG, true, &[]);
+        while (&events).write_all(&event).is_ok() {}
+    });
+    eventually("it comes again", || stage.connections() > 1);
+    flood.join().unwrap();
+    eventually("it is served again", || device.is_connected());
+}
+
+#[test]
 fn a_reset_is_answered_when_nothing_of_a_dead_daemon_is_in_flight() {
     let Play { mut device, _folder, .. } = play(VIRTIO_ID_GPU, PLAIN, |_, _| Does::Obey);
     device.ack_features(VERSION_1).unwrap();
