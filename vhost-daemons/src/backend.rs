@@ -16,6 +16,7 @@ use std::time::Instant;
 
 use ringvm_backends::device::{Device, DeviceError, End};
 use ringvm_backends::virtqueue::interrupt::Interrupt;
+use ringvm_vhost_user::message::{F_SKIP_DRAIN, Message};
 use thiserror::Error;
 use tracing::info;
 use vhost::vhost_user::message::{FrontendReq, VhostUserConfig, VhostUserProtocolFeatures as Protocol, VhostUserU64};
@@ -26,7 +27,6 @@ use crate::dirty::{F_LOG_ALL, Logging};
 use crate::inflight::Inflight;
 use crate::mailbox::{Event, Wanted};
 use crate::memory::{MAX_REGIONS, Memory, MemoryError};
-use crate::message::Message;
 use crate::state::{State, StateError};
 use crate::vring::{Vring, VringError};
 use crate::{backend_channel, nic};
@@ -35,18 +35,13 @@ use crate::{backend_channel, nic};
 const F_PROTOCOL_FEATURES: u64 = 1 << 30;
 /// Longest piece of configuration space that is read at once.
 const MAX_CONFIG: u32 = 4096;
-/// VHOST_USER_PROTOCOL_F_GET_VRING_BASE_INFLIGHT: GET_VRING_BASE leaves requests that can be cancelled in the table
-/// of requests in flight.
-const SUSPENDS: Protocol = Protocol::from_bits_retain(1 << 20);
-/// VHOST_USER_PROTOCOL_F_GET_VRING_BASE_SKIP_DRAIN: it is [`SKIP_DRAIN`] that does, and GET_VRING_BASE does not.
-const SUSPENDS_IF_ASKED: Protocol = Protocol::from_bits_retain(1 << 23);
-/// VHOST_USER_GET_VRING_BASE_SKIP_DRAIN, for which the crate has no name yet.
-pub(crate) const SKIP_DRAIN: u32 = 45;
+/// GET_VRING_BASE leaves requests that can be cancelled in the table of requests in flight.
+const SUSPENDS: Protocol = Protocol::GET_VRING_BASE_INFLIGHT;
 
 /// The offered features: all that are served.
 fn protocol_features() -> Protocol {
     SUSPENDS
-        | SUSPENDS_IF_ASKED
+        | F_SKIP_DRAIN
         | Protocol::MQ
         | Protocol::LOG_SHMFD
         | Protocol::REPLY_ACK
@@ -170,10 +165,8 @@ impl<'a> Backend<'a> {
 
     /// Carries out a message.
     pub(crate) fn apply(&mut self, kind: FrontendReq, mut message: Message) -> Result<Answer, Refused> {
-        if let Some(what) = message.wrong_files.take() {
-            return Err(malformed(what));
-        }
-        let mut files = std::mem::take(&mut message.files).into_iter();
+        let files = std::mem::replace(&mut message.files, Ok(Vec::new()));
+        let mut files = files.map_err(|wrong| malformed(wrong.to_string()))?.into_iter();
         match kind {
             FrontendReq::SET_OWNER => Ok(Answer::Done),
             FrontendReq::GET_FEATURES => {
@@ -201,8 +194,8 @@ impl<'a> Backend<'a> {
             FrontendReq::SET_VRING_ERR => self.set_vring_err(&message, files.next()),
             FrontendReq::SET_VRING_ENABLE => self.set_vring_enable(&payload(&message)?),
 
-            FrontendReq::GET_INFLIGHT_FD => self.get_inflight_fd(message),
-            FrontendReq::SET_INFLIGHT_FD => self.set_inflight_fd(message, files.next()),
+            FrontendReq::GET_INFLIGHT_FD => self.get_inflight_fd(&message),
+            FrontendReq::SET_INFLIGHT_FD => self.set_inflight_fd(&message, files.next()),
             FrontendReq::SET_LOG_BASE => self.set_log_base(&payload(&message)?, files.next()),
             FrontendReq::SET_LOG_FD => self.set_log_fd(files.next()),
             FrontendReq::SET_DEVICE_STATE_FD => self.set_device_state_fd(&payload(&message)?, files.next()),

@@ -5,8 +5,10 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use ringvm_backends::virtqueue::interrupt::Interrupt;
+use ringvm_vhost_user::connection::{Connection, Limit};
+use ringvm_vhost_user::message;
 use rustix::net::sockopt::{socket_domain, socket_type};
-use rustix::net::{AddressFamily, SendFlags, SocketType};
+use rustix::net::{AddressFamily, SocketType};
 use vhost::vhost_user::message::BackendReq;
 
 /// Makes an interrupt that tells the frontend of a change of the configuration space; `None` if the descriptor is no
@@ -16,14 +18,11 @@ pub(crate) fn config_change(socket: OwnedFd) -> Option<Interrupt> {
     if !is_stream {
         return None;
     }
-    let socket = Arc::new(socket);
+    let connection = Connection::new(socket.into());
+    let changed = message::request(BackendReq::CONFIG_CHANGE_MSG, false, &[]);
     Some(Interrupt::Call(Arc::new(move || {
-        let mut bytes = Vec::with_capacity(12);
-        for word in [u32::from(BackendReq::CONFIG_CHANGE_MSG), 1, 0] {
-            bytes.extend(word.to_ne_bytes());
-        }
         // A frontend that does not read what it was told before will read the configuration space when it does.
-        if let Err(error) = rustix::net::send(&socket, &bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+        if let Err(error) = connection.send(&changed, &[], Limit::now()) {
             tracing::info!(%error, "telling the frontend that the configuration space has changed");
         }
     })))

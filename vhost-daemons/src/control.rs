@@ -8,10 +8,10 @@ use std::time::Duration;
 
 use ringvm_backends::device::{Device, DeviceError, Flusher};
 use ringvm_backends::trace;
+use ringvm_vhost_user::connection::Connection;
 use tracing::{debug_span, error, info, warn};
 
 use crate::mailbox::Mailbox;
-use crate::message::Connection;
 use crate::session::{End, Session};
 use crate::source::{Next, Source};
 

@@ -2,15 +2,15 @@
 //! run in.
 //!
 //! [`serve`] gives each device a `control` thread of its own, which takes one client after another from a `source`
-//! and runs a `session` with each. Messages (`message`) come in, and a `backend` turns them into calls of the device:
+//! and runs a `session` with each. Messages come in, and a `backend` turns them into calls of the device:
 //! `memory` maps the client's memory, a `vring` collects the settings of one ring until it can run, `inflight` keeps
 //! the requests that survive a crash, `dirty` knows where written pages are logged, `state` carries the device's
-//! memory of its driver. `received` sorts descriptors as they come. Requests themselves are the business of the
-//! backends and never come here.
+//! memory of its driver. Requests themselves are the business of the backends and never come here.
 //!
-//! The protocol is that of QEMU's `docs/interop/vhost-user.rst`. Its message types are those of the `vhost` crate,
-//! but not its request handler: that refuses messages that common clients send (padded payloads, rings enabled before
-//! features are set, device status), and keeps the data needed to answer for it to itself.
+//! The protocol is that of QEMU's `docs/interop/vhost-user.rst`, and the wire is `ringvm-vhost-user`'s, which the
+//! frontend in `ringvm` uses as well. Message types are those of the `vhost` crate, but not its request handler: that
+//! refuses messages that common clients send (padded payloads, rings enabled before features are set, device status),
+//! and keeps the data needed to answer for it to itself.
 
 mod backend;
 mod backend_channel;
@@ -22,11 +22,9 @@ pub mod exit;
 mod inflight;
 mod mailbox;
 mod memory;
-mod message;
 mod nic;
 mod notify;
 pub mod options;
-mod received;
 mod serve;
 mod session;
 mod sigbus;

@@ -12,14 +12,15 @@ use ringvm_backends::io::reactor::{OnPanic, ReactorOptions, ReactorPool};
 use ringvm_backends::stats::DeviceStats;
 use ringvm_cli::program::{Endings, SignalThread, ignore_file_size_signal, start_tracing};
 use ringvm_cli::summary::summary;
+use rustix::process::{Resource, Rlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1};
+use tracing::warn;
 
 use crate::control::{Control, Told};
 use crate::ending::{Deadlines, Failure, exit_soon, finish};
 use crate::exit::Exit;
 use crate::notify::notify;
 use crate::options::ServeOptions;
-use crate::received;
 
 /// Longest time to wait for a device's statistics: it may be busy draining.
 const STATS_PATIENCE: Duration = Duration::from_secs(2);
@@ -71,7 +72,7 @@ fn run<T>(program: &Program<T>, options: &ServeOptions, texts: &[String]) -> Res
     let read =
         |text: &String| (program.read)(text).map_err(|error| wrong(format!("--{} {text}: {error}", program.kind)));
     let specs = texts.iter().map(read).collect::<Result<Vec<_>, _>>()?;
-    received::raise_limit();
+    raise_limit();
     let inherited = options.inherit(specs.len()).map_err(wrong)?;
     let sentinel = options.inherit_sentinel().map_err(wrong)?;
     let (tell, told) = mpsc::channel();
@@ -143,4 +144,13 @@ fn statistics(threads: &[Control]) -> Vec<DeviceStats> {
     };
     let asked: Vec<_> = threads.iter().map(ask).collect();
     asked.into_iter().filter_map(|answers| answers.recv_timeout(STATS_PATIENCE).ok()).collect()
+}
+
+/// Allows this process as many descriptors as it may have: clients bring several for each ring.
+fn raise_limit() {
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    let raised = rustix::process::setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+    if let Err(error) = raised {
+        warn!(%error, "raising the limit of open descriptors to its maximum");
+    }
 }

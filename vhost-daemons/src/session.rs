@@ -3,19 +3,22 @@
 //! A request that can't be met is refused: by an answer if the frontend asked for one, else by ending the connection.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use ringvm_backends::device::Device;
+use ringvm_vhost_user::connection::{Connection, Limit, WireError};
+use ringvm_vhost_user::message::{self, GET_VRING_BASE_SKIP_DRAIN as SKIP_DRAIN, Message, request_name};
 use rustix::event::PollFlags;
 use thiserror::Error;
 use tracing::{debug_span, warn};
 use vhost::vhost_user::message::FrontendReq;
 
-use crate::backend::{Answer, Backend, Refused, SKIP_DRAIN, has_reply};
+use crate::backend::{Answer, Backend, Refused, has_reply};
 use crate::mailbox::{Mailbox, Wanted, Woken};
-use crate::message::{Connection, Message, WireError};
 
+/// Longest time that a message may take once it has begun, and that a reply may wait to be read.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// Most messages about ending rings that are taken before the first is answered: one for each ring that can be kicked.
 const MOST_TOGETHER: usize = 256;
 /// A frontend that is refused more often than this will not learn.
@@ -76,7 +79,7 @@ impl<'a> Session<'a> {
                     }
                     mailbox.serve(self.backend.device());
                 }
-                Woken::Ready => match self.connection.receive()? {
+                Woken::Ready => match self.receive()? {
                     Some(message) => match self.handle_with_next(message) {
                         Err(SessionError::Wire(WireError::Gone)) => return Ok(End::Disconnected),
                         handled => handled?,
@@ -109,6 +112,15 @@ impl<'a> Session<'a> {
         true
     }
 
+    /// Receives the message that has begun to come.
+    fn receive(&mut self) -> Result<Option<Message>, WireError> {
+        self.connection.receive_request(Limit::after(PATIENCE))
+    }
+
+    fn reply(&self, request: u32, body: &[u8], file: Option<BorrowedFd<'_>>) -> Result<(), SessionError> {
+        Ok(self.connection.send(&message::reply(request, body), file.as_slice(), Limit::after(PATIENCE))?)
+    }
+
     /// Handles a message. If it is about a ring that must not be waited for, handles the messages that have come
     /// after it too: requests in flight on other rings would keep it waiting.
     fn handle_with_next(&mut self, first: Message) -> Result<(), SessionError> {
@@ -117,7 +129,7 @@ impl<'a> Session<'a> {
             && messages.last().is_some_and(|last| last.request == SKIP_DRAIN)
             && self.connection.has_more()?
         {
-            let Some(next) = self.connection.receive()? else { break };
+            let Some(next) = self.receive()? else { break };
             messages.push(next);
         }
         if let Err(reason) = self.backend.suspend(&messages) {
@@ -137,18 +149,18 @@ impl<'a> Session<'a> {
         };
         let (reason, code) = match answer {
             Ok(Answer::Reply(body, file)) => {
-                return Ok(self.connection.reply(request, &body, file.as_ref().map(AsFd::as_fd))?);
+                return self.reply(request, &body, file.as_ref().map(AsFd::as_fd));
             }
             Ok(Answer::Done) => {
                 if need_reply && self.backend.acks() {
-                    self.connection.reply(request, &0u64.to_ne_bytes(), None)?;
+                    self.reply(request, &0u64.to_ne_bytes(), None)?;
                 }
                 return Ok(());
             }
             Ok(Answer::Refused(code, reason)) => (reason, Some(code)),
             Err(reason) => (reason, None),
         };
-        let name = known.map_or_else(|| format!("message {request}"), |known| format!("{known:?}"));
+        let name = request_name(request);
         // Rings are in between then.
         if matches!(reason, Refused::Busy | Refused::Unwanted) {
             return Err(refused(name, reason));
@@ -166,7 +178,7 @@ impl<'a> Session<'a> {
         }
         warn!("{name} refused: {reason}");
         if let Some(code) = code {
-            self.connection.reply(request, &code.to_ne_bytes(), None)?;
+            self.reply(request, &code.to_ne_bytes(), None)?;
         }
         Ok(())
     }

@@ -2,8 +2,7 @@
 #![allow(unsafe_code, reason = "a table of descriptors of its own")]
 
 use std::fs::File;
-use std::io::{IoSlice, Write};
-use std::mem::MaybeUninit;
+use std::io::Write;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixDatagram, UnixStream};
@@ -16,7 +15,6 @@ use ringvm_backends::io::reactor::{ReactorOptions, ReactorPool};
 use ringvm_backends::net::{NetDevice, NetOptions};
 use rustix::event::EventfdFlags;
 use rustix::fs::{MemfdFlags, SealFlags};
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
 use super::*;
 
@@ -137,7 +135,7 @@ enum Said {
 
 /// A client's end: its messages wait in the socket until the session reads them.
 struct Client {
-    stream: UnixStream,
+    wire: Connection,
     guest: File,
     image: OwnedFd,
     /// Other ends of the descriptors passed.
@@ -153,7 +151,7 @@ fn memfd(len: u64) -> OwnedFd {
 impl Client {
     fn new(stream: UnixStream, image: &OwnedFd) -> Self {
         let image = image.try_clone().unwrap();
-        Self { stream, guest: memfd(LEN).into(), image, kept: Vec::new() }
+        Self { wire: Connection::new(stream), guest: memfd(LEN).into(), image, kept: Vec::new() }
     }
 
     fn make(&mut self, descriptor: Descriptor) -> OwnedFd {
@@ -205,13 +203,9 @@ impl Client {
     fn raw(&mut self, kind: u32, flags: u32, size: u32, body: &[u8], with: &[Descriptor]) {
         let files: Vec<OwnedFd> = with.iter().map(|&descriptor| self.make(descriptor)).collect();
         let files: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        assert!(files.is_empty() || control.push(SendAncillaryMessage::ScmRights(&files)));
         let bytes = [words(&[kind, flags, size]), body.to_vec()].concat();
-        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
         // Where there is no room the session ends in the middle of a message.
-        let _ = rustix::net::sendmsg(&self.stream, &[IoSlice::new(&bytes)], &mut control, flags);
+        let _ = self.wire.send(&bytes, &files, Limit::now());
     }
 
     fn send(&mut self, kind: u32, need_reply: bool, body: &[u8], with: &[Descriptor]) {
@@ -407,7 +401,7 @@ fn fuzz_session() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let mut client = Client::new(theirs, &image);
         messages.iter().take(48).for_each(|said| client.say(said));
-        client.stream.shutdown(std::net::Shutdown::Write).unwrap();
+        rustix::net::shutdown(&client.wire, rustix::net::Shutdown::Write).unwrap();
         let mut session = Session::new(device, Connection::new(ours), &mailbox).unwrap();
         // How it ends is up to the messages.
         let _ = session.run();

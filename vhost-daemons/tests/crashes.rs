@@ -209,7 +209,7 @@ fn rings_that_end_without_being_drained_lose_and_double_nothing() {
     plain.send(FrontendReq::SET_OWNER, &[], &[]);
     plain.send_code(SKIP_DRAIN, 0, &words(&[0, 0]), &[]);
     assert!(plain.is_dropped());
-    daemon.wait_for("message 45", 1);
+    daemon.wait_for("GET_VRING_BASE_SKIP_DRAIN", 1);
     daemon.terminate();
     assert_written(&writers, &path);
 }

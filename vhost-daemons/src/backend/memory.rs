@@ -3,13 +3,13 @@
 use std::os::fd::OwnedFd;
 
 use ringvm_backends::device::End;
+use ringvm_vhost_user::message::{MAX_FILES, Message};
 use vhost::vhost_user::message::{VhostUserMemory, VhostUserMemoryRegion, VhostUserSingleMemoryRegion};
 use vm_memory::ByteValued;
 
 use super::{Answer, Backend, Refused, malformed, payload, too_short};
 use crate::mailbox::Event;
 use crate::memory::{Memory, MemoryError};
-use crate::message::{MAX_FILES, Message};
 
 impl Backend<'_> {
     pub(super) fn add_mem_reg(

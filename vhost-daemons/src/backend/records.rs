@@ -4,28 +4,23 @@
 use std::os::fd::OwnedFd;
 
 use ringvm_backends::device::End;
+use ringvm_vhost_user::message::{Message, NO_FILE, inflight_body};
 use vhost::vhost_user::message::{VhostUserInflight, VhostUserLog, VhostUserTransferDeviceState};
-use vm_memory::ByteValued;
 
-use super::{Answer, Backend, Refused, malformed, payload};
+use super::{Answer, Backend, Refused, malformed, too_short};
 use crate::dirty::{Logging, Mapped};
-use crate::message::Message;
 use crate::vring::{MAX_SIZE, Vring};
 use crate::{descriptor, inflight};
 
-/// In the answer to SET_DEVICE_STATE_FD: there is no descriptor, the received one is used. The bits below report an
-/// error.
-const STATE_NO_FD: u64 = 1 << 8;
-
 impl Backend<'_> {
-    pub(super) fn get_inflight_fd(&mut self, message: Message) -> Result<Answer, Refused> {
+    pub(super) fn get_inflight_fd(&mut self, message: &Message) -> Result<Answer, Refused> {
         let (said, area) = inflight::make(&inflight_payload(message)?, self.rings.len() as u16, MAX_SIZE)
             .map_err(Refused::Inflight)?;
         let file = area.file().try_clone().map_err(Refused::Inflight)?;
-        Ok(Answer::Reply(said.as_slice().into(), Some(file.into())))
+        Ok(Answer::Reply(inflight_body(&said), Some(file.into())))
     }
 
-    pub(super) fn set_inflight_fd(&mut self, message: Message, file: Option<OwnedFd>) -> Result<Answer, Refused> {
+    pub(super) fn set_inflight_fd(&mut self, message: &Message, file: Option<OwnedFd>) -> Result<Answer, Refused> {
         let file = file.ok_or_else(|| malformed("a table without a descriptor"))?;
         let said = inflight_payload(message)?;
         let taken = inflight::take(&said, file, self.rings.len() as u16, MAX_SIZE, &self.alarm);
@@ -77,8 +72,9 @@ impl Backend<'_> {
     ) -> Result<Answer, Refused> {
         let begun = self.state.begin(said, file, self.device, self.rings.iter().any(Vring::runs));
         Ok(match begun {
-            Ok(()) => Answer::number(STATE_NO_FD),
-            Err(error) => Answer::Refused(STATE_NO_FD | 1, error.into()),
+            // No descriptor comes back, the received one is used. The bits below report an error.
+            Ok(()) => Answer::number(NO_FILE),
+            Err(error) => Answer::Refused(NO_FILE | 1, error.into()),
         })
     }
 
@@ -91,11 +87,6 @@ impl Backend<'_> {
     }
 }
 
-/// The structure ends with four bytes of padding, which not every frontend sends.
-fn inflight_payload(mut message: Message) -> Result<VhostUserInflight, Refused> {
-    let len = message.body.len();
-    if len + 4 == size_of::<VhostUserInflight>() {
-        message.body.resize(len + 4, 0);
-    }
-    payload(&message)
+fn inflight_payload(message: &Message) -> Result<VhostUserInflight, Refused> {
+    message.parse_inflight().ok_or_else(|| too_short(message))
 }

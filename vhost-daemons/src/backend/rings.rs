@@ -5,17 +5,17 @@ use std::time::{Duration, Instant};
 
 use ringvm_backends::device::{End, Suspended};
 use ringvm_backends::virtqueue::interrupt::Interrupt;
+use ringvm_vhost_user::files::is_eventfd;
+use ringvm_vhost_user::message::{F_SKIP_DRAIN, GET_VRING_BASE_SKIP_DRAIN as SKIP_DRAIN, Message, NO_FILE};
 use vhost::vhost_user::message::{VhostUserVringAddr, VhostUserVringState};
 
-use super::{Answer, Backend, Refused, SKIP_DRAIN, SUSPENDS, SUSPENDS_IF_ASKED, malformed, number, payload};
+use super::{Answer, Backend, Refused, SUSPENDS, malformed, number, payload};
 use crate::inflight::Inflight;
-use crate::message::Message;
 use crate::vring::{Addresses, MAX_SIZE, Vring};
 use crate::{descriptor, dirty};
 
-/// The payload of SET_VRING_KICK and its kin: the ring, and a flag for "no descriptor".
+/// The payload of SET_VRING_KICK and its kin: the ring, beside a flag for "no descriptor".
 const VRING_INDEX: u64 = 0xff;
-const VRING_NO_FD: u64 = 1 << 8;
 /// How often to look whether a ring that drains is still wanted to.
 const LOOK_PAUSE: Duration = Duration::from_millis(100);
 /// Longest time that rings may take for a reset, for requests that can't be cancelled.
@@ -55,12 +55,12 @@ impl Backend<'_> {
     /// The ring and the descriptor of a message that brings one.
     fn vring_file(&mut self, message: &Message, file: Option<OwnedFd>) -> Result<(usize, Option<OwnedFd>), Refused> {
         let said = number(message)?;
-        if said & !(VRING_INDEX | VRING_NO_FD) != 0 {
+        if said & !(VRING_INDEX | NO_FILE) != 0 {
             return Err(malformed(format!("{said:#x} is no ring")));
         }
         let index = (said & VRING_INDEX) as u32;
         self.ring(index)?;
-        match (said & VRING_NO_FD != 0, &file) {
+        match (said & NO_FILE != 0, &file) {
             (true, Some(_)) => return Err(malformed("a descriptor came, and that there is none")),
             (false, None) => return Err(malformed("its descriptor is missing")),
             _ => {}
@@ -88,7 +88,7 @@ impl Backend<'_> {
     pub(super) fn set_vring_kick(&mut self, message: &Message, file: Option<OwnedFd>) -> Result<Answer, Refused> {
         let (index, file) = self.vring_file(message, file)?;
         let file = file.ok_or_else(|| malformed("a ring without a kick would have to be polled; give it one"))?;
-        if !descriptor::is_eventfd(file.as_fd()) {
+        if !is_eventfd(file.as_fd()) {
             return Err(malformed("its descriptor is not an eventfd"));
         }
         self.stop_ring(index)?;
@@ -127,21 +127,21 @@ impl Backend<'_> {
 
     /// Stops the rings that these messages want ended at once, together.
     pub(crate) fn suspend(&mut self, messages: &[Message]) -> Result<(), Refused> {
-        if !self.protocol.contains(SUSPENDS_IF_ASKED) {
+        if !self.protocol.contains(F_SKIP_DRAIN) {
             return Ok(());
         }
-        let asked = messages.iter().filter(|message| message.request == SKIP_DRAIN && message.wrong_files.is_none());
+        let asked = messages.iter().filter(|message| message.request == SKIP_DRAIN && message.files.is_ok());
         let rings = asked.filter_map(|message| Some(message.parse::<VhostUserVringState>()?.index as usize));
         self.suspend_rings(rings.filter(|&index| index < self.rings.len()).collect())
     }
 
     /// Ends a ring that was suspended ([`SKIP_DRAIN`]).
     pub(crate) fn skip_drain(&mut self, message: &Message) -> Result<Answer, Refused> {
-        if !self.protocol.contains(SUSPENDS_IF_ASKED) {
+        if !self.protocol.contains(F_SKIP_DRAIN) {
             return Err(malformed("it goes with a protocol feature that was not accepted"));
         }
-        if let Some(what) = &message.wrong_files {
-            return Err(malformed(what));
+        if let Err(wrong) = &message.files {
+            return Err(malformed(wrong.to_string()));
         }
         self.vring_base(message)
     }
@@ -159,7 +159,7 @@ impl Backend<'_> {
 
     /// Ends a ring, and first suspends it if the frontend has negotiated that.
     pub(super) fn get_vring_base(&mut self, message: &Message) -> Result<Answer, Refused> {
-        if self.protocol.contains(SUSPENDS) && !self.protocol.contains(SUSPENDS_IF_ASKED) {
+        if self.protocol.contains(SUSPENDS) && !self.protocol.contains(F_SKIP_DRAIN) {
             let state: VhostUserVringState = payload(message)?;
             self.ring(state.index)?;
             self.suspend_rings(vec![state.index as usize])?;

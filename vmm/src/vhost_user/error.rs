@@ -1,57 +1,61 @@
 //! Errors between the frontend and a daemon, and whether the connection outlives them.
 
+use std::borrow::Cow;
 use std::error::Error;
-use std::io;
 
+use ringvm_vhost_user::connection::WireError;
 use thiserror::Error;
 
 /// A message that was not obeyed.
 #[derive(Debug, Error)]
 #[error("{what}: {source}")]
 pub(super) struct LinkError {
-    pub(super) what: &'static str,
-    source: io::Error,
-    /// The daemon has refused, or nothing was sent: the connection is as good as before.
-    harmless: bool,
+    what: Cow<'static, str>,
+    source: Box<dyn Error + Send + Sync>,
+    fate: Fate,
+}
+
+/// What becomes of the connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    /// The daemon has refused, or nothing was sent: it is as good as before.
+    Lasts,
+    /// It can't be used any more.
+    Ends,
+    /// Neither can the daemon, which was waited for in vain.
+    Hangs,
 }
 
 impl LinkError {
-    /// The daemon broke the protocol, so that the connection can't go on.
-    pub(super) fn broken(what: &'static str, message: impl Into<String>) -> Self {
-        Self { what, source: io::Error::other(message.into()), harmless: false }
+    fn new(what: impl Into<Cow<'static, str>>, source: impl Into<Box<dyn Error + Send + Sync>>, fate: Fate) -> Self {
+        Self { what: what.into(), source: source.into(), fate }
     }
 
-    /// There was nothing to send.
-    pub(super) fn ours(what: &'static str, message: impl Into<String>) -> Self {
-        Self { what, source: io::Error::other(message.into()), harmless: true }
+    /// The daemon broke the protocol, or the host failed, so that the connection can't go on.
+    pub(super) fn broken(what: impl Into<Cow<'static, str>>, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self::new(what, source, Fate::Ends)
+    }
+
+    /// There was nothing to send, or the daemon has refused.
+    pub(super) fn ours(what: impl Into<Cow<'static, str>>, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self::new(what, source, Fate::Lasts)
+    }
+
+    /// No whole message came or went.
+    pub(super) fn wire(what: impl Into<Cow<'static, str>>, error: WireError) -> Self {
+        match error {
+            WireError::Late(_) | WireError::Unread(_) => Self::new(what, "it does not answer", Fate::Hangs),
+            error => Self::broken(what, error),
+        }
     }
 
     /// Whether the connection can't be used any more.
     pub(super) fn ends_connection(&self) -> bool {
-        !self.harmless
+        self.fate != Fate::Lasts
     }
-}
 
-pub(super) trait Context<T> {
-    fn context(self, what: &'static str) -> Result<T, LinkError>;
-}
-
-impl<T, E: Error + Send + Sync + 'static> Context<T> for Result<T, E> {
-    fn context(self, what: &'static str) -> Result<T, LinkError> {
-        self.map_err(|error| {
-            let harmless = is_harmless(&error);
-            LinkError { what, source: io::Error::other(error), harmless }
-        })
+    /// Whether the daemon was waited for in vain.
+    pub(super) fn hangs(&self) -> bool {
+        self.fate == Fate::Hangs
     }
-}
-
-/// Whether an error of the crate's leaves the connection as it was: the daemon has refused, or the crate did.
-fn is_harmless(error: &(dyn Error + 'static)) -> bool {
-    use vhost::vhost_user::Error as Protocol;
-    matches!(
-        error.downcast_ref(),
-        Some(vhost::Error::VhostUserProtocol(
-            Protocol::BackendInternalError | Protocol::InvalidParam | Protocol::InactiveFeature(_)
-        ))
-    )
 }

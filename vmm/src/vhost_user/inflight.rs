@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 
 use ringvm_backends::virtqueue::inflight::{InflightArea, InflightTable};
@@ -18,12 +18,11 @@ pub(super) struct Inflight {
 }
 
 impl Inflight {
-    /// Takes the memory that a daemon has made. It takes nothing but memory: reading or closing a file of another
-    /// kind may wait for the server of its file system.
+    /// Takes the memory that a daemon has made. It takes nothing but memory: reading a file of another kind may wait
+    /// for the server of its file system.
     pub(super) fn new(about: VhostUserInflight, file: File) -> Result<Self, LinkError> {
         // The kernel answers this for memory files alone, and asks no file system.
         if rustix::fs::fcntl_get_seals(file.as_fd()).is_err() {
-            close_elsewhere(file);
             return Err(LinkError::broken("GET_INFLIGHT_FD", "its table of requests in flight is no memfd"));
         }
         Ok(Self { about, file })
@@ -33,8 +32,8 @@ impl Inflight {
         &self.about
     }
 
-    pub(super) fn fd(&self) -> RawFd {
-        self.file.as_raw_fd()
+    pub(super) fn file(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 
     /// Takes a queue's unanswered heads out of its table.
@@ -77,18 +76,6 @@ impl Inflight {
         area.file().read_exact_at(&mut bytes, 0)?;
         self.file.write_all_at(&bytes, place)?;
         Ok(result)
-    }
-}
-
-/// Closes a file on a thread that has nothing else to do, because its file system may never answer.
-pub(super) fn close_elsewhere(file: File) {
-    // Without a thread it is left open: that costs a descriptor, but no thread waits.
-    let file = std::mem::ManuallyDrop::new(file);
-    let closed = std::thread::Builder::new()
-        .name("vhost-close".into())
-        .spawn(move || drop(std::mem::ManuallyDrop::into_inner(file)));
-    if let Err(error) = closed {
-        tracing::debug!(%error, "a file that a daemon has sent stays open");
     }
 }
 

@@ -121,7 +121,7 @@ impl Keeper {
         let process = self.peer.program().and_then(|program| program.process()).map(Arc::clone);
         // Without a handle waiting takes as long as the link's own limit.
         let socket = socket.try_clone_to_owned().ok();
-        self.shared.view().breaker = socket.map(|socket| Breaker { socket, events: None, process });
+        self.shared.view().breaker = socket.map(|socket| Breaker { socket, process });
     }
 
     fn connected(&mut self, link: Link) {
@@ -130,21 +130,20 @@ impl Keeper {
         (view.keeps_table, view.suspends, view.has_config) = (link.keeps_table(), link.suspends(), link.has_config());
         view.has_state = link.has_state();
         view.afterlife = None;
-        if let (Some(breaker), Some(events)) = (&mut view.breaker, link.events()) {
-            breaker.events = events.try_clone_to_owned().ok();
-        }
         drop(view);
         self.link = Some(link);
         self.since = Instant::now();
     }
 
     /// The connection has failed.
-    fn lost(&mut self, error: &dyn std::fmt::Display) {
-        let Some(link) = self.link.take() else { return };
+    fn lost(&mut self, error: &dyn std::fmt::Display, hangs: bool) {
+        if self.link.take().is_none() {
+            return;
+        }
         if !mem::replace(&mut self.told_away, true) {
             warn!("the daemon at {} is away ({error}); the guest waits for it", self.peer.name());
         }
-        self.end_connection(link.hangs());
+        self.end_connection(hangs);
         let now = Instant::now();
         self.pause = if now - self.since < GOOD { (self.pause * 2).min(LAST_SHORT_PAUSE) } else { FIRST_PAUSE };
         self.next_attempt = now + self.pause;
@@ -172,7 +171,7 @@ impl Keeper {
         self.link = Some(link);
         match result {
             Err(error) if error.ends_connection() => {
-                self.lost(&error);
+                self.lost(&error, error.hangs());
                 None
             }
             other => Some(other),
@@ -239,15 +238,16 @@ impl Keeper {
     fn greet(&mut self, socket: UnixStream) -> Result<(), (bool, String)> {
         let _greeting = debug_span!("greet").entered();
         self.arm(socket.as_fd());
+        let failed = |error: LinkError| (error.hangs(), error.to_string());
         // How many queues it has does not matter any more.
-        let (mut link, about) = Link::open(socket, false).map_err(|error| (false, error.to_string()))?;
+        let (mut link, about) = Link::open(socket, false).map_err(failed)?;
         let accepted = self.setup.features.unwrap_or(0);
         if accepted & !about.features != 0 {
             let missing = accepted & !about.features;
             return Err((false, format!("it lacks features that the driver has accepted: {missing:#x}")));
         }
         let replayed = link.within_limits(|link| self.replay(link));
-        replayed.map_err(|error| (link.hangs(), error.to_string()))?;
+        replayed.map_err(failed)?;
         self.connected(link);
         Ok(())
     }
@@ -550,7 +550,7 @@ impl Keeper {
             take(borrow(self.shared.wakes()));
         }
         if next() {
-            self.lost(&"it has closed the connection");
+            self.lost(&"it has closed the connection", false);
             return;
         }
         if hears && next() {

@@ -1,29 +1,27 @@
 //! One connection to a daemon: the messages that bring it to the device's state. A failure ends the connection, never
 //! more than that.
 
-use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use ringvm_backends::device::{GuestMemory, QueueState, RingConfig};
-use ringvm_backends::host::event::is_raised;
+use ringvm_backends::host::event::borrow;
+use ringvm_vhost_user::connection::{Connection, Limit};
+use ringvm_vhost_user::message::{
+    self, F_SKIP_DRAIN, GET_VRING_BASE_SKIP_DRAIN, MAX_FILES, Message, NO_FILE, inflight_body, request_name,
+};
 use vhost::vhost_user::message::{
-    VhostTransferStateDirection as Direction, VhostTransferStatePhase as Phase, VhostUserConfigFlags,
-    VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures as Protocol, VhostUserVirtioFeatures,
+    BackendReq, FrontendReq as Request, VhostTransferStateDirection as Direction, VhostTransferStatePhase as Phase,
+    VhostUserConfig, VhostUserConfigFlags, VhostUserInflight, VhostUserMemory, VhostUserMemoryRegion,
+    VhostUserProtocolFeatures as Protocol, VhostUserTransferDeviceState, VhostUserVirtioFeatures, VhostUserVringAddr,
+    VhostUserVringAddrFlags, VhostUserVringState,
 };
-use vhost::vhost_user::{
-    Frontend, FrontendReqHandler, HandlerResult, VhostUserFrontend, VhostUserFrontendReqHandlerMut,
-};
-use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+use vm_memory::{ByteValued, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::error::{Context, LinkError};
-use super::inflight::{Inflight, close_elsewhere};
-use super::patience::Patience;
+use super::error::LinkError;
+use super::inflight::Inflight;
 use super::transfer::{Transfer, state_pipe};
 
 /// Longest wait for one step: a greeting, a message with its answer, all rings of a device.
@@ -36,23 +34,15 @@ const WANTED: Protocol = Protocol::MQ
     .union(Protocol::RESET_DEVICE)
     .union(Protocol::INFLIGHT_SHMFD)
     .union(Protocol::DEVICE_STATE);
-/// Bits that the crate has no names for, wanted both or not at all: a ring may leave requests in the table when it
-/// stops, and does so if it is asked to.
-const SUSPENDING: Protocol = Protocol::from_bits_retain(1 << 20 | 1 << 23);
-/// GET_VRING_BASE.
-const GET_VRING_BASE: u32 = 11;
-/// GET_PROTOCOL_FEATURES.
-const GET_PROTOCOL_FEATURES: u32 = 15;
-/// GET_VRING_BASE_SKIP_DRAIN.
-const GET_VRING_BASE_SKIP_DRAIN: u32 = 45;
-/// Version 1 of the protocol, and the bit of a reply.
-const VERSION: u32 = 1;
-const REPLY: u32 = 1 << 2;
+/// Wanted both or not at all: a ring may leave requests in the table when it stops, and does so if it is asked to.
+const SUSPENDING: Protocol = Protocol::GET_VRING_BASE_INFLIGHT.union(F_SKIP_DRAIN);
 const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 /// Events that are read before anything else is done.
 const MOST_EVENTS: usize = 64;
+/// Longest wait for the rest of events that have begun. Each is sent in one piece.
+const EVENT_PATIENCE: Duration = Duration::from_secs(1);
 /// More queues than this have no index in the messages that carry descriptors.
-const MAX_QUEUES: u64 = 256;
+const MAX_QUEUES: u16 = 256;
 
 /// The parts of one ring that the daemon needs.
 pub(super) struct Vring<'a> {
@@ -61,19 +51,6 @@ pub(super) struct Vring<'a> {
     pub(super) kick: &'a EventFd,
     pub(super) call: &'a EventFd,
     pub(super) err: &'a EventFd,
-}
-
-/// Hears of changes to the configuration space.
-struct Listener {
-    changed: Arc<AtomicBool>,
-}
-
-impl VhostUserFrontendReqHandlerMut for Listener {
-    fn handle_config_change(&mut self) -> HandlerResult<u64> {
-        // Looked at without being in the middle of a message of ours.
-        self.changed.store(true, Ordering::Release);
-        Ok(0)
-    }
 }
 
 /// A daemon's description of its device.
@@ -86,108 +63,133 @@ pub(super) struct About {
 
 /// A live connection.
 pub(super) struct Link {
-    frontend: Frontend,
-    socket: UnixStream,
+    wire: Connection,
+    /// Where the daemon sends messages of its own.
+    events: Option<Connection>,
     features: u64,
     protocol: Protocol,
-    events: Option<FrontendReqHandler<Mutex<Listener>>>,
-    patience: Patience,
-    config_changed: Arc<AtomicBool>,
+    /// Of the present step.
+    limit: Limit,
 }
 
 impl Link {
     /// Greets the daemon, and learns its abilities. With `counted` it is asked for the number of its queues: of a NIC
-    /// that is the number of pairs, and the crate would refuse the others.
+    /// that is the number of pairs.
     pub(super) fn open(socket: UnixStream, counted: bool) -> Result<(Self, About), LinkError> {
-        let patience = Patience::new(socket.as_fd()).context("limiting waits")?;
-        patience.limit(Some(PATIENCE));
-        let copy = socket.try_clone().context("duplicating the socket")?;
-        let mut frontend = Frontend::from_stream(copy, MAX_QUEUES);
-        frontend.set_owner().context("SET_OWNER")?;
-        let features = frontend.get_features().context("GET_FEATURES")?;
-        let mut protocol = Protocol::empty();
+        let mut link = Self {
+            wire: Connection::new(socket),
+            events: None,
+            features: 0,
+            protocol: Protocol::empty(),
+            limit: Limit::after(PATIENCE),
+        };
+        link.tell(Request::SET_OWNER, &[], &[])?;
+        link.features = link.ask(Request::GET_FEATURES)?;
+        if link.features & PROTOCOL_FEATURES != 0 {
+            let offered = Protocol::from_bits_retain(link.ask(Request::GET_PROTOCOL_FEATURES)?);
+            let suspends = offered.contains(SUSPENDING | Protocol::INFLIGHT_SHMFD);
+            let protocol = offered & if suspends { WANTED | SUSPENDING } else { WANTED };
+            link.tell(Request::SET_PROTOCOL_FEATURES, &protocol.bits().to_ne_bytes(), &[])?;
+            link.protocol = protocol;
+        }
         let mut queues = None;
-        if features & PROTOCOL_FEATURES != 0 {
-            protocol = frontend.get_protocol_features().context("GET_PROTOCOL_FEATURES")? & WANTED;
-            // Again, for the bits that the crate leaves out of the answer.
-            let what = "GET_PROTOCOL_FEATURES";
-            (&socket).write_all(&message(GET_PROTOCOL_FEATURES, &[])).context(what)?;
-            let [low, high] = hear(&socket, GET_PROTOCOL_FEATURES).context(what)?;
-            if Protocol::from_bits_retain(u64::from(high) << 32 | u64::from(low))
-                .contains(SUSPENDING | Protocol::INFLIGHT_SHMFD)
-            {
-                protocol |= SUSPENDING;
-            }
-            frontend.set_protocol_features(protocol).context("SET_PROTOCOL_FEATURES")?;
+        if counted && link.protocol.contains(Protocol::MQ) {
+            queues = Some(link.ask(Request::GET_QUEUE_NUM)?.min(MAX_QUEUES.into()) as u16);
         }
-        if protocol.contains(Protocol::REPLY_ACK) {
-            frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        if link.protocol.contains(Protocol::BACKEND_REQ) {
+            let (ours, theirs) = UnixStream::pair().map_err(|error| LinkError::broken("making a channel", error))?;
+            link.tell(Request::SET_BACKEND_REQ_FD, &[], &[theirs.as_fd()])?;
+            link.events = Some(Connection::new(ours));
         }
-        if counted && protocol.contains(Protocol::MQ) {
-            let count = frontend.get_queue_num().context("GET_QUEUE_NUM")?;
-            queues = Some(count.min(MAX_QUEUES) as u16);
-        }
-        let config_changed = Arc::new(AtomicBool::new(false));
-        let mut events = None;
-        if protocol.contains(Protocol::BACKEND_REQ) {
-            let listener = Arc::new(Mutex::new(Listener { changed: Arc::clone(&config_changed) }));
-            let mut handler = FrontendReqHandler::new(listener).context("making a channel for events")?;
-            handler.set_reply_ack_flag(protocol.contains(Protocol::REPLY_ACK));
-            let socket = handler.as_raw_fd();
-            // SAFETY: the handler owns the socket, and is borrowed for as long.
-            #[allow(unsafe_code, reason = "the crate shows this socket as a number only")]
-            let socket = unsafe { BorrowedFd::borrow_raw(socket) };
-            patience.also(socket).context("limiting waits")?;
-            frontend.set_backend_request_fd(&handler.get_tx_raw_fd()).context("SET_BACKEND_REQ_FD")?;
-            events = Some(handler);
-        }
-        let about = About { features: features & !PROTOCOL_FEATURES, queues };
-        patience.limit(None);
-        Ok((Self { frontend, socket, features, protocol, events, patience, config_changed }, about))
+        let about = About { features: link.features & !PROTOCOL_FEATURES, queues };
+        Ok((link, about))
     }
 
-    /// Does something over the connection that ends when it is not answered.
+    /// Does something over the connection within the limit of one step.
     pub(super) fn within_limits<T>(
         &mut self,
         work: impl FnOnce(&mut Self) -> Result<T, LinkError>,
     ) -> Result<T, LinkError> {
-        self.patience.limit(Some(PATIENCE));
-        let result = work(self);
-        self.patience.limit(None);
-        result.map_err(|error| match self.patience.has_ended() {
-            true => LinkError::broken(error.what, "it does not answer"),
-            false => error,
-        })
+        self.limit = Limit::after(PATIENCE);
+        work(self)
     }
 
-    /// Whether the other side was waited for in vain.
-    pub(super) fn hangs(&self) -> bool {
-        self.patience.has_ended()
+    /// Sends a request that has no answer of its own. A daemon that can acknowledge it does.
+    fn tell(&mut self, request: Request, body: &[u8], files: &[BorrowedFd<'_>]) -> Result<(), LinkError> {
+        let acks = self.protocol.contains(Protocol::REPLY_ACK);
+        self.send(request, &message::request(request, acks, body), files)?;
+        if acks && whole::<u64>(&self.receive(request)?.0)? != 0 { Err(refused(request)) } else { Ok(()) }
+    }
+
+    /// Asks for a number.
+    fn ask(&mut self, request: Request) -> Result<u64, LinkError> {
+        whole(&self.exchange(request, &[], &[])?.0)
+    }
+
+    /// Sends a request that has an answer of its own, and receives that.
+    fn exchange(
+        &mut self,
+        request: Request,
+        body: &[u8],
+        files: &[BorrowedFd<'_>],
+    ) -> Result<(Message, Option<OwnedFd>), LinkError> {
+        self.send(request, &message::request(request, false, body), files)?;
+        self.receive(request)
+    }
+
+    fn send(&self, request: impl Into<u32>, bytes: &[u8], files: &[BorrowedFd<'_>]) -> Result<(), LinkError> {
+        self.wire.send(bytes, files, self.limit).map_err(|error| LinkError::wire(request_name(request), error))
+    }
+
+    /// Receives an answer, with the descriptor that a few bring.
+    fn receive(&mut self, request: impl Into<u32>) -> Result<(Message, Option<OwnedFd>), LinkError> {
+        let request = request.into();
+        let received = self.wire.receive_reply(request, self.limit);
+        let mut message = received.map_err(|error| LinkError::wire(request_name(request), error))?;
+        let files = std::mem::replace(&mut message.files, Ok(Vec::new()));
+        let files = files.map_err(|wrong| LinkError::broken(request_name(request), wrong))?;
+        Ok((message, files.into_iter().next()))
     }
 
     /// The socket, to learn when it ends.
     pub(super) fn socket(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
+        self.wire.as_fd()
     }
 
     /// Becomes readable when the daemon has sent a message.
-    #[allow(unsafe_code, reason = "the crate shows this socket as a number only")]
     pub(super) fn events(&self) -> Option<BorrowedFd<'_>> {
-        // SAFETY: the handler owns the socket, and is borrowed for as long.
-        self.events.as_ref().map(|events| unsafe { BorrowedFd::borrow_raw(events.as_raw_fd()) })
+        self.events.as_ref().map(AsFd::as_fd)
     }
 
     /// Hears it, up to a bound. Returns whether the configuration space has changed.
     pub(super) fn hear(&mut self) -> Result<bool, LinkError> {
+        let what = "hearing an event";
+        let limit = Limit::after(EVENT_PATIENCE);
+        let mut changed = false;
         for _ in 0..MOST_EVENTS {
-            if !self.events().is_some_and(is_raised) {
+            let Some(events) = &mut self.events else { break };
+            if !events.has_more().map_err(|error| LinkError::wire(what, error))? {
                 break;
             }
-            if let Some(events) = &mut self.events {
-                events.handle_request().context("hearing an event")?;
+            let event = events.receive_event(limit).map_err(|error| LinkError::wire(what, error))?;
+            let Some(Message { request, need_reply, body, files }) = event else {
+                // A daemon without anything to say need not keep its end open.
+                self.events = None;
+                break;
+            };
+            files.map_err(|wrong| LinkError::broken(what, wrong))?;
+            if request != u32::from(BackendReq::CONFIG_CHANGE_MSG) || !body.is_empty() {
+                let message = format!("message {request} of {} bytes is none that was negotiated", body.len());
+                return Err(LinkError::broken(what, message));
+            }
+            changed = true;
+            if need_reply && self.protocol.contains(Protocol::REPLY_ACK) {
+                // There is room for it, unless the daemon reads none of its answers.
+                let sent = events.send(&message::reply(request, &0_u64.to_ne_bytes()), &[], Limit::now());
+                sent.map_err(|error| LinkError::broken(what, error))?;
             }
         }
-        Ok(self.config_changed.swap(false, Ordering::AcqRel))
+        Ok(changed)
     }
 
     /// Whether the daemon notes requests in flight in a table.
@@ -207,29 +209,46 @@ impl Link {
 
     /// Reads `len` bytes of the configuration space.
     pub(super) fn read_config(&mut self, len: u32) -> Result<Vec<u8>, LinkError> {
-        let (_, space) = self
-            .frontend
-            .get_config(0, len, VhostUserConfigFlags::empty(), &vec![0; len as usize])
-            .context("GET_CONFIG")?;
-        Ok(space)
+        let request = Request::GET_CONFIG;
+        let asked = VhostUserConfig::new(0, len, VhostUserConfigFlags::empty());
+        let (answer, _) = self.exchange(request, &[asked.as_slice(), &vec![0; len as usize]].concat(), &[])?;
+        let is_it = |head: &VhostUserConfig| (head.offset, head.size) == (0, len);
+        match answer.body.split_at_checked(size_of::<VhostUserConfig>()) {
+            _ if answer.body.is_empty() => Err(refused(request)),
+            Some((_, space)) if space.len() == len as usize && answer.parse().as_ref().is_some_and(is_it) => {
+                Ok(space.to_vec())
+            }
+            _ => Err(unfit(&answer)),
+        }
     }
 
     /// Writes to the configuration space.
     pub(super) fn write_config(&mut self, offset: u32, data: &[u8]) -> Result<(), LinkError> {
-        self.frontend.set_config(offset, VhostUserConfigFlags::empty(), data).context("SET_CONFIG")
+        let head = VhostUserConfig::new(offset, data.len() as u32, VhostUserConfigFlags::empty());
+        self.tell(Request::SET_CONFIG, &[head.as_slice(), data].concat(), &[])
     }
 
     /// Sends the features that the driver has accepted.
     pub(super) fn set_features(&mut self, features: u64) -> Result<(), LinkError> {
-        self.frontend.set_features(features | self.features & PROTOCOL_FEATURES).context("SET_FEATURES")
+        let features = features | self.features & PROTOCOL_FEATURES;
+        self.tell(Request::SET_FEATURES, &features.to_ne_bytes(), &[])
     }
 
     /// Shows it the guest's memory.
     pub(super) fn set_memory(&mut self, memory: &GuestMemory) -> Result<(), LinkError> {
-        let regions = memory.iter().map(VhostUserMemoryRegionInfo::from_guest_region).collect::<Result<Vec<_>, _>>();
-        let regions = regions.map_err(|error| LinkError::ours("sharing the guest's memory", error.to_string()))?;
-        self.frontend.set_mem_table(&regions).context("SET_MEM_TABLE")?;
-        Ok(())
+        let what = "sharing the guest's memory";
+        let count = memory.num_regions();
+        if count > MAX_FILES {
+            return Err(LinkError::ours(what, format!("it lies in {count} pieces, and a message takes {MAX_FILES}")));
+        }
+        let (mut body, mut files) = (VhostUserMemory::new(count as u32).as_slice().to_vec(), Vec::new());
+        for region in memory.iter() {
+            let file = region.file_offset().ok_or_else(|| LinkError::ours(what, "it lies in no file"))?;
+            let [guest, host] = [region.start_addr().0, region.as_ptr() as u64];
+            body.extend(VhostUserMemoryRegion::new(guest, region.len(), host, file.start()).as_slice());
+            files.push(file.file().as_fd());
+        }
+        self.tell(Request::SET_MEM_TABLE, &body, &files)
     }
 
     /// Lets the daemon note requests in flight: in the memory of `kept`, or else in memory of its own, which is kept
@@ -247,15 +266,15 @@ impl Link {
             Some(inflight) => inflight,
             None => {
                 let wanted = VhostUserInflight { num_queues: queues, queue_size, ..VhostUserInflight::default() };
-                let (about, file) = self.frontend.get_inflight_fd(&wanted).context("GET_INFLIGHT_FD")?;
-                // The crate leaves received descriptors open to programs that are started later.
-                rustix::io::fcntl_setfd(&file, rustix::io::FdFlags::CLOEXEC).context("GET_INFLIGHT_FD")?;
+                let (answer, file) = self.exchange(Request::GET_INFLIGHT_FD, &inflight_body(&wanted), &[])?;
+                let about = answer.parse_inflight().filter(|_| answer.body.len() <= size_of::<VhostUserInflight>());
+                let (Some(about), Some(file)) = (about, file) else { return Err(unfit(&answer)) };
                 // Keep the requested geometry; daemons answer with the size and offset only.
                 let about = VhostUserInflight { num_queues: queues, queue_size, ..about };
-                kept.insert(Inflight::new(about, file)?)
+                kept.insert(Inflight::new(about, file.into())?)
             }
         };
-        self.frontend.set_inflight_fd(inflight.about(), inflight.fd()).context("SET_INFLIGHT_FD")
+        self.tell(Request::SET_INFLIGHT_FD, &inflight_body(inflight.about()), &[inflight.file()])
     }
 
     /// Has a ring served.
@@ -265,25 +284,22 @@ impl Link {
             host.map(|host| host as u64)
                 .map_err(|error| LinkError::ours("finding the ring in memory", error.to_string()))
         };
+        if index >= MAX_QUEUES {
+            return Err(LinkError::ours("starting a ring", format!("messages have no number for ring {index}")));
+        }
         let RingConfig { size, desc, avail, used } = *vring.ring;
-        let addresses = VringConfigData {
-            queue_max_size: size,
-            queue_size: size,
-            flags: 0,
-            desc_table_addr: host(desc)?,
-            used_ring_addr: host(used)?,
-            avail_ring_addr: host(avail)?,
-            log_addr: None,
-        };
-        let queue = usize::from(index);
-        self.frontend.set_vring_num(queue, size).context("SET_VRING_NUM")?;
-        self.frontend.set_vring_addr(queue, &addresses).context("SET_VRING_ADDR")?;
-        self.frontend.set_vring_base(queue, vring.from.next_avail).context("SET_VRING_BASE")?;
-        self.frontend.set_vring_call(queue, vring.call).context("SET_VRING_CALL")?;
-        self.frontend.set_vring_err(queue, vring.err).context("SET_VRING_ERR")?;
-        self.frontend.set_vring_kick(queue, vring.kick).context("SET_VRING_KICK")?;
+        let state = |number: u32| VhostUserVringState::new(index.into(), number);
+        let flags = VhostUserVringAddrFlags::empty();
+        let addresses = VhostUserVringAddr::new(index.into(), flags, host(desc)?, host(used)?, host(avail)?, 0);
+        let line = u64::from(index).to_ne_bytes();
+        self.tell(Request::SET_VRING_NUM, state(size.into()).as_slice(), &[])?;
+        self.tell(Request::SET_VRING_ADDR, addresses.as_slice(), &[])?;
+        self.tell(Request::SET_VRING_BASE, state(vring.from.next_avail.into()).as_slice(), &[])?;
+        self.tell(Request::SET_VRING_CALL, &line, &[borrow(vring.call)])?;
+        self.tell(Request::SET_VRING_ERR, &line, &[borrow(vring.err)])?;
+        self.tell(Request::SET_VRING_KICK, &line, &[borrow(vring.kick)])?;
         if self.features & PROTOCOL_FEATURES != 0 {
-            self.frontend.set_vring_enable(queue, true).context("SET_VRING_ENABLE")?;
+            self.tell(Request::SET_VRING_ENABLE, state(1).as_slice(), &[])?;
         }
         Ok(())
     }
@@ -291,18 +307,17 @@ impl Link {
     /// Ends rings, all together, and returns the position of each. If the daemon supports it they end at once, with
     /// requests in flight left in the table; else with nothing in flight.
     pub(super) fn stop(&mut self, indices: &[u16]) -> Result<Vec<u16>, LinkError> {
-        let (request, what) = match self.suspends() {
-            true => (GET_VRING_BASE_SKIP_DRAIN, "GET_VRING_BASE_SKIP_DRAIN"),
-            false => (GET_VRING_BASE, "GET_VRING_BASE"),
-        };
-        // The ring, and room for a position. All are asked before one is waited for.
-        let ask = |&index: &u16| message(request, [index.into(), 0].map(u32::to_ne_bytes).as_flattened());
-        (&self.socket).write_all(&indices.iter().flat_map(ask).collect::<Vec<_>>()).context(what)?;
+        let request = if self.suspends() { GET_VRING_BASE_SKIP_DRAIN } else { Request::GET_VRING_BASE.into() };
+        // All are asked, in one piece, before one is waited for.
+        let ask = |&index: &u16| message::request(request, false, VhostUserVringState::new(index.into(), 0).as_slice());
+        self.send(request, &indices.iter().flat_map(ask).collect::<Vec<_>>(), &[])?;
         let position = |&index: &u16| {
-            let [ring, base] = hear(&self.socket, request).context(what)?;
+            let VhostUserVringState { index: ring, num: base } = whole(&self.receive(request)?.0)?;
             let position = u16::try_from(base).ok().filter(|_| ring == u32::from(index));
-            position
-                .ok_or_else(|| LinkError::broken(what, format!("the answer for ring {index} is {base} of ring {ring}")))
+            position.ok_or_else(|| {
+                let message = format!("the answer for ring {index} is {base} of ring {ring}");
+                LinkError::broken(request_name(request), message)
+            })
         };
         indices.iter().map(position).collect()
     }
@@ -315,84 +330,66 @@ impl Link {
     /// Has the daemon say the state of its device. All rings are stopped.
     pub(super) fn save_state(&mut self) -> Result<Vec<u8>, LinkError> {
         let what = "saving the state of its device";
-        let (out, into) = state_pipe().context(what)?;
+        let (out, into) = state_pipe().map_err(|error| LinkError::broken(what, error))?;
         self.begin_transfer(Direction::SAVE, into)?;
         // A daemon that fails closes its end, and says why when it is asked.
         let state = Transfer::new(out).read();
-        self.frontend.check_device_state().context("CHECK_DEVICE_STATE")?;
-        state.map_err(|error| LinkError::ours(what, error.to_string()))
+        self.check_state()?;
+        state.map_err(|error| LinkError::ours(what, error))
     }
 
     /// Gives the daemon the state of another device. All rings are stopped.
     pub(super) fn load_state(&mut self, state: &[u8]) -> Result<(), LinkError> {
         let what = "loading the state of another device";
-        let (out, into) = state_pipe().context(what)?;
+        let (out, into) = state_pipe().map_err(|error| LinkError::broken(what, error))?;
         self.begin_transfer(Direction::LOAD, out)?;
         let written = Transfer::new(into).write(state);
-        self.frontend.check_device_state().context("CHECK_DEVICE_STATE")?;
-        written.map_err(|error| LinkError::ours(what, error.to_string()))
+        self.check_state()?;
+        written.map_err(|error| LinkError::ours(what, error))
     }
 
     /// Gives the daemon its end of a pipe.
     fn begin_transfer(&mut self, direction: Direction, theirs: OwnedFd) -> Result<(), LinkError> {
-        let what = "SET_DEVICE_STATE_FD";
-        match self.frontend.set_device_state_fd(direction, Phase::STOPPED, theirs).context(what)? {
-            None => Ok(()),
-            Some(file) => {
-                close_elsewhere(file);
-                Err(LinkError::ours(what, "it wants another descriptor than the pipe that it was given"))
+        let request = Request::SET_DEVICE_STATE_FD;
+        let body = VhostUserTransferDeviceState::new(direction, Phase::STOPPED);
+        let (answer, file) = self.exchange(request, body.as_slice(), &[theirs.as_fd()])?;
+        match (whole(&answer)?, file) {
+            (NO_FILE, None) => Ok(()),
+            (0, Some(_)) => {
+                let message = "it wants another descriptor than the pipe that it was given";
+                Err(LinkError::ours(request_name(request), message))
             }
+            _ => Err(refused(request)),
         }
+    }
+
+    /// Asks whether the transfer was a success.
+    fn check_state(&mut self) -> Result<(), LinkError> {
+        let request = Request::CHECK_DEVICE_STATE;
+        if self.ask(request)? == 0 { Ok(()) } else { Err(refused(request)) }
     }
 
     /// Back to the state before the features were accepted, where the daemon knows of such a thing.
     pub(super) fn reset(&mut self) -> Result<(), LinkError> {
         if self.protocol.contains(Protocol::RESET_DEVICE) {
-            self.frontend.reset_device().context("RESET_DEVICE")?;
+            self.tell(Request::RESET_DEVICE, &[], &[])?;
         }
         Ok(())
     }
 }
 
-/// A message that the crate has no name for. No other message is unanswered on the socket: the crate waits for each
-/// answer before it returns.
-fn message(request: u32, body: &[u8]) -> Vec<u8> {
-    let header = [request, VERSION, body.len() as u32];
-    header.map(u32::to_ne_bytes).as_flattened().iter().chain(body).copied().collect()
+/// The whole payload of an answer.
+fn whole<T: ByteValued + Default>(answer: &Message) -> Result<T, LinkError> {
+    answer.parse_all().ok_or_else(|| unfit(answer))
 }
 
-/// Receives the answer to such a message: two fields of 32 bits.
-fn hear(mut socket: &UnixStream, request: u32) -> io::Result<[u32; 2]> {
-    let mut header = [[0; 4]; 3];
-    socket.read_exact(header.as_flattened_mut())?;
-    let [what, flags, size] = header.map(u32::from_ne_bytes);
-    if what != request || flags & REPLY == 0 || size != 8 {
-        let what = format!("the answer is message {what} with flags {flags:#x} and {size} bytes");
-        return Err(io::Error::new(io::ErrorKind::InvalidData, what));
-    }
-    let mut fields = [[0; 4]; 2];
-    socket.read_exact(fields.as_flattened_mut())?;
-    Ok(fields.map(u32::from_ne_bytes))
+/// The daemon's answer is that it won't.
+fn refused(request: Request) -> LinkError {
+    LinkError::ours(request_name(request), "the daemon refuses it")
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn pitfall_54_an_answer_to_something_else_is_none() {
-        let (ours, mut theirs) = UnixStream::pair().unwrap();
-        let mut say = |words: &[u32]| {
-            let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
-            theirs.write_all(&bytes).unwrap();
-        };
-        say(&[45, 5, 8, 1, 77]);
-        assert_eq!(hear(&ours, 45).unwrap(), [1, 77]);
-        for header in [[11, 5, 8], [45, 1, 8], [45, 5, 12]] {
-            say(&header);
-            assert_eq!(hear(&ours, 45).unwrap_err().kind(), io::ErrorKind::InvalidData, "{header:?}");
-        }
-        drop(theirs);
-        assert_eq!(hear(&ours, 45).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
-    }
+/// Answers to such a request have another form.
+fn unfit(answer: &Message) -> LinkError {
+    let what = format!("its answer of {} bytes has another form", answer.body.len());
+    LinkError::broken(request_name(answer.request), what)
 }

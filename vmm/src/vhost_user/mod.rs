@@ -3,14 +3,13 @@
 //! Doorbells and interrupts pass straight between KVM and the daemon. This module is control only, and it never gives
 //! up: a thread of the device's own (`keeper`) keeps the driver's setup and brings every new connection to the same
 //! state. Without a daemon, the driver just waits. Requests in flight are in a table that outlives the daemon, and
-//! its successor serves them again.
+//! its successor serves them again. The wire is that of the daemons, `ringvm-vhost-user`.
 
 mod error;
 mod inflight;
 mod keeper;
 mod link;
 mod offer;
-mod patience;
 pub mod peer;
 mod program;
 mod ring;

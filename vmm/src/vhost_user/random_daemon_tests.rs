@@ -2,18 +2,15 @@
 #![allow(unsafe_code, reason = "a table of descriptors of its own")]
 
 use std::fs::File;
-use std::io::{IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use bolero::TypeGenerator;
+use ringvm_vhost_user::connection::{Connection, Limit};
+use ringvm_vhost_user::message::Message;
 use rustix::fs::MemfdFlags;
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
-};
 use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
@@ -58,6 +55,8 @@ enum Act {
         len: u8,
     },
     Reset,
+    Save,
+    Load(Vec<u8>),
     /// The frontend hears the daemon's messages so far.
     Wait,
 }
@@ -70,51 +69,38 @@ const GET_QUEUE_NUM: u32 = 17;
 const SET_BACKEND_REQ_FD: u32 = 21;
 const GET_CONFIG: u32 = 24;
 const GET_INFLIGHT_FD: u32 = 31;
+const SET_DEVICE_STATE_FD: u32 = 42;
+const CHECK_DEVICE_STATE: u32 = 43;
 const SKIP_DRAIN: u32 = 45;
-/// MQ, REPLY_ACK, BACKEND_REQ, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, and both bits of suspending.
-const PROTOCOL: u64 = 1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 20 | 1 << 23;
+const OWN_ANSWERS: [u32; 9] = [
+    GET_FEATURES,
+    GET_VRING_BASE,
+    GET_PROTOCOL_FEATURES,
+    GET_QUEUE_NUM,
+    GET_CONFIG,
+    GET_INFLIGHT_FD,
+    SET_DEVICE_STATE_FD,
+    CHECK_DEVICE_STATE,
+    SKIP_DRAIN,
+];
+/// MQ, REPLY_ACK, BACKEND_REQ, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, DEVICE_STATE, and both bits of suspending.
+const PROTOCOL: u64 = 1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 19 | 1 << 20 | 1 << 23;
 
 fn words(words: &[u32]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_ne_bytes()).collect()
 }
 
-fn send(stream: impl AsFd, bytes: &[u8], files: &[OwnedFd]) {
+fn send(wire: &Connection, bytes: &[u8], files: &[OwnedFd]) {
     let files: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(40))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    assert!(files.is_empty() || control.push(SendAncillaryMessage::ScmRights(&files)));
     // The frontend may have gone, or not have read the earlier messages.
-    let _ =
-        rustix::net::sendmsg(stream, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
-}
-
-/// Reads so many bytes, and the descriptors that come with them; `None` if they don't come.
-fn receive(stream: &UnixStream, len: usize, files: &mut Vec<OwnedFd>) -> Option<Vec<u8>> {
-    let mut bytes = vec![0; len];
-    let mut filled = 0;
-    while filled < len {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(16))];
-        let mut control = RecvAncillaryBuffer::new(&mut space);
-        let mut room = [IoSliceMut::new(&mut bytes[filled..])];
-        let count = rustix::net::recvmsg(stream, &mut room, &mut control, RecvFlags::CMSG_CLOEXEC).ok()?.bytes;
-        for message in control.drain() {
-            if let RecvAncillaryMessage::ScmRights(came) = message {
-                files.extend(came);
-            }
-        }
-        filled += count;
-        if count == 0 {
-            return None;
-        }
-    }
-    Some(bytes)
+    let _ = wire.send(bytes, &files, Limit::now());
 }
 
 /// Answers message after message until nothing is left to say.
 struct Daemon {
     script: std::vec::IntoIter<Answer>,
     /// Where events are sent.
-    events: Option<OwnedFd>,
+    events: Option<Connection>,
 }
 
 impl Daemon {
@@ -124,24 +110,20 @@ impl Daemon {
             if stop.load(Ordering::Acquire) {
                 return;
             }
-            stream.set_read_timeout(Some(IDLE)).unwrap();
-            while self.serve(&stream).is_some() {}
+            let mut wire = Connection::new(stream);
+            while self.serve(&mut wire).is_some() {}
             self.events = None;
         }
     }
 
     /// Answers one message. `None` is the end of the connection.
-    fn serve(&mut self, stream: &UnixStream) -> Option<()> {
-        let mut files = Vec::new();
-        let header = receive(stream, 12, &mut files)?;
-        let word = |bytes: &[u8], at: usize| u32::from_ne_bytes(bytes[at..at + 4].try_into().unwrap());
-        let (request, flags, size) = (word(&header, 0), word(&header, 4), word(&header, 8));
-        let body = receive(stream, (size as usize).min(1 << 16), &mut files)?;
+    fn serve(&mut self, wire: &mut Connection) -> Option<()> {
+        let Message { request, need_reply, body, files } = wire.receive_request(Limit::after(IDLE)).ok()??;
+        let came = files.expect("the frontend sends what it may").pop();
         if request == SET_BACKEND_REQ_FD {
-            self.events = files.pop();
+            self.events = came.as_ref().map(|file| Connection::new(file.try_clone().unwrap().into()));
         }
-        let own = [GET_FEATURES, GET_VRING_BASE, GET_PROTOCOL_FEATURES, GET_QUEUE_NUM, GET_CONFIG, GET_INFLIGHT_FD];
-        if !own.contains(&request) && request != SKIP_DRAIN && flags & 8 == 0 {
+        if !OWN_ANSWERS.contains(&request) && !need_reply {
             return Some(());
         }
         let answer = self.script.next()?;
@@ -172,6 +154,11 @@ impl Daemon {
                 area.extend(body.get(16..).unwrap_or_default());
                 area
             }
+            SET_DEVICE_STATE_FD => {
+                // It is the end to write to, or else the frontend writes to it.
+                let _ = came.map(|pipe| rustix::io::write(&pipe, &answer.body));
+                number(1 << 8)
+            }
             _ => number(0),
         };
         let mut header = [request, 1 | 1 << 2, reply.len() as u32];
@@ -194,7 +181,7 @@ impl Daemon {
             }
             _ => {}
         }
-        send(stream, &[words(&header), reply].concat(), &files);
+        send(wire, &[words(&header), reply].concat(), &files);
         Some(())
     }
 }
@@ -248,6 +235,8 @@ fn drive(device: &mut VhostUserDevice, memory: &GuestMemory, acts: &[Act]) {
                 device.reset();
                 running.fill(false);
             }
+            Act::Save => drop(device.save_state()),
+            Act::Load(ref state) => drop(device.load_state(state)),
             Act::Wait => thread::yield_now(),
         }
     }

@@ -46,8 +46,6 @@ pub(super) struct View {
 /// The handles to a connection.
 pub(super) struct Breaker {
     pub(super) socket: OwnedFd,
-    /// The socket of the daemon's own messages: it may stop in the middle of one.
-    pub(super) events: Option<OwnedFd>,
     pub(super) process: Option<Arc<OwnedFd>>,
 }
 
@@ -87,15 +85,13 @@ impl Shared {
 
     /// Ends the connection, or the attempt to have one, from outside: whatever the keeper waits for ends with it.
     pub(super) fn break_off(&self) {
-        let Some(Breaker { socket, events, process }) = self.view().breaker.take() else { return };
+        let Some(Breaker { socket, process }) = self.view().breaker.take() else { return };
         warn!(parent: &self.span, "the daemon does not answer; its connection is ended");
         if let Some(process) = process {
             // One that has ended already is ended.
             let _ = pidfd_send_signal(&process, Signal::KILL);
         }
-        for socket in [Some(socket), events].into_iter().flatten() {
-            let _ = shutdown(&socket, Shutdown::Both);
-        }
+        let _ = shutdown(&socket, Shutdown::Both);
     }
 
     /// Waits until a lost daemon has nothing in flight, for the given time at most or for as long as it takes.

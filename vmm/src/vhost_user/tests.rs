@@ -1,15 +1,16 @@
 //! The frontend against a daemon that the test plays, and that breaks the rules.
 
 use std::fs::File;
-use std::io::{IoSliceMut, Read, Write};
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::Write;
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use ringvm_vhost_user::connection::{Connection, Limit};
+use ringvm_vhost_user::message::{self, Message};
 use tempfile::TempDir;
+use vhost::vhost_user::message::BackendReq;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_GPU};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
@@ -19,6 +20,8 @@ use super::*;
 
 /// Longer than any step here takes on the busiest machine, and shorter than a past bug took.
 const LIMIT: Duration = Duration::from_secs(30);
+/// Longest time that the frontend has nothing to say.
+const IDLE: Duration = Duration::from_secs(600);
 const RESET_OWNER: [u32; 2] = [4, 34];
 const SET_FEATURES: u32 = 2;
 const SET_VRING_NUM: u32 = 8;
@@ -71,32 +74,15 @@ impl Stage {
     }
 
     /// Serves one connection.
-    fn serve(&self, mut stream: UnixStream) -> Option<()> {
+    fn serve(&self, stream: UnixStream) -> Option<()> {
+        let mut wire = Connection::new(stream);
         loop {
-            let mut header = [0; 12];
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
-            let mut fds = RecvAncillaryBuffer::new(&mut space);
-            let got = recvmsg(&stream, &mut [IoSliceMut::new(&mut header)], &mut fds, RecvFlags::WAITALL).ok()?;
-            if got.bytes != header.len() {
-                return None;
-            }
-            let files: Vec<OwnedFd> = fds
-                .drain()
-                .filter_map(|message| match message {
-                    RecvAncillaryMessage::ScmRights(fds) => Some(fds),
-                    _ => None,
-                })
-                .flatten()
-                .collect();
-            let word = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().unwrap());
-            let (request, flags, len) = (word(0), word(4), word(8));
-            let mut body = vec![0; len as usize];
-            stream.read_exact(&mut body).ok()?;
+            let Message { request, need_reply, body, files } = wire.receive_request(Limit::after(IDLE)).ok()??;
             lock(&self.heard).push(request);
             let does = (self.script)(request, &body);
             match does {
                 Does::Hang => {
-                    let _ = stream.read_to_end(&mut body);
+                    while let Ok(Some(_)) = wire.receive_request(Limit::after(IDLE)) {}
                     return None;
                 }
                 Does::Leave => return None,
@@ -113,7 +99,7 @@ impl Stage {
                 }
                 GET_VRING_BASE | SKIP_DRAIN => (Some([&body[..4], &[0; 4]].concat()), None),
                 21 => {
-                    *lock(&self.events) = files.into_iter().next().map(UnixStream::from);
+                    *lock(&self.events) = files.ok()?.pop().map(UnixStream::from);
                     (None, None)
                 }
                 31 => {
@@ -124,29 +110,18 @@ impl Stage {
                 }
                 _ => (None, None),
             };
-            let answer = answer.or_else(|| (flags & 8 != 0).then(|| number(u64::from(does == Does::Refuse)))?);
+            let answer = answer.or_else(|| need_reply.then(|| number(u64::from(does == Does::Refuse)))?);
             let Some(answer) = answer else { continue };
-            let head = [request, 1 | 4, answer.len() as u32].map(u32::to_ne_bytes).concat();
-            send(&stream, &[head, answer].concat(), file.as_ref())?;
+            let file = file.as_ref().map(AsFd::as_fd);
+            wire.send(&message::reply(request, &answer), file.as_slice(), Limit::after(IDLE)).ok()?;
         }
     }
 
     /// Says that the configuration space has changed.
     fn say_changed(&self) -> bool {
-        let message = [2_u32, 1, 0].map(u32::to_ne_bytes).concat();
+        let message = message::request(BackendReq::CONFIG_CHANGE_MSG, false, &[]);
         lock(&self.events).as_mut().is_some_and(|events| events.write_all(&message).is_ok())
     }
-}
-
-fn send(stream: &UnixStream, bytes: &[u8], file: Option<&OwnedFd>) -> Option<()> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = rustix::net::SendAncillaryBuffer::new(&mut space);
-    let fds = file.map(|file| [file.as_fd()]);
-    if let Some(fds) = &fds {
-        control.push(rustix::net::SendAncillaryMessage::ScmRights(fds));
-    }
-    let flags = rustix::net::SendFlags::NOSIGNAL;
-    rustix::net::sendmsg(stream, &[std::io::IoSlice::new(bytes)], &mut control, flags).ok().map(drop)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -374,6 +349,29 @@ fn a_daemon_that_leaves_off_in_an_event_is_given_up_with_the_first_wait() {
         assert!(asked.elapsed() < ANSWER + NOTICE, "{:?}", asked.elapsed());
         assert!(start.elapsed() < LIMIT, "it is not given up");
     }
+}
+
+#[test]
+fn a_daemon_without_events_may_close_their_channel() {
+    let Play { stage, mut device, _folder } = play(VIRTIO_ID_GPU, PLAIN, |_, _| Does::Obey);
+    drop(lock(&stage.events).take());
+    thread::sleep(Duration::from_millis(300));
+    device.ack_features(VERSION_1).unwrap();
+    assert_eq!((stage.connections(), device.is_connected()), (1, true));
+}
+
+#[test]
+fn pitfall_54_answers_to_events_that_are_never_read_end_the_connection() {
+    let Play { stage, device, _folder } = play(VIRTIO_ID_GPU, PLAIN, |_, _| Does::Obey);
+    let events = lock(&stage.events).take().unwrap();
+    let flood = thread::spawn(move || {
+        // It fails when the frontend has closed its end.
+        let event = message::request(BackendReq::CONFIG_CHANGE_MSG, true, &[]);
+        while (&events).write_all(&event).is_ok() {}
+    });
+    eventually("it comes again", || stage.connections() > 1);
+    flood.join().unwrap();
+    eventually("it is served again", || device.is_connected());
 }
 
 #[test]
