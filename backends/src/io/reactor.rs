@@ -23,9 +23,8 @@ use tokio::sync::mpsc;
 use vmm_sys_util::eventfd::EventFd;
 
 pub(crate) use self::core::Core;
-pub use self::wake::TaskHandle;
 use crate::io::ring::{Budget, Ring};
-use crate::io::service::Service;
+use crate::io::service::{Service, TaskHandle};
 use crate::stats::QueueStats;
 use crate::virtqueue::stopping::Departure;
 use crate::virtqueue::{End, Suspended};

@@ -15,7 +15,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
 use crate::io::queues::Queues;
-use crate::io::reactor::{ReactorOptions, ReactorPool, TaskHandle};
+use crate::io::reactor::{ReactorOptions, ReactorPool};
+use crate::io::service::TaskHandle;
 use crate::testing::driver::{Buffer, Descriptor, Driver};
 use crate::virtqueue::interrupt::Interrupt;
 use crate::virtqueue::split::{Queue, RING_FEATURES};

@@ -5,7 +5,6 @@ use std::task::Waker;
 
 use tracing::Span;
 
-use crate::io::reactor::TaskHandle;
 use crate::stats::QueueStats;
 use crate::virtqueue::buffers::Chain;
 use crate::virtqueue::interrupt::Interrupt;
@@ -26,6 +25,23 @@ enum State {
     Stopping,
     /// Asked to leave at once: requests that can be cancelled are not waited for.
     Suspending,
+}
+
+/// A queue's place on its I/O thread, as the queue itself sees it.
+#[derive(Debug)]
+pub struct TaskHandle {
+    /// Its number there.
+    pub task: u32,
+    /// Has the thread call `Task::woken`. Any thread may use it, for as long as it likes.
+    pub waker: Waker,
+}
+
+#[cfg(test)]
+impl TaskHandle {
+    /// That of a queue without a thread, which nobody wakes.
+    pub(crate) fn unthreaded(task: u32) -> Self {
+        Self { task, waker: Waker::noop().clone() }
+    }
 }
 
 /// One queue in service.

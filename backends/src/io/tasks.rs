@@ -58,15 +58,7 @@ pub(crate) fn any_run() -> bool {
 pub async fn read_exact_at(file: &File, mut data: GuestIo, mut offset: u64) -> io::Result<()> {
     while !data.is_empty() {
         let (count, _) = file.readv_at(data.next_empty(), offset).await;
-        match count {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(count) => {
-                data.advance(count as u64);
-                offset += count as u64;
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
+        offset += advance(&mut data, count, io::ErrorKind::UnexpectedEof)?;
     }
     Ok(())
 }
@@ -78,15 +70,18 @@ pub async fn read_exact_at(file: &File, mut data: GuestIo, mut offset: u64) -> i
 pub async fn write_all_at(file: &File, mut data: GuestIo, mut offset: u64) -> io::Result<()> {
     while !data.is_empty() {
         let (count, _) = file.writev_at(data.next_filled(), offset).await;
-        match count {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(count) => {
-                data.advance(count as u64);
-                offset += count as u64;
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
+        offset += advance(&mut data, count, io::ErrorKind::WriteZero)?;
     }
     Ok(())
+}
+
+/// Drops what an operation has done from the front. Returns how much that was; nothing at all is the error `none`.
+fn advance(data: &mut GuestIo, count: io::Result<usize>, none: io::ErrorKind) -> io::Result<u64> {
+    let count = match count {
+        Ok(0) => return Err(none.into()),
+        Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+        count => count? as u64,
+    };
+    data.advance(count);
+    Ok(count)
 }

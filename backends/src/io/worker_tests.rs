@@ -9,7 +9,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
 use crate::io::queues::Queues;
-use crate::io::reactor::{ReactorOptions, ReactorPool, TaskHandle};
+use crate::io::reactor::{ReactorOptions, ReactorPool};
+use crate::io::service::TaskHandle;
 use crate::io::tasks::spawn;
 use crate::testing::driver::{Buffer, Driver};
 use crate::virtqueue::interrupt::Interrupt;

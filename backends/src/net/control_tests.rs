@@ -8,9 +8,9 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::*;
 use crate::device::{GuestMemory, QueueState};
-use crate::io::reactor::{Task, TaskHandle};
+use crate::io::reactor::Task;
 use crate::io::ring::Ring;
-use crate::io::service::Service;
+use crate::io::service::{Service, TaskHandle};
 use crate::io::worker::Worker;
 use crate::net::port::{Ends, Offloads};
 use crate::net::state::NetState;

@@ -2,28 +2,12 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Wake, Waker};
+use std::task::Wake;
 
 use tokio::sync::mpsc;
 
 use super::Command;
-
-/// A queue's place on its I/O thread, as the queue itself sees it.
-#[derive(Debug)]
-pub struct TaskHandle {
-    /// Its number there.
-    pub task: u32,
-    /// Has the thread call [`Task::woken`](super::Task::woken). Any thread may use it, for as long as it likes.
-    pub waker: Waker,
-}
-
-#[cfg(test)]
-impl TaskHandle {
-    /// That of a queue without a thread, which nobody wakes.
-    pub(crate) fn unthreaded(task: u32) -> Self {
-        Self { task, waker: Waker::noop().clone() }
-    }
-}
+use crate::io::service::TaskHandle;
 
 /// What a [`TaskHandle`]'s waker does.
 #[derive(Debug)]
