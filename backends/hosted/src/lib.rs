@@ -5,3 +5,4 @@
 //! device like any other, on threads of its own, in the VMM's process or behind our own server.
 
 pub mod listeners;
+pub mod vsock;
