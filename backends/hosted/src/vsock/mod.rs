@@ -19,17 +19,19 @@ mod queues;
 mod socket;
 
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ringvm_backends::options::Checked;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::{VhostUserBackend, VringRwLock};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vmm_sys_util::epoll::EventSet;
 
 use self::muxer::{Limits, Muxer};
 use self::queues::Memory;
+use crate::hosted::Hosted;
 use crate::listeners::Listeners;
 
 pub use options::{OpenError, VsockOptions};
@@ -42,6 +44,8 @@ const TX: u16 = 1;
 const POLL_EVENT: u16 = NUM_QUEUES as u16 + 1;
 
 const QUEUE_SIZE: usize = 256;
+/// Bytes of the configuration space: `guest_cid`.
+const CONFIG_LEN: u32 = 8;
 
 /// VIRTIO_VSOCK_F_STREAM.
 const F_STREAM: u64 = 1 << 0;
@@ -50,6 +54,19 @@ const F_NO_IMPLIED_STREAM: u64 = 1 << 2;
 
 /// Most packets of a turn, each way. The thread has other things to do too, e.g. to stop.
 const MAX_PACKETS: usize = 4 * QUEUE_SIZE;
+
+/// Makes a vsock device.
+///
+/// # Errors
+/// When its socket can't be made, or the host refuses something else.
+pub fn open(name: &str, options: &Checked<VsockOptions>) -> Result<Hosted<Arc<Vsock>>, OpenError> {
+    let backend = Arc::new(Vsock::new(options)?);
+    let hosted = Hosted::new(name, VIRTIO_ID_VSOCK, CONFIG_LEN, Arc::clone(&backend))?;
+    for listeners in hosted.listeners() {
+        backend.listen(&*listeners).map_err(|source| OpenError::Host { what: "listening to sockets", source })?;
+    }
+    Ok(hosted)
+}
 
 /// The backend of a vsock device.
 pub struct Vsock {

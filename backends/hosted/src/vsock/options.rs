@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use ringvm_backends::options::Check;
 use thiserror::Error;
 
+use crate::hosted::HostedError;
+
 /// Longest path of a Unix socket: `sun_path` less the zero at its end.
 const MAX_PATH: usize = 107;
 /// CIDs that a guest can have. Those below are the hypervisor's, of loopback and the host's; that above means any.
@@ -76,6 +78,9 @@ pub enum OpenError {
         /// The error that it returned.
         source: io::Error,
     },
+    /// The backend can't be made a device.
+    #[error(transparent)]
+    Hosted(#[from] HostedError),
 }
 
 /// The path at which a program of the host listens for connections of the guest to `port`.
