@@ -229,10 +229,13 @@ impl<B: VhostUserBackend> EventLoop<B> {
     }
 
     fn call_backend(&mut self, event: u16, events: EventSet) {
-        if self.failed {
+        // Descriptors of the backend's own stay its business: one that it did not look at would keep this thread busy.
+        if self.failed && usize::from(event) < self.vrings.len() {
             return;
         }
-        if let Err(error) = self.backend.handle_event(event, events, &self.vrings, self.thread) {
+        if let Err(error) = self.backend.handle_event(event, events, &self.vrings, self.thread)
+            && !self.failed
+        {
             error!(device = self.name, event, %error, "the backend has failed, the device needs a reset");
             self.failed = true;
             self.faults.raise();
