@@ -3,6 +3,7 @@
 mod bounds;
 mod bulk;
 mod ends;
+mod hosted;
 mod random;
 mod rig;
 
