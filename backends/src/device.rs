@@ -138,6 +138,12 @@ pub trait Device: Send {
     /// The device's fixed properties.
     fn info(&self) -> &DeviceInfo;
 
+    /// Whether its queues can note requests in flight, log the pages that they write and be suspended, and the device
+    /// hands its state over. A server offers these to its clients only then.
+    fn recovers(&self) -> bool {
+        true
+    }
+
     /// Accepts the driver's choice among the offered features.
     ///
     /// # Errors

@@ -38,20 +38,22 @@ const MAX_CONFIG: u32 = 4096;
 /// GET_VRING_BASE leaves requests that can be cancelled in the table of requests in flight.
 const SUSPENDS: Protocol = Protocol::GET_VRING_BASE_INFLIGHT;
 
-/// The offered features: all that are served.
-fn protocol_features() -> Protocol {
-    SUSPENDS
-        | F_SKIP_DRAIN
-        | Protocol::MQ
-        | Protocol::LOG_SHMFD
+/// The offered features: all that the device serves.
+fn protocol_features(device: &dyn Device) -> Protocol {
+    let always = Protocol::MQ
         | Protocol::REPLY_ACK
         | Protocol::BACKEND_REQ
         | Protocol::CONFIG
-        | Protocol::INFLIGHT_SHMFD
         | Protocol::RESET_DEVICE
         | Protocol::CONFIGURE_MEM_SLOTS
-        | Protocol::STATUS
-        | Protocol::DEVICE_STATE
+        | Protocol::STATUS;
+    let recovery = SUSPENDS | F_SKIP_DRAIN | Protocol::LOG_SHMFD | Protocol::INFLIGHT_SHMFD | Protocol::DEVICE_STATE;
+    if device.recovers() { always | recovery } else { always }
+}
+
+/// The features of the protocol's own among those of the device.
+fn own_features(device: &dyn Device) -> u64 {
+    if device.recovers() { F_PROTOCOL_FEATURES | F_LOG_ALL } else { F_PROTOCOL_FEATURES }
 }
 
 /// Why a request is not met.
@@ -169,11 +171,9 @@ impl<'a> Backend<'a> {
         let mut files = files.map_err(|wrong| malformed(wrong.to_string()))?.into_iter();
         match kind {
             FrontendReq::SET_OWNER => Ok(Answer::Done),
-            FrontendReq::GET_FEATURES => {
-                Ok(Answer::number(self.device.info().features | F_PROTOCOL_FEATURES | F_LOG_ALL))
-            }
+            FrontendReq::GET_FEATURES => Ok(Answer::number(self.device.info().features | own_features(self.device))),
             FrontendReq::SET_FEATURES => self.set_features(number(&message)?),
-            FrontendReq::GET_PROTOCOL_FEATURES => Ok(Answer::number(protocol_features().bits())),
+            FrontendReq::GET_PROTOCOL_FEATURES => Ok(Answer::number(protocol_features(self.device).bits())),
             FrontendReq::SET_PROTOCOL_FEATURES => self.set_protocol_features(number(&message)?),
             FrontendReq::GET_QUEUE_NUM => Ok(Answer::number(nic::queue_num(self.device.info()))),
             FrontendReq::GET_CONFIG => self.get_config(&message),
@@ -212,7 +212,7 @@ impl<'a> Backend<'a> {
     fn set_features(&mut self, features: u64) -> Result<Answer, Refused> {
         self.negotiates = features & F_PROTOCOL_FEATURES != 0;
         let log_all = features & F_LOG_ALL != 0;
-        let features = nic::driver_features(self.device.info(), features & !(F_PROTOCOL_FEATURES | F_LOG_ALL));
+        let features = nic::driver_features(self.device.info(), features & !own_features(self.device));
         let toggled = log_all != self.logging.all();
         // Sent again while rings run, as for each pair of a NIC, or while they are only disabled, to switch the log.
         // Otherwise it is another driver's choice.
@@ -234,7 +234,7 @@ impl<'a> Backend<'a> {
 
     fn set_protocol_features(&mut self, bits: u64) -> Result<Answer, Refused> {
         let features = Protocol::from_bits_retain(bits);
-        if !protocol_features().contains(features) {
+        if !protocol_features(self.device).contains(features) {
             return Err(malformed(format!("{bits:#x} was not offered")));
         }
         self.protocol = features;

@@ -5,4 +5,7 @@
 //! device like any other, on threads of its own, in the VMM's process or behind our own server.
 
 pub mod console;
+pub mod hosted;
 pub mod listeners;
+
+pub use hosted::{ConfigChange, Hosted, HostedError};

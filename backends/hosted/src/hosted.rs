@@ -1,0 +1,429 @@
+//! A backend of the `vhost-user-backend` crate as a [`Device`].
+//!
+//! The device does with the backend what the crate's own server does: it makes the vrings, runs a thread for each set of
+//! queues that the backend wants one for, calls the backend for kicks, and maps memory, features, configuration space
+//! and positions. The data path is the same as in a daemon: the backend's own, with `virtio-queue`.
+//!
+//! The backend is not trusted to behave. All calls are made on its own threads, and nobody waits for them without a
+//! limit. One that panics, fails or does not answer costs a line in the log; its driver is told that the device needs
+//! a reset.
+//!
+//! The crate has no way to note requests in flight for a successor, to give back requests half done, or to log
+//! written pages. [`Device::recovers`] says so, and whoever asks for these things is refused.
+
+mod event_loop;
+mod memory;
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
+use ringvm_backends::device::{Device, DeviceError, DeviceInfo, GuestMemory, QueueParts, Suspended};
+use ringvm_backends::state::check_empty;
+use ringvm_backends::stats::{DeviceStats, QueueStats};
+use ringvm_backends::virtqueue::End;
+use ringvm_backends::virtqueue::interrupt::Interrupt;
+use ringvm_backends::virtqueue::stopping::Stopping;
+use thiserror::Error;
+use tracing::warn;
+use vhost_user_backend::{VhostUserBackend, VringT};
+use virtio_bindings::virtio_config::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use vm_memory::mmap::NewBitmap;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use self::event_loop::{EventLoop, Faults, Ring};
+use crate::listeners::Listeners;
+
+/// Longest time that the backend may take for a call that a driver or a transport waits for.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// Longest time that the backend may keep buffers of a queue that stops.
+const STOP_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Features that the backend may offer and that are not passed on: those of vhost-user itself, and rings and
+/// addresses of kinds that no transport of ours has.
+const NOT_OFFERED: u64 = 1 << 26 | 1 << 30 | 1 << VIRTIO_F_ACCESS_PLATFORM | 1 << VIRTIO_F_RING_PACKED;
+
+/// Why a backend can't be a device.
+#[derive(Debug, Error)]
+pub enum HostedError {
+    /// It describes itself in a way that no device can be.
+    #[error("the backend of {device}: {what}")]
+    Backend {
+        /// Name of the device.
+        device: String,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// The host refuses something that it needs.
+    #[error("{device}: {what}: {source}")]
+    Host {
+        /// Name of the device.
+        device: String,
+        /// The operation that failed.
+        what: &'static str,
+        /// The error that it returned.
+        source: io::Error,
+    },
+}
+
+/// Tells the driver that the configuration space has changed. For backends whose space changes by itself.
+#[derive(Clone, Debug, Default)]
+pub struct ConfigChange(Arc<std::sync::Mutex<Interrupt>>);
+
+impl ConfigChange {
+    /// Tells it, if somebody listens.
+    pub fn tell(&self) {
+        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner).raise();
+    }
+
+    fn set(&self, notify: Interrupt) {
+        *self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = notify;
+    }
+}
+
+/// A call on one of the backend's threads.
+type Call<B> = Box<dyn FnOnce(&mut EventLoop<B>) + Send>;
+
+/// One thread of the backend.
+struct Thread<B: VhostUserBackend> {
+    /// Closed to end the thread.
+    calls: Option<Sender<Call<B>>>,
+    wake: Arc<EventFd>,
+    listeners: Arc<dyn Listeners>,
+    faults: Faults,
+    handle: Option<JoinHandle<()>>,
+}
+
+impl<B: VhostUserBackend> Thread<B> {
+    /// Has the thread make a call. The answer comes by the channel, which is closed if the thread has died.
+    fn ask<T: Send + 'static>(&self, call: impl FnOnce(&mut EventLoop<B>) -> T + Send + 'static) -> Receiver<T> {
+        let (tell, told) = bounded(1);
+        self.tell(Box::new(move |event_loop| {
+            // Whoever asked may have stopped waiting.
+            let _ = tell.send(call(event_loop));
+        }));
+        told
+    }
+
+    fn tell(&self, call: Call<B>) {
+        if let Some(calls) = &self.calls {
+            // A thread that has died drops the call, and its asker sees that.
+            let _ = calls.send(call);
+            // Full: it was woken often enough.
+            let _ = self.wake.write(1);
+        }
+    }
+}
+
+/// A backend as a device.
+pub struct Hosted<B: VhostUserBackend> {
+    info: DeviceInfo,
+    features: u64,
+    threads: Vec<Thread<B>>,
+    /// Of each queue: its thread, and its place among the queues there.
+    seats: Vec<(usize, usize)>,
+    memory: Option<GuestMemory>,
+    atomic: GuestMemoryAtomic<GuestMemoryMmap<B::Bitmap>>,
+    changed: ConfigChange,
+    kicks: Arc<[AtomicU64]>,
+}
+
+impl<B> Hosted<B>
+where
+    B: VhostUserBackend + Clone + 'static,
+    B::Vring: Clone + Send + Sync + 'static,
+    B::Bitmap: NewBitmap + Clone + Send + Sync + 'static,
+{
+    /// Makes a device of this virtio ID over a backend. The backend's configuration space has `config_len` bytes, which
+    /// the crate has no question for.
+    ///
+    /// # Errors
+    /// When the backend's answers make no device, or the host refuses a thread or a descriptor.
+    pub fn new(name: &str, device_type: u32, config_len: u32, backend: B) -> Result<Self, HostedError> {
+        let wrong = |what: String| HostedError::Backend { device: name.to_owned(), what };
+        let host = |what| move |source| HostedError::Host { device: name.to_owned(), what, source };
+        let (queues, most) = (backend.num_queues(), backend.max_queue_size());
+        if !(1..=256).contains(&queues) || !(1..=1 << 15).contains(&most) {
+            return Err(wrong(format!("it says that it has {queues} queues of {most} descriptors")));
+        }
+        let features = backend.features() & !NOT_OFFERED;
+        if features & 1 << VIRTIO_F_VERSION_1 == 0 {
+            return Err(wrong("it does not offer VIRTIO_F_VERSION_1, and legacy drivers are not served".to_owned()));
+        }
+        let queue_size = 1 << most.ilog2();
+        let atomic = GuestMemoryAtomic::new(GuestMemoryMmap::<B::Bitmap>::new());
+        let vring = |_| B::Vring::new(atomic.clone(), queue_size);
+        let vrings = (0..queues).map(vring).collect::<Result<Vec<_>, _>>();
+        let vrings = vrings.map_err(|error| wrong(format!("making its vrings: {error}")))?;
+        let kicks: Arc<[AtomicU64]> = (0..queues).map(|_| AtomicU64::new(0)).collect();
+        let masks = backend.queues_per_thread();
+        let mut seats = vec![None; queues];
+        let mut threads = Vec::new();
+        for (thread, mask) in masks.iter().enumerate() {
+            let on_thread: Vec<usize> = (0..queues.min(64)).filter(|queue| mask >> queue & 1 != 0).collect();
+            for (place, &queue) in on_thread.iter().enumerate() {
+                seats[queue].get_or_insert((thread, place));
+            }
+            let rings = on_thread.iter().map(|&queue| vrings[queue].clone()).collect();
+            let (calls, inbox) = unbounded();
+            let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(host("making an event"))?);
+            let faults = Faults::of(on_thread.len());
+            let event_loop = EventLoop::new(
+                (name.to_owned(), thread),
+                (backend.clone(), queues, rings),
+                (inbox, Arc::clone(&wake)),
+                faults.clone(),
+                (on_thread, Arc::clone(&kicks)),
+            );
+            let event_loop = event_loop.map_err(host("listening to events"))?;
+            let listeners = event_loop.listeners();
+            let handle = std::thread::Builder::new().name(format!("host-{name}"));
+            let handle = handle.spawn(move || event_loop.run()).map_err(host("starting a thread"))?;
+            threads.push(Thread { calls: Some(calls), wake, listeners, faults, handle: Some(handle) });
+        }
+        let seats = seats.into_iter().enumerate();
+        let seats =
+            seats.map(|(queue, seat)| seat.ok_or_else(|| wrong(format!("no thread of it serves queue {queue}"))));
+        Ok(Self {
+            seats: seats.collect::<Result<_, _>>()?,
+            info: DeviceInfo {
+                device_type,
+                name: name.to_owned(),
+                features,
+                queue_sizes: vec![queue_size; queues],
+                config_len,
+            },
+            features: 0,
+            threads,
+            memory: None,
+            atomic,
+            changed: ConfigChange::default(),
+            kicks,
+        })
+    }
+
+    /// The backend's threads, to which it may give descriptors of its own: as `VhostUserDaemon::get_epoll_handlers`.
+    #[must_use]
+    pub fn listeners(&self) -> Vec<Arc<dyn Listeners>> {
+        self.threads.iter().map(|thread| Arc::clone(&thread.listeners)).collect()
+    }
+
+    /// The way to tell the driver of a change to the configuration space that the backend makes by itself.
+    #[must_use]
+    pub fn config_change(&self) -> ConfigChange {
+        self.changed.clone()
+    }
+
+    /// Makes a call on a thread of the backend, and waits for its end.
+    fn call<T: Send + 'static>(
+        &self,
+        thread: usize,
+        what: &'static str,
+        call: impl FnOnce(&mut EventLoop<B>) -> T + Send + 'static,
+    ) -> Result<T, DeviceError> {
+        let answer = self.threads[thread].ask(call).recv_timeout(PATIENCE);
+        answer.map_err(|error| {
+            let source = match error {
+                RecvTimeoutError::Timeout => {
+                    let text = format!("its backend has not answered within {} s", PATIENCE.as_secs());
+                    io::Error::new(io::ErrorKind::TimedOut, text)
+                }
+                RecvTimeoutError::Disconnected => io::Error::other("its backend has panicked"),
+            };
+            self.threads.iter().for_each(|thread| thread.faults.raise());
+            DeviceError::Host { device: self.info.name.clone(), what, source }
+        })
+    }
+
+    /// Shows the backend the guest's memory.
+    fn set_memory(&mut self, mem: &GuestMemory) -> Result<(), DeviceError> {
+        if self.memory.as_ref().is_some_and(|known| Arc::ptr_eq(known, mem)) {
+            return Ok(());
+        }
+        let what = "showing the guest's memory to its backend";
+        let failed = |source| DeviceError::Host { device: self.info.name.clone(), what, source };
+        let mapped = memory::as_seen_by::<B::Bitmap>(mem).map_err(failed)?;
+        self.atomic.lock().unwrap_or_else(std::sync::PoisonError::into_inner).replace(mapped);
+        let atomic = self.atomic.clone();
+        self.call(0, what, move |event_loop| event_loop.backend().update_memory(atomic))?.map_err(failed)?;
+        self.memory = Some(Arc::clone(mem));
+        Ok(())
+    }
+
+    fn refuse(&self, index: u16, reason: &'static str) -> DeviceError {
+        DeviceError::Queue { device: self.info.name.clone(), index, reason }
+    }
+}
+
+impl<B> Device for Hosted<B>
+where
+    B: VhostUserBackend + Clone + 'static,
+    B::Vring: Clone + Send + Sync + 'static,
+    B::Bitmap: NewBitmap + Clone + Send + Sync + 'static,
+{
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn recovers(&self) -> bool {
+        false
+    }
+
+    fn ack_features(&mut self, features: u64) -> Result<(), DeviceError> {
+        self.info.check_features(features)?;
+        let event_idx = features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+        for thread in 0..self.threads.len() {
+            self.call(thread, "accepting features", move |event_loop| {
+                event_loop.set_event_idx(event_idx);
+                if thread == 0 {
+                    event_loop.backend().set_event_idx(event_idx);
+                    event_loop.backend().acked_features(features);
+                }
+            })?;
+        }
+        self.features = features;
+        Ok(())
+    }
+
+    fn read_config(&self, offset: u32, data: &mut [u8]) {
+        data.fill(0);
+        let len = data.len() as u32;
+        let read = self
+            .call(0, "reading the configuration space", move |event_loop| event_loop.backend().get_config(offset, len));
+        match read {
+            Ok(bytes) => {
+                // Backends answer with fewer bytes than were asked for, or with none, where they have no more.
+                let count = bytes.len().min(data.len());
+                data[..count].copy_from_slice(&bytes[..count]);
+            }
+            Err(error) => warn!(%error, "the driver reads zeroes"),
+        }
+    }
+
+    fn write_config(&mut self, offset: u32, data: &[u8]) -> Result<(), DeviceError> {
+        let bytes = data.to_vec();
+        let written = self.call(0, "writing the configuration space", move |event_loop| {
+            event_loop.backend().set_config(offset, &bytes)
+        })?;
+        written.map_err(|_| DeviceError::Config { device: self.info.name.clone(), offset, len: data.len() })
+    }
+
+    fn start_queue(&mut self, index: u16, parts: QueueParts) -> Result<(), DeviceError> {
+        let seat = self.seats.get(usize::from(index)).copied();
+        let (thread, place) = seat.ok_or_else(|| self.refuse(index, "does not exist"))?;
+        if parts.inflight.is_some() || !parts.left.is_empty() {
+            return Err(self.refuse(index, "can't take requests over: its backend knows no table of those in flight"));
+        }
+        if parts.log.is_some() {
+            return Err(self.refuse(index, "can't log the pages that it writes: its backend knows no log"));
+        }
+        self.set_memory(&parts.mem)?;
+        let QueueParts { ring, mem, from, kick, call, fault, .. } = parts;
+        let ring = Ring { ring, mem, from, kick, call, fault };
+        let started = self.call(thread, "starting a queue", move |event_loop| event_loop.start(place, ring))?;
+        started.map_err(|error| error.into_device_error(&self.info.name, index))
+    }
+
+    fn stop(&mut self, queues: &[u16], _: End) -> Stopping {
+        // All threads are told before the first is waited for.
+        let ends: Vec<Option<(usize, Receiver<Suspended>)>> = queues
+            .iter()
+            .map(|&index| {
+                let &(thread, place) = self.seats.get(usize::from(index))?;
+                let (tell, told) = bounded(1);
+                self.threads[thread].tell(Box::new(move |event_loop| event_loop.stop(place, tell)));
+                Some((thread, told))
+            })
+            .collect();
+        let name = self.info.name.clone();
+        let faults: Vec<Faults> = self.threads.iter().map(|thread| thread.faults.clone()).collect();
+        let indices = queues.to_vec();
+        Stopping::by(queues.len(), move || {
+            let deadline = Instant::now() + STOP_PATIENCE;
+            let end = |(index, end): (u16, Option<(usize, Receiver<Suspended>)>)| {
+                let (thread, end) = end?;
+                match end.recv_deadline(deadline) {
+                    Ok(end) => Some(end),
+                    // It did not run, or its thread has died.
+                    Err(RecvTimeoutError::Disconnected) => None,
+                    Err(RecvTimeoutError::Timeout) => {
+                        let seconds = STOP_PATIENCE.as_secs();
+                        warn!(
+                            device = name,
+                            queue = index,
+                            seconds,
+                            "the backend does not give the queue's buffers back"
+                        );
+                        faults[thread].raise();
+                        None
+                    }
+                }
+            };
+            indices.into_iter().zip(ends).map(end).collect()
+        })
+    }
+
+    fn reset(&mut self) {
+        let indices: Vec<u16> = (0..self.seats.len() as u16).collect();
+        drop(self.stop(&indices, End::Drained).wait());
+        let reset = self.call(0, "a reset", |event_loop| event_loop.backend().reset_device());
+        if let Err(error) = reset {
+            warn!(%error, "the device is not reset");
+        }
+        self.features = 0;
+    }
+
+    fn on_config_change(&mut self, notify: Interrupt) {
+        self.changed.set(notify);
+    }
+
+    fn save_state(&self) -> Result<Vec<u8>, DeviceError> {
+        let reason = "its backend hands no state over".to_owned();
+        Err(DeviceError::Save { device: self.info.name.clone(), reason })
+    }
+
+    fn load_state(&mut self, state: &[u8]) -> Result<(), DeviceError> {
+        check_empty(&self.info.name, state)
+    }
+
+    fn stats(&self) -> DeviceStats {
+        let queue = |(index, kicks): (u16, &AtomicU64)| {
+            let mut stats = QueueStats::new(&[]);
+            stats.kicks = kicks.load(Ordering::Relaxed);
+            (stats.kicks > 0).then_some((index, stats))
+        };
+        DeviceStats { name: self.info.name.clone(), queues: (0..).zip(self.kicks.iter()).filter_map(queue).collect() }
+    }
+}
+
+impl<B: VhostUserBackend> Drop for Hosted<B> {
+    /// Ends the threads. One in a call of the backend that never returns is left behind, and said so.
+    fn drop(&mut self) {
+        for thread in &mut self.threads {
+            thread.calls = None;
+            let _ = thread.wake.write(1);
+        }
+        let deadline = Instant::now() + PATIENCE;
+        for thread in &mut self.threads {
+            let Some(handle) = thread.handle.take() else { continue };
+            while !handle.is_finished() && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            if handle.is_finished() {
+                // A panic was told of when it happened.
+                drop(handle.join());
+            } else {
+                warn!(device = self.info.name, "the backend does not end; its thread is left behind");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "hosted_tests.rs"]
+mod tests;

@@ -1,0 +1,342 @@
+//! A thread of a hosted backend: kicks, descriptors of the backend's own, and calls of its device.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, RawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crossbeam_channel::{Receiver, Sender, TryRecvError};
+use ringvm_backends::device::{DeviceError, GuestMemory, QueueState, RingConfig, Suspended};
+use ringvm_backends::virtqueue::interrupt::Interrupt;
+use tracing::error;
+use vhost_user_backend::{VhostUserBackend, VringT};
+use virtio_queue::QueueT;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::Call;
+use crate::listeners::Listeners;
+
+/// What events of the thread's own carry: beyond the 16 bits that a backend's have.
+const KICK: u64 = 1 << 32;
+const CALL: u64 = 2 << 32;
+const WAKE: u64 = 3 << 32;
+const KIND: u64 = !0 << 32;
+
+/// How often to look whether a backend has given the buffers of a stopping queue back, in milliseconds.
+const LOOK_PAUSE: i32 = 5;
+
+/// A queue's parts, as the thread needs them.
+pub(super) struct Ring {
+    pub(super) ring: RingConfig,
+    pub(super) mem: GuestMemory,
+    pub(super) from: QueueState,
+    pub(super) kick: EventFd,
+    pub(super) call: Interrupt,
+    pub(super) fault: Interrupt,
+}
+
+/// Why a queue does not start.
+pub(super) enum StartError {
+    Refused(&'static str),
+    Host(io::Error),
+}
+
+impl StartError {
+    pub(super) fn into_device_error(self, device: &str, index: u16) -> DeviceError {
+        let device = device.to_owned();
+        match self {
+            Self::Refused(reason) => DeviceError::Queue { device, index, reason },
+            Self::Host(source) => DeviceError::Host { device, what: "starting a queue", source },
+        }
+    }
+}
+
+impl From<io::Error> for StartError {
+    fn from(error: io::Error) -> Self {
+        Self::Host(error)
+    }
+}
+
+/// The fault lines of the queues that a thread serves, within reach when the thread is not.
+#[derive(Clone)]
+pub(super) struct Faults(Arc<Mutex<Vec<Interrupt>>>);
+
+impl Faults {
+    pub(super) fn of(count: usize) -> Self {
+        Self(Arc::new(Mutex::new(vec![Interrupt::None; count])))
+    }
+
+    fn set(&self, place: usize, fault: Interrupt) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)[place] = fault;
+    }
+
+    /// Says of every queue that it is not served any more, once.
+    pub(super) fn raise(&self) {
+        let faults: Vec<_> = {
+            let mut faults = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            faults.iter_mut().map(std::mem::take).collect()
+        };
+        faults.iter().for_each(Interrupt::raise);
+    }
+}
+
+/// A queue that runs.
+struct Running {
+    kick: RawFd,
+    /// Where the backend's calls come in on their way to a driver that is not reached by an eventfd of its own.
+    relay: Option<(EventFd, Interrupt)>,
+    /// Told of the queue's end, once it is asked for.
+    leaving: Option<Sender<Suspended>>,
+}
+
+/// Descriptors of the backend's own.
+struct Registrar {
+    epoll: Arc<Epoll>,
+    queues: usize,
+}
+
+impl Registrar {
+    fn control(&self, operation: ControlOperation, fd: RawFd, events: EventSet, data: u64) -> io::Result<()> {
+        if data <= self.queues as u64 || data > u64::from(u16::MAX) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        self.epoll.ctl(operation, fd, EpollEvent::new(events, data))
+    }
+}
+
+impl Listeners for Registrar {
+    fn register_listener(&self, fd: RawFd, events: EventSet, data: u64) -> io::Result<()> {
+        self.control(ControlOperation::Add, fd, events, data)
+    }
+
+    fn unregister_listener(&self, fd: RawFd, events: EventSet, data: u64) -> io::Result<()> {
+        self.control(ControlOperation::Delete, fd, events, data)
+    }
+}
+
+/// One thread of a backend.
+pub(super) struct EventLoop<B: VhostUserBackend> {
+    name: String,
+    thread: usize,
+    backend: B,
+    queues: usize,
+    vrings: Vec<B::Vring>,
+    running: Vec<Option<Running>>,
+    /// The backend has failed: its queues need a reset.
+    failed: bool,
+    epoll: Arc<Epoll>,
+    inbox: Receiver<Call<B>>,
+    wake: Arc<EventFd>,
+    faults: Faults,
+    /// The device's numbers of this thread's queues.
+    numbers: Vec<usize>,
+    kicks: Arc<[AtomicU64]>,
+}
+
+impl<B: VhostUserBackend> EventLoop<B> {
+    pub(super) fn new(
+        (name, thread): (String, usize),
+        (backend, queues, vrings): (B, usize, Vec<B::Vring>),
+        (inbox, wake): (Receiver<Call<B>>, Arc<EventFd>),
+        faults: Faults,
+        (numbers, kicks): (Vec<usize>, Arc<[AtomicU64]>),
+    ) -> io::Result<Self> {
+        let epoll = Arc::new(Epoll::new()?);
+        epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), EpollEvent::new(EventSet::IN, WAKE))?;
+        let running = vrings.iter().map(|_| None).collect();
+        let failed = false;
+        Ok(Self { name, thread, backend, queues, vrings, running, failed, epoll, inbox, wake, faults, numbers, kicks })
+    }
+
+    pub(super) fn listeners(&self) -> Arc<dyn Listeners> {
+        Arc::new(Registrar { epoll: Arc::clone(&self.epoll), queues: self.queues })
+    }
+
+    pub(super) fn backend(&self) -> &B {
+        &self.backend
+    }
+
+    /// Serves until the device goes or the backend panics.
+    pub(super) fn run(mut self) {
+        let (name, faults) = (self.name.clone(), self.faults.clone());
+        let ended = catch_unwind(AssertUnwindSafe(|| self.serve()));
+        // What is left of the loop is dropped first: whoever waits for an answer of it waits no longer.
+        drop(catch_unwind(AssertUnwindSafe(move || drop(self))));
+        match ended {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => error!(device = name, %error, "the backend's thread can't wait for events"),
+            Err(_) => error!(device = name, "the backend has panicked, the device needs a reset"),
+        }
+        faults.raise();
+    }
+
+    fn serve(&mut self) -> io::Result<()> {
+        let mut events = vec![EpollEvent::default(); 64];
+        loop {
+            let leaves = self.running.iter().flatten().any(|ring| ring.leaving.is_some());
+            let count = match self.epoll.wait(if leaves { LOOK_PAUSE } else { -1 }, &mut events) {
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+                Err(error) => return Err(error),
+            };
+            for event in &events[..count] {
+                self.event(event.data(), EventSet::from_bits_truncate(event.events()));
+            }
+            loop {
+                match self.inbox.try_recv() {
+                    Ok(call) => call(self),
+                    Err(TryRecvError::Empty) => break,
+                    Err(TryRecvError::Disconnected) => return Ok(()),
+                }
+            }
+            self.let_go();
+        }
+    }
+
+    fn event(&mut self, data: u64, events: EventSet) {
+        let place = (data & !KIND) as usize;
+        match data & KIND {
+            // The counter of a kick is never read: another process may have it too. Its edges count.
+            KICK => {
+                if let Some(number) = self.numbers.get(place) {
+                    self.kicks[*number].fetch_add(1, Ordering::Relaxed);
+                }
+                self.kicked(place);
+            }
+            CALL => {
+                if let Some(Some(Running { relay: Some((event, driver)), .. })) = self.running.get(place) {
+                    // Nonblocking, and ours alone.
+                    let _ = event.read();
+                    driver.raise();
+                }
+            }
+            WAKE => {
+                let _ = self.wake.read();
+            }
+            _ => self.call_backend(place as u16, events),
+        }
+    }
+
+    /// Has the backend look at a queue.
+    fn kicked(&mut self, place: usize) {
+        let serves = self.running.get(place).and_then(Option::as_ref).is_some_and(|ring| ring.leaving.is_none());
+        if serves {
+            self.call_backend(place as u16, EventSet::IN);
+        }
+    }
+
+    fn call_backend(&mut self, event: u16, events: EventSet) {
+        if self.failed {
+            return;
+        }
+        if let Err(error) = self.backend.handle_event(event, events, &self.vrings, self.thread) {
+            error!(device = self.name, event, %error, "the backend has failed, the device needs a reset");
+            self.failed = true;
+            self.faults.raise();
+        }
+    }
+
+    pub(super) fn set_event_idx(&self, enabled: bool) {
+        self.vrings.iter().for_each(|vring| vring.set_queue_event_idx(enabled));
+    }
+
+    /// Has the backend serve a queue.
+    pub(super) fn start(&mut self, place: usize, ring: Ring) -> Result<(), StartError> {
+        if self.running[place].is_some() {
+            return Err(StartError::Refused("runs already, or was stopped and is not given back by its backend"));
+        }
+        let vring = &self.vrings[place];
+        let RingConfig { size, desc, avail, used } = ring.ring;
+        vring.set_queue_size(size);
+        let set = vring.set_queue_info(desc, avail, used);
+        set.map_err(|_| StartError::Refused("has a ring that is misaligned"))?;
+        vring.set_queue_next_avail(ring.from.next_avail);
+        vring.set_queue_next_used(ring.from.next_used);
+        vring.set_queue_ready(true);
+        let is_valid = {
+            let state = vring.get_ref();
+            let queue = state.get_queue();
+            queue.size() == size && queue.is_valid(&*ring.mem)
+        };
+        if !is_valid {
+            vring.set_queue_ready(false);
+            return Err(StartError::Refused(
+                "has a ring of a size that its backend does not take, or outside of memory",
+            ));
+        }
+        let (call, relay) = match ring.call {
+            // The driver's own event, such as an irqfd: no thread stands in between.
+            Interrupt::Event(event) => (Some(event.try_clone()?), None),
+            Interrupt::None => (None, None),
+            other => {
+                let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+                let data = CALL | place as u64;
+                self.epoll.ctl(ControlOperation::Add, event.as_raw_fd(), EpollEvent::new(EventSet::IN, data))?;
+                (Some(event.try_clone()?), Some((event, other)))
+            }
+        };
+        vring.set_call(call.map(into_file));
+        let kick = ring.kick.as_raw_fd();
+        vring.set_kick(Some(into_file(ring.kick)));
+        let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        self.epoll.ctl(ControlOperation::Add, kick, EpollEvent::new(events, KICK | place as u64))?;
+        vring.set_enabled(true);
+        self.faults.set(place, ring.fault);
+        self.failed = false;
+        self.running[place] = Some(Running { kick, relay, leaving: None });
+        // The driver may have made buffers available before.
+        self.kicked(place);
+        Ok(())
+    }
+
+    /// Has a queue stopped; `tell` is told once the backend has given back what it has taken.
+    pub(super) fn stop(&mut self, place: usize, tell: Sender<Suspended>) {
+        let Some(running) = &mut self.running[place] else { return };
+        let first = running.leaving.replace(tell).is_none();
+        if first {
+            let kick = running.kick;
+            let vring = &self.vrings[place];
+            vring.set_queue_ready(false);
+            vring.set_enabled(false);
+            // It was added, so this can't fail.
+            let _ = self.epoll.ctl(ControlOperation::Delete, kick, EpollEvent::default());
+            if let Err(error) = self.backend.stop_vring(self.numbers[place] as u32) {
+                error!(device = self.name, queue = self.numbers[place], %error, "the backend fails to stop a queue");
+            }
+        }
+        self.let_go();
+    }
+
+    /// Tells of the end of queues that are to stop and have nothing in flight.
+    fn let_go(&mut self) {
+        for (place, vring) in self.vrings.iter().enumerate() {
+            let Some(tell) = self.running[place].as_ref().and_then(|ring| ring.leaving.as_ref()) else { continue };
+            let (next_avail, next_used) = {
+                let state = vring.get_ref();
+                (state.get_queue().next_avail(), state.get_queue().next_used())
+            };
+            if next_avail != next_used {
+                continue;
+            }
+            // Whoever asked may have stopped waiting.
+            let _ = tell.send(Suspended { state: QueueState { next_avail, next_used }, left: Vec::new() });
+            if let Some(Running { relay: Some((event, driver)), .. }) = self.running[place].take() {
+                // A call that is under way must not be lost.
+                driver.raise();
+                let _ = self.epoll.ctl(ControlOperation::Delete, event.as_raw_fd(), EpollEvent::default());
+            }
+            vring.set_kick(None);
+            vring.set_call(None);
+            self.faults.set(place, Interrupt::None);
+        }
+    }
+}
+
+#[allow(unsafe_code, reason = "the types of both crates own a descriptor, and neither is made of the other")]
+fn into_file(event: EventFd) -> File {
+    // SAFETY: the descriptor is taken out of its owner.
+    unsafe { File::from_raw_fd(event.into_raw_fd()) }
+}

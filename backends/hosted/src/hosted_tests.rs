@@ -1,0 +1,378 @@
+//! Hosted backends as a driver and a transport see them: one that works, and those that do not.
+
+use std::os::fd::AsRawFd;
+use std::sync::atomic::AtomicUsize;
+use std::sync::{Mutex, RwLock};
+
+use ringvm_backends::device::{QueueState, RingConfig};
+use ringvm_backends::testing::driver::{Buffer, Driver};
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
+use vhost_user_backend::{VhostUserBackendMut, VringRwLock};
+use virtio_queue::QueueOwnedT;
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+use vmm_sys_util::epoll::EventSet;
+
+use super::*;
+
+#[allow(dead_code, reason = "the example's own daemon is not used here")]
+#[path = "../examples/ramdisk.rs"]
+mod ramdisk;
+
+use ramdisk::RamDisk;
+
+const LIMIT: Duration = Duration::from_secs(20);
+const HEADER: u64 = 0x8_0000;
+const DATA: u64 = 0x9_0000;
+const T_IN: u32 = 0;
+const T_OUT: u32 = 1;
+
+/// How a backend behaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Manner {
+    /// Gives every buffer back.
+    Works,
+    Panics,
+    Fails,
+    /// Never returns from a call.
+    Blocks,
+    /// Takes buffers and keeps them.
+    Keeps,
+}
+
+struct Odd {
+    manner: Manner,
+    memory: GuestMemoryAtomic<GuestMemoryMmap>,
+    /// Released when the test is over.
+    block: Arc<Mutex<()>>,
+    descriptor_events: Arc<AtomicUsize>,
+    features: u64,
+}
+
+impl Odd {
+    fn new(manner: Manner) -> Self {
+        let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
+        let features = 1 << VIRTIO_F_VERSION_1 | 1 << 30;
+        Self { manner, memory, block: Arc::default(), descriptor_events: Arc::default(), features }
+    }
+}
+
+impl VhostUserBackendMut for Odd {
+    type Bitmap = ();
+    type Vring = VringRwLock;
+
+    fn num_queues(&self) -> usize {
+        3
+    }
+
+    fn max_queue_size(&self) -> usize {
+        64
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        VhostUserProtocolFeatures::CONFIG
+    }
+
+    fn set_event_idx(&mut self, _: bool) {}
+
+    fn get_config(&self, _: u32, size: u32) -> Vec<u8> {
+        // Far more than was asked for.
+        vec![7; size as usize * 3 + 100]
+    }
+
+    fn update_memory(&mut self, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {
+        self.memory = memory;
+        Ok(())
+    }
+
+    fn queues_per_thread(&self) -> Vec<u64> {
+        vec![0b001, 0b110]
+    }
+
+    fn handle_event(&mut self, event: u16, _: EventSet, vrings: &[VringRwLock], thread: usize) -> io::Result<()> {
+        if usize::from(event) >= 3 {
+            self.descriptor_events.fetch_add(1, Ordering::SeqCst);
+            return Ok(());
+        }
+        assert_eq!(vrings.len(), [1, 2][thread], "only the thread's own queues");
+        match self.manner {
+            Manner::Panics => panic!("a bug, as this test has it"),
+            Manner::Fails => return Err(io::Error::other("broken, as this test has it")),
+            Manner::Blocks => drop(self.block.lock()),
+            Manner::Works | Manner::Keeps => {}
+        }
+        let vring = &vrings[usize::from(event)];
+        let memory = self.memory.memory();
+        loop {
+            let chain = vring.get_mut().get_queue_mut().iter(memory.clone()).map_err(io::Error::other)?.next();
+            let Some(chain) = chain else { return Ok(()) };
+            if self.manner == Manner::Works {
+                vring.add_used(chain.head_index(), u32::from(event)).map_err(io::Error::other)?;
+                vring.signal_used_queue()?;
+            }
+        }
+    }
+}
+
+type OddDevice = Hosted<Arc<RwLock<Odd>>>;
+
+struct Queue {
+    driver: Driver,
+    kick: EventFd,
+    call: Arc<EventFd>,
+    faults: Arc<AtomicUsize>,
+}
+
+struct Rig<B: VhostUserBackend> {
+    device: Hosted<B>,
+    mem: GuestMemory,
+    queues: Vec<Queue>,
+}
+
+impl<B> Rig<B>
+where
+    B: VhostUserBackend + Clone + 'static,
+    B::Vring: Clone + Send + Sync + 'static,
+    B::Bitmap: NewBitmap + Clone + Send + Sync + 'static,
+{
+    fn new(mut device: Hosted<B>) -> Self {
+        let mem: GuestMemory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap());
+        let features = device.info().features;
+        device.ack_features(features).unwrap();
+        let queue = |(index, &size): (usize, &u16)| Queue {
+            driver: Driver::new(Arc::clone(&mem), index as u64 * 0x1_0000, size, features),
+            kick: EventFd::new(EFD_NONBLOCK).unwrap(),
+            call: Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()),
+            faults: Arc::default(),
+        };
+        let queues = device.info().queue_sizes.iter().enumerate().map(queue).collect();
+        Self { device, mem, queues }
+    }
+
+    fn start(&mut self, index: u16, from: QueueState) -> Result<(), DeviceError> {
+        let queue = &self.queues[usize::from(index)];
+        let faults = Arc::clone(&queue.faults);
+        let parts = QueueParts {
+            call: Interrupt::Event(Arc::clone(&queue.call)),
+            fault: Interrupt::Call(Arc::new(move || {
+                faults.fetch_add(1, Ordering::SeqCst);
+            })),
+            from,
+            ..QueueParts::new(queue.driver.ring(), Arc::clone(&self.mem), queue.kick.try_clone().unwrap())
+        };
+        self.device.start_queue(index, parts)
+    }
+
+    /// Offers one buffer, and rings.
+    fn offer(&mut self, index: usize) {
+        let queue = &mut self.queues[index];
+        queue.driver.add(&[Buffer { addr: DATA, len: 64, writable: true }]).unwrap();
+        queue.driver.want_interrupts(true);
+        if queue.driver.publish() {
+            queue.kick.write(1).unwrap();
+        }
+    }
+
+    fn next_used(&mut self, index: usize) -> (u16, u32) {
+        let mut used = None;
+        wait("the buffer comes back", || {
+            used = self.queues[index].driver.next_used();
+            used.is_some()
+        });
+        used.unwrap()
+    }
+
+    fn wait_for_fault(&self, index: usize) {
+        wait("a fault is raised", || self.queues[index].faults.load(Ordering::SeqCst) > 0);
+    }
+}
+
+fn wait(what: &str, mut until: impl FnMut() -> bool) {
+    let deadline = Instant::now() + LIMIT;
+    while !until() {
+        assert!(Instant::now() < deadline, "not in time: {what}");
+        std::thread::yield_now();
+    }
+}
+
+fn odd(manner: Manner) -> (Arc<RwLock<Odd>>, Rig<Arc<RwLock<Odd>>>) {
+    let backend = Arc::new(RwLock::new(Odd::new(manner)));
+    let device: OddDevice = Hosted::new("odd0", 4, 4, Arc::clone(&backend)).unwrap();
+    (backend, Rig::new(device))
+}
+
+#[test]
+fn a_disk_of_the_other_crate_is_a_device() {
+    let disk = Arc::new(RwLock::new(RamDisk::new(64)));
+    let mut rig = Rig::new(Hosted::new("disk0", 2, 60, disk).unwrap());
+    let mut capacity = [0; 8];
+    rig.device.read_config(0, &mut capacity);
+    assert_eq!(u64::from_le_bytes(capacity), 64);
+    rig.start(0, QueueState::default()).unwrap();
+    let mut request = |kind: u32, sector: u64, data: &mut [u8]| {
+        let header = [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat();
+        rig.mem.write_slice(&header, GuestAddress(HEADER)).unwrap();
+        rig.mem.write_slice(data, GuestAddress(DATA)).unwrap();
+        let queue = &mut rig.queues[0];
+        let chain = [
+            Buffer { addr: HEADER, len: 16, writable: false },
+            Buffer { addr: DATA, len: data.len() as u32, writable: kind == T_IN },
+            Buffer { addr: HEADER + 16, len: 1, writable: true },
+        ];
+        queue.driver.add(&chain).unwrap();
+        queue.driver.want_interrupts(true);
+        if queue.driver.publish() {
+            queue.kick.write(1).unwrap();
+        }
+        rig.next_used(0);
+        rig.mem.read_slice(data, GuestAddress(DATA)).unwrap();
+        rig.mem.read_obj::<u8>(GuestAddress(HEADER + 16)).unwrap()
+    };
+    for round in 0..50u8 {
+        let sector = u64::from(round) % 63;
+        assert_eq!(request(T_OUT, sector, &mut [round + 1; 1024]), 0);
+        let mut read = [0; 1024];
+        assert_eq!(request(T_IN, sector, &mut read), 0);
+        assert_eq!(read, [round + 1; 1024]);
+    }
+    assert_eq!(request(T_IN, 64, &mut [0; 512]), 1, "past the end");
+    assert!(rig.queues[0].call.read().is_ok(), "the driver was interrupted");
+    // A stop and another start at the same position.
+    let ended = rig.device.drain(0).unwrap();
+    assert_eq!((ended.next_avail, ended.next_used), (101, 101));
+    rig.start(0, ended).unwrap();
+    rig.offer(0);
+    rig.next_used(0);
+    rig.device.reset();
+    rig.device.ack_features(rig.device.info().features).unwrap();
+}
+
+#[test]
+fn each_queue_is_served_by_the_thread_that_its_backend_has_for_it() {
+    let (_, mut rig) = odd(Manner::Works);
+    for index in 0..3 {
+        // What was offered before the start is looked at without a kick.
+        rig.queues[index].driver.add(&[Buffer { addr: DATA, len: 64, writable: true }]).unwrap();
+        rig.queues[index].driver.publish();
+        rig.start(index as u16, QueueState::default()).unwrap();
+        // The number of the queue on its thread.
+        assert_eq!(rig.next_used(index).1, [0, 0, 1][index]);
+        rig.offer(index);
+        rig.next_used(index);
+    }
+    let ends = rig.device.suspend(&[2, 0, 1]);
+    for end in ends {
+        let end = end.expect("it ran");
+        assert_eq!((end.state.next_avail, end.state.next_used, end.left), (2, 2, vec![]));
+    }
+    assert!(rig.device.suspend(&[0])[0].is_none(), "it does not run");
+    assert_eq!(rig.device.stats().queues.len(), 3);
+}
+
+#[test]
+fn a_backend_is_called_for_descriptors_of_its_own() {
+    let (backend, rig) = odd(Manner::Works);
+    let events = Arc::clone(&backend.read().unwrap().descriptor_events);
+    let listeners = rig.device.listeners();
+    assert_eq!(listeners.len(), 2);
+    let event = EventFd::new(EFD_NONBLOCK).unwrap();
+    for data in [0, 3, 1 << 16] {
+        let error = listeners[1].register_listener(event.as_raw_fd(), EventSet::IN, data).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{data}");
+    }
+    listeners[1].register_listener(event.as_raw_fd(), EventSet::IN, 4).unwrap();
+    event.write(1).unwrap();
+    wait("the backend is called", || events.load(Ordering::SeqCst) > 0);
+    listeners[1].unregister_listener(event.as_raw_fd(), EventSet::IN, 4).unwrap();
+}
+
+#[test]
+fn pitfall_54_a_backend_that_panics_or_fails_needs_a_reset_and_nobody_waits_for_it() {
+    for manner in [Manner::Panics, Manner::Fails] {
+        let (_, mut rig) = odd(manner);
+        rig.start(1, QueueState::default()).ok();
+        rig.wait_for_fault(1);
+        assert!(rig.queues[1].driver.next_used().is_none());
+        // The end of a queue whose thread has died is the end.
+        let ends = rig.device.suspend(&[1]);
+        assert_eq!(ends[0].is_some(), manner == Manner::Fails, "{manner:?}");
+        rig.device.reset();
+        if manner == Manner::Panics {
+            let error = rig.start(1, QueueState::default()).unwrap_err().to_string();
+            assert!(error.contains("its backend has panicked"), "{error}");
+        }
+    }
+}
+
+#[test]
+fn pitfall_54_a_backend_that_blocks_is_given_up_in_time() {
+    let (backend, mut rig) = odd(Manner::Blocks);
+    let block = Arc::clone(&backend.read().unwrap().block);
+    let blocked = block.lock().unwrap();
+    let error = rig.start(0, QueueState::default()).unwrap_err().to_string();
+    assert!(error.contains("not answered within 2 s"), "{error}");
+    let ends = rig.device.suspend(&[0]);
+    assert!(ends[0].is_none());
+    drop(rig);
+    drop(blocked);
+}
+
+#[test]
+fn pitfall_54_a_backend_that_keeps_buffers_is_not_waited_for_for_ever() {
+    let (_, mut rig) = odd(Manner::Keeps);
+    rig.start(0, QueueState::default()).unwrap();
+    rig.start(2, QueueState::default()).unwrap();
+    rig.offer(0);
+    wait("the buffer is taken", || rig.device.stats().queues.iter().any(|(index, _)| *index == 0));
+    let begun = Instant::now();
+    let ends = rig.device.suspend(&[0, 2]);
+    assert!(begun.elapsed() >= STOP_PATIENCE);
+    assert!(ends[0].is_none() && ends[1].is_some(), "the other queue has nothing to keep");
+    rig.wait_for_fault(0);
+    let error = rig.start(0, QueueState::default()).unwrap_err().to_string();
+    assert!(error.contains("not given back by its backend"), "{error}");
+}
+
+#[test]
+fn what_a_backend_can_not_do_is_refused_by_name() {
+    let (_, mut rig) = odd(Manner::Works);
+    let parts = QueueParts {
+        left: vec![1],
+        ..QueueParts::new(rig.queues[0].driver.ring(), Arc::clone(&rig.mem), EventFd::new(EFD_NONBLOCK).unwrap())
+    };
+    let error = rig.device.start_queue(0, parts).unwrap_err().to_string();
+    assert!(error.contains("no table of those in flight"), "{error}");
+    let error = rig.device.save_state().unwrap_err().to_string();
+    assert!(error.contains("hands no state over"), "{error}");
+    assert!(!rig.device.recovers());
+    // A ring outside of memory, and one of a size that is too large.
+    for change in [|ring: &mut RingConfig| ring.used = 1 << 30, |ring: &mut RingConfig| ring.size = 128] {
+        let mut ring = rig.queues[0].driver.ring();
+        change(&mut ring);
+        let parts = QueueParts::new(ring, Arc::clone(&rig.mem), EventFd::new(EFD_NONBLOCK).unwrap());
+        assert!(matches!(rig.device.start_queue(0, parts), Err(DeviceError::Queue { index: 0, .. })));
+    }
+    let parts = QueueParts::new(rig.queues[0].driver.ring(), Arc::clone(&rig.mem), EventFd::new(EFD_NONBLOCK).unwrap());
+    assert!(matches!(rig.device.start_queue(7, parts), Err(DeviceError::Queue { index: 7, .. })));
+    rig.start(0, QueueState::default()).unwrap();
+    assert!(matches!(rig.start(0, QueueState::default()), Err(DeviceError::Queue { index: 0, .. })));
+    // More bytes of configuration space than there was room for.
+    let mut space = [0; 6];
+    rig.device.read_config(0, &mut space);
+    assert_eq!(space, [7; 6]);
+}
+
+#[test]
+fn a_backend_that_makes_no_device_is_refused() {
+    let mut legacy = Odd::new(Manner::Works);
+    legacy.features = 1 << 30;
+    let error = Hosted::new("odd0", 4, 4, Arc::new(RwLock::new(legacy))).err().unwrap().to_string();
+    assert!(error.contains("the backend of odd0") && error.contains("VIRTIO_F_VERSION_1"), "{error}");
+    let mut wide = Odd::new(Manner::Works);
+    wide.features |= 1 << VIRTIO_F_RING_PACKED | 1 << 26 | 1 << VIRTIO_F_ACCESS_PLATFORM;
+    let device = Hosted::new("odd0", 4, 4, Arc::new(RwLock::new(wide))).unwrap();
+    assert_eq!(device.info().features, 1 << VIRTIO_F_VERSION_1, "what no transport of ours has is not offered");
+}
