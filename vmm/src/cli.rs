@@ -10,7 +10,7 @@ use ringvm_cli::{help, keyval, usage};
 use serde::de::DeserializeOwned;
 
 use crate::config::{
-    BootProtocol, Config, ConfigError, CpuConfig, DiskSpec, MemoryConfig, NetSpec, Serial, TripleFault,
+    BootProtocol, Config, ConfigError, CpuConfig, DiskSpec, FsOptions, MemoryConfig, NetSpec, Serial, TripleFault,
     VhostUserOptions,
 };
 
@@ -46,6 +46,7 @@ const CPUS: &str = "vCPUs [default: 1]";
 const MEMORY: &str = "Guest memory [default: 512M]";
 const DISK: &str = "Add a disk (virtio-blk); may be repeated";
 const NET: &str = "Add a NIC (virtio-net) on one of tap, fds, link and loopback; may be repeated";
+const FS: &str = "Share a file system that a vhost-user daemon serves (virtio-fs); may be repeated";
 const VHOST_USER: &str = "Add a device of any kind that a vhost-user daemon serves; may be repeated";
 
 /// The command whose help explains the options.
@@ -133,6 +134,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "OPTIONS", help_heading = "Devices", help = help::short::<NetSpec>(NET),
         long_help = help::long::<NetSpec>(NET))]
     pub net: Vec<String>,
+    /// File systems
+    #[arg(long, value_name = "OPTIONS", help_heading = "Devices", help = help::short::<FsOptions>(FS),
+        long_help = help::long::<FsOptions>(FS))]
+    pub fs: Vec<String>,
     /// Devices that daemons serve
     #[arg(long, value_name = "OPTIONS", help_heading = "Devices", help = help::short::<VhostUserOptions>(VHOST_USER),
         long_help = help::long::<VhostUserOptions>(VHOST_USER))]
@@ -182,6 +187,7 @@ impl RunArgs {
         set(&mut config.rng, self.rng.map(|rng| rng == OnOff::On));
         config.disk.extend(devices("disk", &self.disk)?);
         config.net.extend(devices("net", &self.net)?);
+        config.fs.extend(devices("fs", &self.fs)?);
         config.vhost_user.extend(devices("vhost-user", &self.vhost_user)?);
         config.io = self.io.or(config.io);
         config.no_reboot |= self.no_reboot;
@@ -289,6 +295,14 @@ mod tests {
             (&["--kernel", "k", "--net", "tap=a,mac=01:00:5e:00:00:01"], "is a multicast address"),
             (&["--kernel", "k", "--net", "tap=a,mtu=20"], "mtu=20 is not from 68"),
             (&["--kernel", "k", "--net", "tap=a,speed=1"], "there is no key `speed`"),
+            (&["--kernel", "k", "--fs", "tag=a"], "the key `socket` is missing"),
+            (&["--kernel", "k", "--fs", "tag=,socket=/s"], "tag= is not a name of 1 to 36 bytes"),
+            (&["--kernel", "k", "--fs", "tag=a,socket=/s,queues=64"], "queues=64 is not from 1 to 63"),
+            (&["--kernel", "k", "--fs", "tag=a,socket="], "socket= is empty"),
+            (
+                &["--kernel", "k", "--fs", "tag=a,socket=/s", "--memory", "1G,ksm=on"],
+                "drop it, or place=daemon, socket=, --fs",
+            ),
             (&["--kernel", "k", "--serial", "tty"], "--serial tty: `tty` is not one of"),
             (&["--kernel", "k", "--cpus", "0"], "0 vCPUs"),
             (&["--kernel", "k", "--cpus", "many"], "--cpus many: count: `many`"),

@@ -14,7 +14,7 @@ use ringvm_cli::io_options::IoOptions;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-pub use devices::{Backend, DeviceName, DeviceSpec, DeviceType, DiskSpec, NetSpec, Place, VhostUserOptions};
+pub use devices::{Backend, DeviceName, DeviceSpec, DeviceType, DiskSpec, FsOptions, NetSpec, Place, VhostUserOptions};
 pub use hardware::{ByteSize, CpuConfig, HugePages, MemoryConfig, Serial};
 
 options! {
@@ -38,6 +38,8 @@ options! {
         pub disk: Vec<DiskSpec>,
         /// NICs, in the order of their slots, behind the disks.
         pub net: Vec<NetSpec>,
+        /// File systems that daemons share, behind those.
+        pub fs: Vec<Checked<FsOptions>>,
         /// Devices of any kind that daemons serve, behind those.
         pub vhost_user: Vec<Checked<VhostUserOptions>>,
         /// Serial port.
@@ -149,11 +151,11 @@ impl Config {
         if self.memory.ksm && self.has_daemons() {
             return refuse(
                 "--memory: ksm=on keeps other processes out, so that no daemon can serve this machine; drop it, or \
-                 place=daemon, socket= and --vhost-user"
+                 place=daemon, socket=, --fs and --vhost-user"
                     .into(),
             );
         }
-        let devices = self.disk.len() + self.net.len() + self.vhost_user.len() + usize::from(self.rng);
+        let devices = self.disk.len() + self.net.len() + self.fs.len() + self.vhost_user.len() + usize::from(self.rng);
         if devices > MAX_DEVICES {
             return refuse(format!("{devices} devices are more than the {MAX_DEVICES} slots of the PCI bus"));
         }
@@ -190,11 +192,12 @@ impl Config {
     fn check_names(&self) -> Result<(), ConfigError> {
         let disks = self.disk.iter().enumerate().map(|(index, disk)| ("--disk", index, disk.name(index)));
         let nets = self.net.iter().enumerate().map(|(index, net)| ("--net", index, net.name(index)));
+        let shared = self.fs.iter().enumerate().map(|(index, fs)| ("--fs", index, fs.name(index)));
         let others = self.vhost_user.iter().enumerate();
         let others = others.map(|(index, device)| ("--vhost-user", index, device.name(index)));
         let rng = self.rng.then(|| ("--rng", 0, RNG.to_owned()));
         let mut seen: BTreeMap<String, String> = BTreeMap::new();
-        for (option, index, name) in disks.chain(nets).chain(others).chain(rng) {
+        for (option, index, name) in disks.chain(nets).chain(shared).chain(others).chain(rng) {
             let device = format!("{option} (number {index})");
             if let Some(other) = seen.insert(name.clone(), device.clone()) {
                 let what = "is the name of two devices";
@@ -209,6 +212,7 @@ impl Config {
     fn has_daemons(&self) -> bool {
         self.disk.iter().any(|disk| disk.options_here().is_none())
             || self.net.iter().any(|net| net.options_here().is_none())
+            || !self.fs.is_empty()
             || !self.vhost_user.is_empty()
     }
 

@@ -20,7 +20,7 @@ use rustix::termios::isatty;
 use rustix::thread::CpuSet;
 use thiserror::Error;
 use tracing::{debug_span, info};
-use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET};
+use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_FS, VIRTIO_ID_NET};
 
 use crate::advice::advice;
 use crate::boot::{BootError, BootSource, Initramfs, Kernel};
@@ -351,7 +351,7 @@ fn open_devices(config: &Config, events: &Events) -> Result<(Devices, Vec<Mover>
         let name = disk.name(index);
         match &disk.backend {
             Backend::Socket { path, queues, queue_size } => {
-                let wanted = Wanted { device_type: VIRTIO_ID_BLOCK, queues: Some(*queues), queue_size: *queue_size };
+                let wanted = Wanted::new(VIRTIO_ID_BLOCK, Some(*queues), *queue_size);
                 devices.push(daemon(&name, path, wanted)?);
             }
             Backend::Own { place, options } => {
@@ -365,7 +365,7 @@ fn open_devices(config: &Config, events: &Events) -> Result<(Devices, Vec<Mover>
         let name = net.name(index);
         match &net.backend {
             Backend::Socket { path, queue_size, .. } => {
-                let wanted = Wanted { device_type: VIRTIO_ID_NET, queues: None, queue_size: *queue_size };
+                let wanted = Wanted::new(VIRTIO_ID_NET, None, *queue_size);
                 devices.push(daemon(&name, path, wanted)?);
             }
             Backend::Own { place, options } => {
@@ -375,9 +375,15 @@ fn open_devices(config: &Config, events: &Events) -> Result<(Devices, Vec<Mover>
             }
         }
     }
+    for (index, fs) in config.fs.iter().enumerate() {
+        // The first queue is for requests that overtake others.
+        let wanted = Wanted::new(VIRTIO_ID_FS, Some(fs.queues + 1), fs.queue_size);
+        let wanted = Wanted { config: Some(fs.config_space()), ..wanted };
+        devices.push(daemon(&fs.name(index), &fs.socket, wanted)?);
+    }
     for (index, options) in config.vhost_user.iter().enumerate() {
         let name = options.name(index);
-        let wanted = Wanted { device_type: options.r#type.0, queues: options.queues, queue_size: options.queue_size };
+        let wanted = Wanted::new(options.r#type.0, options.queues, options.queue_size);
         devices.push(daemon(&name, &options.socket, wanted)?);
     }
     if config.rng {

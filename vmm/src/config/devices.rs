@@ -277,9 +277,67 @@ impl VhostUserOptions {
 
 impl Check for VhostUserOptions {
     fn check(&self) -> Result<(), String> {
-        if !self.queue_size.is_power_of_two() || self.queue_size > 1 << 15 {
-            return Err(format!("queue-size={} is not a power of two from 1 to 32768", self.queue_size));
+        check_queue_size(self.queue_size)?;
+        check_socket(&self.socket)
+    }
+}
+
+fn check_queue_size(size: u16) -> Result<(), String> {
+    if size.is_power_of_two() && size <= 1 << 15 {
+        return Ok(());
+    }
+    Err(format!("queue-size={size} is not a power of two from 1 to 32768"))
+}
+
+ringvm_backends::options! {
+    /// A file system that a daemon shares with the guest.
+    #[derive(Clone, Debug, PartialEq, Eq)]
+    pub struct FsOptions {
+        /// Name that the guest mounts it by, at most 36 bytes.
+        #[key(required, value("NAME"))]
+        pub tag: String,
+        /// Where its daemon listens, such as virtiofsd.
+        #[key(required, value("PATH"))]
+        pub socket: PathBuf,
+        /// Number of request queues, 1 to 63.
+        pub queues: u16 = 1,
+        /// Descriptors per queue, a power of two of at most 32768.
+        pub queue_size: u16 = 1024,
+        /// Name of the device in logs, statistics and messages. Without it, fs0, fs1 and so on.
+        #[key(value("NAME"))]
+        pub id: Option<DeviceName>,
+    }
+}
+
+/// Length of the tag in the configuration space (virtio 1.3, section 5.11.4).
+const TAG_LEN: usize = 36;
+
+impl FsOptions {
+    /// Name of the device of this index.
+    #[must_use]
+    pub fn name(&self, index: usize) -> String {
+        DeviceName::or_default(self.id.as_ref(), "fs", index)
+    }
+
+    /// The configuration space: the tag, and the number of request queues. Daemons leave both to the VMM.
+    #[must_use]
+    pub fn config_space(&self) -> Vec<u8> {
+        let mut space = self.tag.as_bytes().to_vec();
+        space.resize(TAG_LEN, 0);
+        space.extend(u32::from(self.queues).to_le_bytes());
+        space
+    }
+}
+
+impl Check for FsOptions {
+    fn check(&self) -> Result<(), String> {
+        if self.tag.is_empty() || self.tag.len() > TAG_LEN || self.tag.contains('\0') {
+            return Err(format!("tag={} is not a name of 1 to {TAG_LEN} bytes", self.tag));
         }
+        if !(1..=63).contains(&self.queues) {
+            return Err(format!("queues={} is not from 1 to 63", self.queues));
+        }
+        check_queue_size(self.queue_size)?;
         check_socket(&self.socket)
     }
 }
@@ -485,6 +543,19 @@ mod tests {
         #[test]
         fn nics_read_what_they_have_written(id in id(), backend in prop_oneof![own(nic()), socket(Just(1))]) {
             assert_round_trip(&NetSpec { id, backend });
+        }
+
+        #[test]
+        fn file_systems_read_what_they_have_written(
+            id in id(),
+            tag in "[^\0]{1,9}",
+            socket in path(),
+            queues in 1..=63_u16,
+            bits in 0..=15_u16,
+        ) {
+            let options = FsOptions { tag, socket, queues, queue_size: 1 << bits, id };
+            assert_eq!(options.config_space().len(), TAG_LEN + 4);
+            assert_round_trip(&Checked::new(options).unwrap());
         }
 
         #[test]

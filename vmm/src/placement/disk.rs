@@ -72,7 +72,7 @@ impl Source for Disk {
                 })?;
                 let program = Program::new(program(PROGRAM), words, image.iter().cloned().collect());
                 let (queues, queue_size) = (Some(options.queues), options.queue_size);
-                let wanted = Wanted { device_type: VIRTIO_ID_BLOCK, queues, queue_size };
+                let wanted = Wanted::new(VIRTIO_ID_BLOCK, queues, queue_size);
                 Ok(Box::new(VhostUserDevice::connect(name, Peer::Program(program), &wanted)?))
             }
         }

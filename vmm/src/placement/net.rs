@@ -88,7 +88,7 @@ impl Source for Nic {
                 })?;
                 let mut words = vec!["--net".into(), net];
                 words.extend(common_arguments(name, &threads.reactors, 2 * usize::from(options.queues), *stats));
-                let wanted = Wanted { device_type: VIRTIO_ID_NET, queues: None, queue_size: options.queue_size };
+                let wanted = Wanted::new(VIRTIO_ID_NET, None, options.queue_size);
                 let peer = Peer::Program(Program::new(program(PROGRAM), words, inherited));
                 Ok(Box::new(VhostUserDevice::connect(name, peer, &wanted)?))
             }

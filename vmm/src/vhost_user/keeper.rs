@@ -19,6 +19,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{Shutdown, shutdown};
 use tracing::{debug, debug_span, info, warn};
 
+use super::Wanted;
 use super::error::LinkError;
 use super::inflight::Inflight;
 use super::link::{Link, Vring};
@@ -54,6 +55,8 @@ pub(super) struct Keeper {
     next_attempt: Instant,
     next_event: Instant,
     queue_size: u16,
+    /// Whether daemons are asked for the configuration space.
+    asks_config: bool,
     /// Rings that the device has.
     queues: u16,
     pub(super) setup: DriverSetup,
@@ -77,7 +80,7 @@ pub(super) struct Keeper {
 
 impl Keeper {
     /// The keeper of a device that was connected just now.
-    pub(super) fn new(shared: Arc<Shared>, peer: Peer, link: Link, queues: u16, queue_size: u16) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, peer: Peer, link: Link, queues: u16, wanted: &Wanted) -> Self {
         let now = Instant::now();
         let mut keeper = Self {
             shared,
@@ -87,7 +90,8 @@ impl Keeper {
             pause: FIRST_PAUSE,
             next_attempt: now,
             next_event: now,
-            queue_size,
+            queue_size: wanted.queue_size,
+            asks_config: wanted.config.is_none(),
             queues,
             setup: DriverSetup::default(),
             rings: BTreeMap::new(),
@@ -240,7 +244,7 @@ impl Keeper {
         self.arm(socket.as_fd());
         let failed = |error: LinkError| (error.hangs(), error.to_string());
         // How many queues it has does not matter any more.
-        let (mut link, about) = Link::open(socket, false).map_err(failed)?;
+        let (mut link, about) = Link::open(socket, false, self.asks_config).map_err(failed)?;
         let accepted = self.setup.features.unwrap_or(0);
         if accepted & !about.features != 0 {
             let missing = accepted & !about.features;

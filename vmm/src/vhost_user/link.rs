@@ -74,8 +74,8 @@ pub(super) struct Link {
 
 impl Link {
     /// Greets the daemon, and learns its abilities. With `counted` it is asked for the number of its queues: of a NIC
-    /// that is the number of pairs.
-    pub(super) fn open(socket: UnixStream, counted: bool) -> Result<(Self, About), LinkError> {
+    /// that is the number of pairs. With `configured` it has the configuration space, if it can.
+    pub(super) fn open(socket: UnixStream, counted: bool, configured: bool) -> Result<(Self, About), LinkError> {
         let mut link = Self {
             wire: Connection::new(socket),
             events: None,
@@ -88,7 +88,8 @@ impl Link {
         if link.features & PROTOCOL_FEATURES != 0 {
             let offered = Protocol::from_bits_retain(link.ask(Request::GET_PROTOCOL_FEATURES)?);
             let suspends = offered.contains(SUSPENDING | Protocol::INFLIGHT_SHMFD);
-            let protocol = offered & if suspends { WANTED | SUSPENDING } else { WANTED };
+            let mut protocol = offered & if suspends { WANTED | SUSPENDING } else { WANTED };
+            protocol.set(Protocol::CONFIG, configured && offered.contains(Protocol::CONFIG));
             link.tell(Request::SET_PROTOCOL_FEATURES, &protocol.bits().to_ne_bytes(), &[])?;
             link.protocol = protocol;
         }

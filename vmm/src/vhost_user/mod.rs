@@ -73,6 +73,16 @@ pub struct Wanted {
     pub queues: Option<u16>,
     /// Descriptors per queue.
     pub queue_size: u16,
+    /// The configuration space, for kinds of device whose daemons have none.
+    pub config: Option<Vec<u8>>,
+}
+
+impl Wanted {
+    /// A device whose configuration space is its daemon's.
+    #[must_use]
+    pub fn new(device_type: u32, queues: Option<u16>, queue_size: u16) -> Self {
+        Self { device_type, queues, queue_size, config: None }
+    }
 }
 
 /// Why a daemon can't be used.
@@ -133,10 +143,12 @@ impl VhostUserDevice {
             }
         };
         let failed = |reason: LinkError| error("talking to", reason.to_string(), "; is it a vhost-user daemon?");
-        let (mut link, about) = Link::open(socket, offer::is_counted(wanted.device_type)).map_err(failed)?;
-        let config = match wanted.device_type {
+        let (mut link, about) =
+            Link::open(socket, offer::is_counted(wanted.device_type), wanted.config.is_none()).map_err(failed)?;
+        let config = match (&wanted.config, wanted.device_type) {
+            (Some(config), _) => config.clone(),
             _ if !link.has_config() => Vec::new(),
-            kind => link.within_limits(|link| link.read_config(offer::config_len(kind))).map_err(failed)?,
+            (None, kind) => link.within_limits(|link| link.read_config(offer::config_len(kind))).map_err(failed)?,
         };
         let offered = offer::features(wanted.device_type, about.features, !config.is_empty());
         let count =
@@ -156,7 +168,7 @@ impl VhostUserDevice {
         };
         let shared = Arc::new(Shared::new(name).map_err(|source| host("making an event", source))?);
         shared.view().config = config;
-        let keeper = Keeper::new(Arc::clone(&shared), peer, link, count, wanted.queue_size);
+        let keeper = Keeper::new(Arc::clone(&shared), peer, link, count, wanted);
         let (jobs, inbox) = mpsc::channel();
         let span = shared.span().clone();
         let (alive, ended) = mpsc::channel::<()>();

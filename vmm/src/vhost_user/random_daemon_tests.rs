@@ -250,7 +250,7 @@ fn guest_memory() -> GuestMemory {
 }
 
 fn connect(path: &Path, device_type: u32) -> Result<VhostUserDevice, ConnectError> {
-    let wanted = Wanted { device_type, queues: None, queue_size: SIZE };
+    let wanted = Wanted::new(device_type, None, SIZE);
     VhostUserDevice::connect("fuzzed", Peer::Socket(path.to_owned().into()), &wanted)
 }
 

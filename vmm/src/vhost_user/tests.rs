@@ -12,7 +12,7 @@ use ringvm_vhost_user::message::{self, Message};
 use tempfile::TempDir;
 use vhost::vhost_user::message::BackendReq;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
-use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_GPU};
+use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_FS, VIRTIO_ID_GPU};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
 use super::sentinel::Sentinel;
@@ -136,10 +136,14 @@ struct Play {
 }
 
 fn play(device_type: u32, protocol: u64, script: impl Fn(u32, &[u8]) -> Does + Send + Sync + 'static) -> Play {
+    play_as(&Wanted::new(device_type, None, 16), protocol, script)
+}
+
+fn play_as(wanted: &Wanted, protocol: u64, script: impl Fn(u32, &[u8]) -> Does + Send + Sync + 'static) -> Play {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("s");
     let listener = UnixListener::bind(&path).unwrap();
-    let config = vec![0; offer::config_len(device_type) as usize];
+    let config = vec![0; offer::config_len(wanted.device_type) as usize];
     let stage = Arc::new(Stage {
         script: Box::new(script),
         protocol,
@@ -158,8 +162,7 @@ fn play(device_type: u32, protocol: u64, script: impl Fn(u32, &[u8]) -> Does + S
             thread::spawn(move || actor.serve(stream));
         }
     });
-    let wanted = Wanted { device_type, queues: None, queue_size: 16 };
-    let device = VhostUserDevice::connect("disk0", Peer::at(path), &wanted).unwrap();
+    let device = VhostUserDevice::connect("disk0", Peer::at(path), wanted).unwrap();
     Play { stage, device, _folder: folder }
 }
 
@@ -198,6 +201,23 @@ fn features_that_a_daemon_refuses_are_not_its_death() {
     }
     device.ack_features(VERSION_1).unwrap();
     assert_eq!((stage.connections(), device.is_connected()), (1, true));
+}
+
+/// Daemons for file systems leave the tag to the VMM, and those that have one of their own are not asked.
+#[test]
+fn a_configuration_space_that_is_given_is_not_the_daemons() {
+    let space: Vec<u8> = (1..=40).collect();
+    let wanted = Wanted { config: Some(space.clone()), ..Wanted::new(VIRTIO_ID_FS, None, 16) };
+    for protocol in [PLAIN & !(1 << 9), PLAIN] {
+        let Play { stage, mut device, _folder } = play_as(&wanted, protocol, |_, _| Does::Obey);
+        assert_eq!(device.info().config_len, 40);
+        let mut read = [0; 44];
+        device.read_config(0, &mut read);
+        assert_eq!((&read[..40], &read[40..]), (&space[..], &[0; 4][..]));
+        assert!(matches!(device.write_config(0, &[9]), Err(DeviceError::Config { .. })));
+        let asked = lock(&stage.heard).iter().any(|request| *request == GET_CONFIG);
+        assert!(!asked, "{protocol:#x}");
+    }
 }
 
 #[test]
