@@ -10,6 +10,7 @@
 
 mod backlog;
 mod chain;
+mod device;
 mod end;
 mod file;
 mod host;

@@ -1,6 +1,7 @@
 //! A driver in this process, which the tests have talk to real descriptors through real queues.
 
 mod ends;
+mod hosted;
 mod hostile;
 mod traffic;
 
