@@ -4,6 +4,7 @@ mod common;
 
 use std::fs::File;
 use std::io::{Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -43,7 +44,7 @@ impl Guest {
         client.tell(FrontendReq::SET_FEATURES, &longs(&[FEATURES]), &[]);
         assert_eq!(client.ask_number(FrontendReq::GET_QUEUE_NUM), 2);
         let memory = Memory::new(MemfdFlags::ALLOW_SEALING);
-        client.tell(FrontendReq::SET_MEM_TABLE, &memory.table(), &[std::os::fd::AsFd::as_fd(&memory.file)]);
+        client.tell(FrontendReq::SET_MEM_TABLE, &memory.table(), &[memory.file.as_fd()]);
         let (rx, tx) = (Ring::new(&memory, 0), Ring::new(&memory, 1));
         rx.start(&mut client);
         tx.start(&mut client);
@@ -166,4 +167,27 @@ fn what_cannot_be_a_console_is_refused_in_a_line() {
         assert_eq!(status.code(), Some(2), "{console}: {said:?}");
         assert!(said.len() == 1 && said[0].contains(reason), "{console}: {said:?}");
     }
+}
+
+#[test]
+fn a_frontend_changes_its_memory_while_the_queues_are_stopped() {
+    let dir = scratch();
+    let socket = dir.path().join("v");
+    let daemon = daemon(&socket, "null");
+    let mut guest = Guest::connect(&socket);
+    for _ in 0..3 {
+        guest.say(b"some output");
+        for index in [0, 1] {
+            guest.client.ask(FrontendReq::GET_VRING_BASE, &words(&[index, 0]));
+        }
+        let memory = Memory::new(MemfdFlags::ALLOW_SEALING);
+        guest.client.tell(FrontendReq::SET_MEM_TABLE, &memory.table(), &[memory.file.as_fd()]);
+        let (rx, tx) = (Ring::new(&memory, 0), Ring::new(&memory, 1));
+        rx.start(&mut guest.client);
+        tx.start(&mut guest.client);
+        guest = Guest { memory, rx, tx, ..guest };
+    }
+    guest.say(b"more output");
+    let said = daemon.terminate();
+    assert!(!said.iter().any(|line| line.contains("still in use")), "{said:?}");
 }

@@ -152,10 +152,13 @@ fn a_stopped_queue_is_not_touched() {
     rig.send(b"late", &[4]);
     rig.call(TRANSMITQ as u16);
     assert_eq!(rig.tx.used_index(), 0);
-    // Not even ready, but not enabled either.
-    rig.vrings[TRANSMITQ].set_queue_ready(true);
-    rig.call(TRANSMITQ as u16);
-    assert_eq!(rig.tx.used_index(), 0);
+    // One of the two is not enough.
+    for (ready, enabled) in [(true, false), (false, true)] {
+        rig.vrings[TRANSMITQ].set_queue_ready(ready);
+        rig.vrings[TRANSMITQ].set_enabled(enabled);
+        rig.call(TRANSMITQ as u16);
+        assert_eq!((rig.tx.used_index(), rig.errors.len()), (0, 0));
+    }
     // Input waits for the queue's next life.
     rig.start(RECEIVEQ, FEATURES);
     rig.pump();
