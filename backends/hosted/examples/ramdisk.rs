@@ -55,7 +55,7 @@ impl RamDisk {
             (VIRTIO_BLK_T_OUT, Some(part)) => reader.read_exact(part).map(|()| OK),
             (VIRTIO_BLK_T_IN | VIRTIO_BLK_T_OUT, None) => Ok(IOERR),
             (VIRTIO_BLK_T_FLUSH, _) => Ok(OK),
-            (VIRTIO_BLK_T_GET_ID, _) => data.write_all(b"ramdisk\0").map(|()| OK),
+            (VIRTIO_BLK_T_GET_ID, _) => data.write_all(b"ramdisk\0\0\0\0\0\0\0\0\0\0\0\0\0").map(|()| OK),
             _ => Ok(UNSUPP),
         }
     }

@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use ringvm_backends::device::{DeviceError, GuestMemory, QueueState, RingConfig, Suspended};
@@ -25,6 +26,9 @@ const KICK: u64 = 1 << 32;
 const CALL: u64 = 2 << 32;
 const WAKE: u64 = 3 << 32;
 const KIND: u64 = !0 << 32;
+
+/// How long to wait before a backend that has failed is called again.
+const FAILED_PAUSE: Duration = Duration::from_millis(50);
 
 /// How often to look whether a backend has given the buffers of a stopping queue back, in milliseconds.
 const LOOK_PAUSE: i32 = 5;
@@ -248,6 +252,11 @@ impl<B: VhostUserBackend> EventLoop<B> {
     fn call_backend(&mut self, event: u16, events: EventSet) {
         // A failed backend is still called for descriptors of its own: they would report the same event without end.
         if let Err(error) = self.backend.handle_event(event, events, &self.vrings, self.thread) {
+            if self.failed {
+                // Its descriptors may report the same event without end.
+                std::thread::sleep(FAILED_PAUSE);
+                return;
+            }
             error!(device = self.name, event, %error, "the backend has failed, the device needs a reset");
             self.failed = true;
             self.faults.raise();
