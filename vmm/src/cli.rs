@@ -10,7 +10,7 @@ use ringvm_cli::{help, keyval, usage};
 use serde::de::DeserializeOwned;
 
 use crate::config::{
-    BootProtocol, Config, ConfigError, CpuConfig, DiskSpec, FsOptions, MemoryConfig, NetSpec, Serial, TripleFault,
+    BootProtocol, Config, ConfigError, ConsoleDevice, CpuConfig, VsockDevice, DiskSpec, FsOptions, MemoryConfig, NetSpec, Serial, TripleFault,
     VhostUserOptions,
 };
 
@@ -47,6 +47,8 @@ const MEMORY: &str = "Guest memory [default: 512M]";
 const DISK: &str = "Add a disk (virtio-blk); may be repeated";
 const NET: &str = "Add a NIC (virtio-net) on one of tap, fds, link and loopback; may be repeated";
 const FS: &str = "Share a file system that a vhost-user daemon serves (virtio-fs); may be repeated";
+const CONSOLE: &str = "Add a console (virtio-console, hvc0 in the guest); may be repeated";
+const VSOCK: &str = "Add sockets between host and guest (virtio-vsock)";
 const VHOST_USER: &str = "Add a device of any kind that a vhost-user daemon serves; may be repeated";
 
 /// The command whose help explains the options.
@@ -138,6 +140,14 @@ pub struct RunArgs {
     #[arg(long, value_name = "OPTIONS", help_heading = "Devices", help = help::short::<FsOptions>(FS),
         long_help = help::long::<FsOptions>(FS))]
     pub fs: Vec<String>,
+    /// Virtio consoles
+    #[arg(long, value_name = "OPTIONS", help_heading = "Devices", help = help::short::<ConsoleDevice>(CONSOLE),
+        long_help = help::long::<ConsoleDevice>(CONSOLE))]
+    pub console: Vec<String>,
+    /// Vsock device
+    #[arg(long, value_name = "OPTIONS", help_heading = "Devices", help = help::short::<VsockDevice>(VSOCK),
+        long_help = help::long::<VsockDevice>(VSOCK))]
+    pub vsock: Option<String>,
     /// Devices that daemons serve
     #[arg(long, value_name = "OPTIONS", help_heading = "Devices", help = help::short::<VhostUserOptions>(VHOST_USER),
         long_help = help::long::<VhostUserOptions>(VHOST_USER))]
@@ -188,6 +198,10 @@ impl RunArgs {
         config.disk.extend(devices("disk", &self.disk)?);
         config.net.extend(devices("net", &self.net)?);
         config.fs.extend(devices("fs", &self.fs)?);
+        config.console.extend(devices("console", &self.console)?);
+        if let Some(text) = &self.vsock {
+            config.vsock = Some(keyval::read(text).map_err(|error| option("vsock", text, error))?);
+        }
         config.vhost_user.extend(devices("vhost-user", &self.vhost_user)?);
         config.io = self.io.or(config.io);
         config.no_reboot |= self.no_reboot;

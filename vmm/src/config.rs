@@ -2,6 +2,7 @@
 
 mod devices;
 mod hardware;
+mod hosted;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -15,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use devices::{Backend, DeviceName, DeviceSpec, DeviceType, DiskSpec, FsOptions, NetSpec, Place, VhostUserOptions};
+pub use hosted::{ConsoleDevice, VsockDevice};
 pub use hardware::{ByteSize, CpuConfig, HugePages, MemoryConfig, Serial};
 
 options! {
@@ -40,6 +42,10 @@ options! {
         pub net: Vec<NetSpec>,
         /// File systems that daemons share, behind those.
         pub fs: Vec<Checked<FsOptions>>,
+        /// Virtio consoles, behind those.
+        pub console: Vec<Checked<ConsoleDevice>>,
+        /// Vsock device, behind those.
+        pub vsock: Option<Checked<VsockDevice>>,
         /// Devices of any kind that daemons serve, behind those.
         pub vhost_user: Vec<Checked<VhostUserOptions>>,
         /// Serial port.
@@ -155,7 +161,16 @@ impl Config {
                     .into(),
             );
         }
-        let devices = self.disk.len() + self.net.len() + self.fs.len() + self.vhost_user.len() + usize::from(self.rng);
+        let terminals = self.console.iter().filter(|console| console.is_stdio()).count();
+        if terminals + usize::from(self.serial == Serial::Stdio) > 1 {
+            return refuse(
+                "--console stdio: the terminal has one guest's end only; give --serial null (the kernel's console is hvc0 \
+                 then), or another end"
+                    .into(),
+            );
+        }
+        let devices = self.disk.len() + self.net.len() + self.fs.len() + self.vhost_user.len()
+            + self.console.len() + usize::from(self.vsock.is_some()) + usize::from(self.rng);
         if devices > MAX_DEVICES {
             return refuse(format!("{devices} devices are more than the {MAX_DEVICES} slots of the PCI bus"));
         }
@@ -193,11 +208,14 @@ impl Config {
         let disks = self.disk.iter().enumerate().map(|(index, disk)| ("--disk", index, disk.name(index)));
         let nets = self.net.iter().enumerate().map(|(index, net)| ("--net", index, net.name(index)));
         let shared = self.fs.iter().enumerate().map(|(index, fs)| ("--fs", index, fs.name(index)));
+        let consoles = self.console.iter().enumerate();
+        let consoles = consoles.map(|(index, console)| ("--console", index, console.name(index)));
+        let vsock = self.vsock.iter().map(|vsock| ("--vsock", 0, vsock.name()));
         let others = self.vhost_user.iter().enumerate();
         let others = others.map(|(index, device)| ("--vhost-user", index, device.name(index)));
         let rng = self.rng.then(|| ("--rng", 0, RNG.to_owned()));
         let mut seen: BTreeMap<String, String> = BTreeMap::new();
-        for (option, index, name) in disks.chain(nets).chain(shared).chain(others).chain(rng) {
+        for (option, index, name) in disks.chain(nets).chain(shared).chain(consoles).chain(vsock).chain(others).chain(rng) {
             let device = format!("{option} (number {index})");
             if let Some(other) = seen.insert(name.clone(), device.clone()) {
                 let what = "is the name of two devices";
@@ -213,6 +231,8 @@ impl Config {
         self.disk.iter().any(|disk| disk.options_here().is_none())
             || self.net.iter().any(|net| net.options_here().is_none())
             || !self.fs.is_empty()
+            || self.console.iter().any(|console| console.place == Place::Daemon)
+            || self.vsock.iter().any(|vsock| vsock.place == Place::Daemon)
             || !self.vhost_user.is_empty()
     }
 

@@ -15,6 +15,7 @@ use ringvm_backends::io::reactor::{OnPanic, ReactorOptions, ReactorPool};
 use ringvm_backends::net;
 use ringvm_backends::rng::RngDevice;
 use ringvm_cli::summary::summary;
+use ringvm_hosted::console::End;
 use rustix::stdio::{stdin, stdout};
 use rustix::termios::isatty;
 use rustix::thread::CpuSet;
@@ -25,6 +26,7 @@ use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_FS, VIRTIO_ID_NET};
 use crate::advice::advice;
 use crate::boot::{BootError, BootSource, Initramfs, Kernel};
 use crate::config::{Backend, Config, RNG, Serial, TripleFault};
+use crate::console::keyboard::keyboard;
 use crate::console::serial_file::SerialFile;
 use crate::console::terminal::{RawMode, is_interactive};
 use crate::console::{Console, Streams};
@@ -35,7 +37,7 @@ use crate::kvm::{Kvm, KvmError};
 use crate::machine::ending::{Limits, Stopped, flush, let_go};
 use crate::machine::{Blueprint, Machine, MachineError, Running};
 use crate::operator::Operator;
-use crate::placement::{Mover, PlaceError, open_disk, open_nic};
+use crate::placement::{Mover, PlaceError, open_console, open_disk, open_nic, open_vsock};
 use crate::vhost_user::peer::Peer;
 use crate::vhost_user::{ConnectError, VhostUserDevice, Wanted};
 use crate::{bus_error, signals};
@@ -170,8 +172,9 @@ pub fn run(config: &Config) -> Result<Exit, RunError> {
     let kvm = Kvm::open()?;
     check_cpus(config, &kvm)?;
     let (events, endings) = Events::channel();
-    let (mut devices, movers) = open_devices(config, &events)?;
-    let console = open_console(config, &events)?;
+    let (keyboard, keys) = open_keyboard(config, &events)?.unzip();
+    let (mut devices, movers) = open_devices(config, &events, keys)?;
+    let console = open_serial(config, &events)?;
     let blueprint = Blueprint {
         kvm: &kvm,
         cpus: config.cpus,
@@ -187,20 +190,17 @@ pub fn run(config: &Config) -> Result<Exit, RunError> {
         .map_err(|source| RunError::Host { what: "starting the operator's thread", source })?;
     let signals = signals::listen(events.clone(), operator.wishes())
         .map_err(|source| RunError::Host { what: "listening to signals", source })?;
-    let raw = match config.serial {
-        Serial::Stdio => {
-            RawMode::enter().map_err(|source| RunError::Host { what: "putting the terminal into raw mode", source })?
-        }
-        Serial::File { .. } | Serial::Null => None,
+    let raw = if config.serial == Serial::Stdio || has_terminal(config) {
+        RawMode::enter().map_err(|source| RunError::Host { what: "putting the terminal into raw mode", source })?
+    } else {
+        None
     };
     let result = run_machines(config, &blueprint, machine, &endings, &requests, movers);
     drop(signals);
     operator.finish();
     // Held until here: without anyone who could make requests, waiting for them would not wait.
     drop(control);
-    if let Some(console) = console {
-        console.finish();
-    }
+    console.into_iter().chain(keyboard).for_each(Console::finish);
     drop(raw);
     result
 }
@@ -333,7 +333,11 @@ fn check_cpus(config: &Config, kvm: &Kvm) -> Result<(), KvmError> {
 
 type Devices = Vec<Box<dyn Device>>;
 
-fn open_devices(config: &Config, events: &Events) -> Result<(Devices, Vec<Mover>), RunError> {
+fn open_devices(
+    config: &Config,
+    events: &Events,
+    mut keys: Option<OwnedFd>,
+) -> Result<(Devices, Vec<Mover>), RunError> {
     let events = events.clone();
     let on_panic = OnPanic::new(move |thread| {
         events.end(Ending::Panic(format!("I/O thread {thread} panicked, the devices it served are lost")));
@@ -381,6 +385,13 @@ fn open_devices(config: &Config, events: &Events) -> Result<(Devices, Vec<Mover>
         let wanted = Wanted { config: Some(fs.config_space()), ..wanted };
         devices.push(daemon(&fs.name(index), &fs.socket, wanted)?);
     }
+    for (index, options) in config.console.iter().enumerate() {
+        let stdio = || keys.take().ok_or_else(|| io::Error::other("there is no keyboard")).and_then(stdio_end);
+        devices.push(open_console(&options.name(index), options, stdio, &reactors, config.stats)?);
+    }
+    if let Some(options) = &config.vsock {
+        devices.push(open_vsock(&options.name(), options, &reactors, config.stats)?);
+    }
     for (index, options) in config.vhost_user.iter().enumerate() {
         let name = options.name(index);
         let wanted = Wanted::new(options.r#type.0, options.queues, options.queue_size);
@@ -392,7 +403,41 @@ fn open_devices(config: &Config, events: &Events) -> Result<(Devices, Vec<Mover>
     Ok((devices, movers))
 }
 
-fn open_console(config: &Config, events: &Events) -> Result<Option<Console>, RunError> {
+/// The keyboard of a console at the terminal: the thread that looks for the escape, and what the console reads.
+fn open_keyboard(config: &Config, events: &Events) -> Result<Option<(Console, OwnedFd)>, RunError> {
+    if !has_terminal(config) {
+        return Ok(None);
+    }
+    let host = |source| RunError::Host { what: "starting the console thread", source };
+    let output = File::options().write(true).open("/dev/null").map_err(host)?;
+    let (input, escape) = terminal_input();
+    let streams = Streams { output, name: "nothing".into(), limit: None, input, escape };
+    let console = Console::start(streams, events.clone()).map_err(host)?;
+    let (port, keys) = keyboard().map_err(host)?;
+    console.attach(&port);
+    Ok(Some((console, keys)))
+}
+
+/// Whether a virtio console is at the terminal.
+fn has_terminal(config: &Config) -> bool {
+    config.console.iter().any(|console| console.is_stdio())
+}
+
+/// The standard input, and whether a person types there. Without one, or in the background of a terminal, there is
+/// just no input.
+fn terminal_input() -> (Option<File>, bool) {
+    let interactive = is_interactive();
+    let dup = || stdin().try_clone_to_owned().ok().map(File::from);
+    ((interactive || !isatty(stdin())).then(dup).flatten(), interactive)
+}
+
+/// The other end of such a console.
+fn stdio_end(keys: OwnedFd) -> io::Result<End> {
+    crate::console::stdio::check_output()?;
+    Ok(End::descriptors(keys, stdout().try_clone_to_owned()?))
+}
+
+fn open_serial(config: &Config, events: &Events) -> Result<Option<Console>, RunError> {
     let streams = match &config.serial {
         Serial::Null => return Ok(None),
         Serial::File { path, max } => {
@@ -410,10 +455,8 @@ fn open_console(config: &Config, events: &Events) -> Result<Option<Console>, Run
             };
             crate::console::stdio::check_output().map_err(serial)?;
             let output: OwnedFd = dup(&stdout()).map_err(serial)?;
-            let interactive = is_interactive();
-            // Without a standard input, or in the background of a terminal, there is just no input.
-            let input = (interactive || !isatty(stdin())).then(|| dup(&stdin()).ok().map(File::from)).flatten();
-            Streams { output: output.into(), name: "standard output".into(), limit: None, input, escape: interactive }
+            let (input, escape) = terminal_input();
+            Streams { output: output.into(), name: "standard output".into(), limit: None, input, escape }
         }
     };
     let console = Console::start(streams, events.clone());

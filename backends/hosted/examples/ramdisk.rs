@@ -10,7 +10,9 @@ use std::sync::{Arc, RwLock};
 use vhost::vhost_user::Listener;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost_user_backend::{VhostUserBackendMut, VhostUserDaemon, VringRwLock, VringT};
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{QueueOwnedT, Reader, Writer};
@@ -53,6 +55,7 @@ impl RamDisk {
             (VIRTIO_BLK_T_OUT, Some(part)) => reader.read_exact(part).map(|()| OK),
             (VIRTIO_BLK_T_IN | VIRTIO_BLK_T_OUT, None) => Ok(IOERR),
             (VIRTIO_BLK_T_FLUSH, _) => Ok(OK),
+            (VIRTIO_BLK_T_GET_ID, _) => data.write_all(b"ramdisk\0\0\0\0\0\0\0\0\0\0\0\0\0").map(|()| OK),
             _ => Ok(UNSUPP),
         }
     }

@@ -15,8 +15,8 @@ mod event_loop;
 mod memory;
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -37,6 +37,7 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::event_loop::{EventLoop, Faults, Ring};
+use self::memory::Users;
 use crate::listeners::Listeners;
 
 /// Longest time that the backend may take for a call that a driver or a transport waits for.
@@ -127,7 +128,9 @@ pub struct Hosted<B: VhostUserBackend> {
     threads: Vec<Thread<B>>,
     /// Of each queue: its thread, and its place among the queues there.
     seats: Vec<(usize, usize)>,
-    memory: Option<GuestMemory>,
+    /// The memory that the backend sees while queues run.
+    memory: Weak<GuestMemoryMmap>,
+    users: Arc<Users>,
     atomic: GuestMemoryAtomic<GuestMemoryMmap<B::Bitmap>>,
     changed: ConfigChange,
     kicks: Arc<[AtomicU64]>,
@@ -157,6 +160,10 @@ where
         }
         let queue_size = 1 << most.ilog2();
         let atomic = GuestMemoryAtomic::new(GuestMemoryMmap::<B::Bitmap>::new());
+        let hidden = atomic.clone();
+        let users = Arc::new(Users::new(move || {
+            hidden.lock().unwrap_or_else(std::sync::PoisonError::into_inner).replace(GuestMemoryMmap::new());
+        }));
         let vring = |_| B::Vring::new(atomic.clone(), queue_size);
         let vrings = (0..queues).map(vring).collect::<Result<Vec<_>, _>>();
         let vrings = vrings.map_err(|error| wrong(format!("making its vrings: {error}")))?;
@@ -178,7 +185,7 @@ where
                 (backend.clone(), queues, rings),
                 (inbox, Arc::clone(&wake)),
                 faults.clone(),
-                (on_thread, Arc::clone(&kicks)),
+                (on_thread, Arc::clone(&kicks), Arc::clone(&users)),
             );
             let event_loop = event_loop.map_err(host("listening to events"))?;
             let listeners = event_loop.listeners();
@@ -200,7 +207,8 @@ where
             },
             features: 0,
             threads,
-            memory: None,
+            memory: Weak::new(),
+            users,
             atomic,
             changed: ConfigChange::default(),
             kicks,
@@ -242,7 +250,7 @@ where
 
     /// Shows the backend the guest's memory.
     fn set_memory(&mut self, mem: &GuestMemory) -> Result<(), DeviceError> {
-        if self.memory.as_ref().is_some_and(|known| Arc::ptr_eq(known, mem)) {
+        if self.users.are_there() && Weak::ptr_eq(&self.memory, &Arc::downgrade(mem)) {
             return Ok(());
         }
         let what = "showing the guest's memory to its backend";
@@ -251,7 +259,7 @@ where
         self.atomic.lock().unwrap_or_else(std::sync::PoisonError::into_inner).replace(mapped);
         let atomic = self.atomic.clone();
         self.call(0, what, move |event_loop| event_loop.backend().update_memory(atomic))?.map_err(failed)?;
-        self.memory = Some(Arc::clone(mem));
+        self.memory = Arc::downgrade(mem);
         Ok(())
     }
 

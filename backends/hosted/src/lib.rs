@@ -4,6 +4,7 @@
 //! and of descriptors of its own ([`listeners`]). Its author runs it as a daemon, with the crate's server. Here it is a
 //! device like any other, on threads of its own, in the VMM's process or behind our own server.
 
+pub mod console;
 pub mod hosted;
 pub mod listeners;
 pub mod vsock;

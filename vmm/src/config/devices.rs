@@ -48,7 +48,7 @@ impl From<DeviceName> for String {
 
 impl DeviceName {
     /// The name that a device was given, or one made of its kind and position.
-    fn or_default(id: Option<&Self>, kind: &str, index: usize) -> String {
+    pub(super) fn or_default(id: Option<&Self>, kind: &str, index: usize) -> String {
         id.map_or_else(|| format!("{kind}{index}"), |name| name.0.clone())
     }
 }

@@ -4,6 +4,7 @@
 //! then on bytes are dropped and counted until there is room again: a guest never hangs on its console for ever. The
 //! console outlives the machine: a reboot attaches the next one.
 
+pub mod keyboard;
 pub mod serial_file;
 pub mod stdio;
 pub mod terminal;

@@ -2,6 +2,7 @@
 //! configuration.
 
 mod disk;
+mod hosted;
 mod net;
 mod placed;
 
@@ -20,6 +21,7 @@ use crate::vhost_user::ConnectError;
 
 pub use crate::config::Place;
 pub use disk::open_disk;
+pub use hosted::{open_console, open_vsock};
 pub use net::open_nic;
 pub use placed::{Moved, Mover, PlacedDevice};
 
@@ -35,6 +37,9 @@ pub enum PlaceError {
     /// A NIC's port can't be opened.
     #[error(transparent)]
     Net(#[from] nic::OpenError),
+    /// A console or a vsock device can't be opened.
+    #[error("{0}")]
+    Hosted(String),
     /// Its daemon can't be used.
     #[error(transparent)]
     Connect(#[from] ConnectError),

@@ -3,7 +3,7 @@
 
 use ringvm_backends::virtqueue::split::RING_FEATURES;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_MQ;
-use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET};
+use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_CONSOLE, VIRTIO_ID_NET, VIRTIO_ID_VSOCK};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_RX_EXTRA,
     VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ,
@@ -49,6 +49,8 @@ pub(super) fn config_len(device_type: u32) -> u32 {
     match device_type {
         VIRTIO_ID_BLOCK => 60,
         VIRTIO_ID_NET => 24,
+        VIRTIO_ID_CONSOLE => 12,
+        VIRTIO_ID_VSOCK => 8,
         _ => MAX_CONFIG,
     }
 }

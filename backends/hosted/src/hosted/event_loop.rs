@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use ringvm_backends::device::{DeviceError, GuestMemory, QueueState, RingConfig, Suspended};
@@ -17,6 +18,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::Call;
+use super::memory::Users;
 use crate::listeners::Listeners;
 
 /// What events of the thread's own carry: beyond the 16 bits that a backend's have.
@@ -24,6 +26,9 @@ const KICK: u64 = 1 << 32;
 const CALL: u64 = 2 << 32;
 const WAKE: u64 = 3 << 32;
 const KIND: u64 = !0 << 32;
+
+/// How long to wait before a backend that has failed is called again.
+const FAILED_PAUSE: Duration = Duration::from_millis(50);
 
 /// How often to look whether a backend has given the buffers of a stopping queue back, in milliseconds.
 const LOOK_PAUSE: i32 = 5;
@@ -134,6 +139,7 @@ pub(super) struct EventLoop<B: VhostUserBackend> {
     /// The device's numbers of this thread's queues.
     numbers: Vec<usize>,
     kicks: Arc<[AtomicU64]>,
+    users: Arc<Users>,
 }
 
 impl<B: VhostUserBackend> EventLoop<B> {
@@ -142,13 +148,28 @@ impl<B: VhostUserBackend> EventLoop<B> {
         (backend, queues, vrings): (B, usize, Vec<B::Vring>),
         (inbox, wake): (Receiver<Call<B>>, Arc<EventFd>),
         faults: Faults,
-        (numbers, kicks): (Vec<usize>, Arc<[AtomicU64]>),
+        (numbers, kicks, users): (Vec<usize>, Arc<[AtomicU64]>, Arc<Users>),
     ) -> io::Result<Self> {
         let epoll = Arc::new(Epoll::new()?);
         epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), EpollEvent::new(EventSet::IN, WAKE))?;
         let running = vrings.iter().map(|_| None).collect();
         let failed = false;
-        Ok(Self { name, thread, backend, queues, vrings, running, failed, epoll, inbox, wake, faults, numbers, kicks })
+        Ok(Self {
+            name,
+            thread,
+            backend,
+            queues,
+            vrings,
+            running,
+            failed,
+            epoll,
+            inbox,
+            wake,
+            faults,
+            numbers,
+            kicks,
+            users,
+        })
     }
 
     pub(super) fn listeners(&self) -> Arc<dyn Listeners> {
@@ -223,19 +244,19 @@ impl<B: VhostUserBackend> EventLoop<B> {
     /// Has the backend look at a queue.
     fn kicked(&mut self, place: usize) {
         let serves = self.running.get(place).and_then(Option::as_ref).is_some_and(|ring| ring.leaving.is_none());
-        if serves {
+        if serves && !self.failed {
             self.call_backend(place as u16, EventSet::IN);
         }
     }
 
     fn call_backend(&mut self, event: u16, events: EventSet) {
-        // Descriptors of the backend's own stay its business: one that it did not look at would keep this thread busy.
-        if self.failed && usize::from(event) < self.vrings.len() {
-            return;
-        }
-        if let Err(error) = self.backend.handle_event(event, events, &self.vrings, self.thread)
-            && !self.failed
-        {
+        // A failed backend is still called for descriptors of its own: they would report the same event without end.
+        if let Err(error) = self.backend.handle_event(event, events, &self.vrings, self.thread) {
+            if self.failed {
+                // Its descriptors may report the same event without end.
+                std::thread::sleep(FAILED_PAUSE);
+                return;
+            }
             error!(device = self.name, event, %error, "the backend has failed, the device needs a reset");
             self.failed = true;
             self.faults.raise();
@@ -290,6 +311,7 @@ impl<B: VhostUserBackend> EventLoop<B> {
         self.faults.set(place, ring.fault);
         self.failed = false;
         self.running[place] = Some(Running { kick, relay, leaving: None });
+        self.users.add();
         // The driver may have made buffers available before.
         self.kicked(place);
         Ok(())
@@ -324,8 +346,7 @@ impl<B: VhostUserBackend> EventLoop<B> {
             if next_avail != next_used {
                 continue;
             }
-            // Whoever asked may have stopped waiting.
-            let _ = tell.send(Suspended { state: QueueState { next_avail, next_used }, left: Vec::new() });
+            let tell = tell.clone();
             if let Some(Running { relay: Some((event, driver)), .. }) = self.running[place].take() {
                 // A call that is under way must not be lost.
                 driver.raise();
@@ -334,6 +355,9 @@ impl<B: VhostUserBackend> EventLoop<B> {
             vring.set_kick(None);
             vring.set_call(None);
             self.faults.set(place, Interrupt::None);
+            self.users.remove();
+            // Whoever asked may have stopped waiting.
+            let _ = tell.send(Suspended { state: QueueState { next_avail, next_used }, left: Vec::new() });
         }
     }
 }
