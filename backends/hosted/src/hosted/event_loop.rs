@@ -134,6 +134,8 @@ pub(super) struct EventLoop<B: VhostUserBackend> {
     /// The device's numbers of this thread's queues.
     numbers: Vec<usize>,
     kicks: Arc<[AtomicU64]>,
+    /// Called when a queue has stopped.
+    left: Box<dyn Fn() + Send>,
 }
 
 impl<B: VhostUserBackend> EventLoop<B> {
@@ -143,12 +145,28 @@ impl<B: VhostUserBackend> EventLoop<B> {
         (inbox, wake): (Receiver<Call<B>>, Arc<EventFd>),
         faults: Faults,
         (numbers, kicks): (Vec<usize>, Arc<[AtomicU64]>),
+        left: Box<dyn Fn() + Send>,
     ) -> io::Result<Self> {
         let epoll = Arc::new(Epoll::new()?);
         epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), EpollEvent::new(EventSet::IN, WAKE))?;
         let running = vrings.iter().map(|_| None).collect();
         let failed = false;
-        Ok(Self { name, thread, backend, queues, vrings, running, failed, epoll, inbox, wake, faults, numbers, kicks })
+        Ok(Self {
+            name,
+            thread,
+            backend,
+            queues,
+            vrings,
+            running,
+            failed,
+            epoll,
+            inbox,
+            wake,
+            faults,
+            numbers,
+            kicks,
+            left,
+        })
     }
 
     pub(super) fn listeners(&self) -> Arc<dyn Listeners> {
@@ -324,6 +342,8 @@ impl<B: VhostUserBackend> EventLoop<B> {
             if next_avail != next_used {
                 continue;
             }
+            // First: whoever is told may unmap the memory.
+            (self.left)();
             // Whoever asked may have stopped waiting.
             let _ = tell.send(Suspended { state: QueueState { next_avail, next_used }, left: Vec::new() });
             if let Some(Running { relay: Some((event, driver)), .. }) = self.running[place].take() {

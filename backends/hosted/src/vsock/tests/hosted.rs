@@ -12,7 +12,7 @@ use ringvm_backends::testing::driver::{Buffer, Driver};
 use ringvm_backends::virtqueue::End;
 use ringvm_backends::virtqueue::interrupt::Interrupt;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::rig::{CID, Guest};
@@ -27,6 +27,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 struct Machine {
     device: Box<dyn Device>,
     mem: Arc<GuestMemoryMmap>,
+    region: Arc<GuestRegionMmap>,
     drivers: [Driver; 2],
     kicks: [EventFd; 2],
     faults: Arc<AtomicUsize>,
@@ -34,11 +35,13 @@ struct Machine {
 
 impl Machine {
     fn new(mut device: Box<dyn Device>) -> Self {
-        let mem = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap());
+        let region = MmapRegion::new(1 << 20).unwrap();
+        let region = Arc::new(GuestRegionMmap::new(region, GuestAddress(0)).unwrap());
+        let mem = Arc::new(GuestMemoryMmap::from_arc_regions(vec![Arc::clone(&region)]).unwrap());
         device.ack_features(device.info().features).unwrap();
         let driver = |base| Driver::new(Arc::clone(&mem), base, 16, 1 << VIRTIO_RING_F_EVENT_IDX);
         let (drivers, kicks) = ([driver(0), driver(0x1000)], [(); 2].map(|()| EventFd::new(EFD_NONBLOCK).unwrap()));
-        Self { device, mem, drivers, kicks, faults: Arc::default() }
+        Self { device, mem, region, drivers, kicks, faults: Arc::default() }
     }
 
     fn start(&mut self, froms: [QueueState; 2]) {
@@ -132,6 +135,8 @@ fn a_vsock_device_is_a_device() {
         assert_eq!((header.op, data), (op::RW, vec![round; 50]));
         // The queues stop and go on at the same position, and the connection lives.
         let froms = machine.stop();
+        // Nobody else has the memory then: who owns it may unmap it.
+        assert_eq!(Arc::strong_count(&machine.region), 2);
         machine.start(froms);
     }
     let mut client = UnixStream::connect(&path).unwrap();
