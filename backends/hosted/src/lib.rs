@@ -7,5 +7,6 @@
 pub mod console;
 pub mod hosted;
 pub mod listeners;
+pub mod vsock;
 
 pub use hosted::{ConfigChange, Hosted, HostedError};
