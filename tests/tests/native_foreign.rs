@@ -18,7 +18,7 @@ fn a_ram_disk_over_the_crates_own_daemon_serves_one_guest_after_another() {
     let folder = TempDir::new_in(paths::target()).expect("the target folder is writable");
     let socket = folder.path().join("disk.sock");
     let path = paths::helper("ramdisk").unwrap_or_else(|error| panic!("{error}"));
-    let daemon = native::program(path, &[&socket.display().to_string(), "64"]).start().expect("it starts");
+    let daemon = native::program(path, [&socket.display().to_string(), "64"]).start().expect("it starts");
     let deadline = Instant::now() + LIMIT;
     while !socket.exists() {
         assert!(Instant::now() < deadline, "there is no socket");

@@ -10,8 +10,8 @@ use ringvm_cli::{help, keyval, usage};
 use serde::de::DeserializeOwned;
 
 use crate::config::{
-    BootProtocol, Config, ConfigError, ConsoleDevice, CpuConfig, VsockDevice, DiskSpec, FsOptions, MemoryConfig, NetSpec, Serial, TripleFault,
-    VhostUserOptions,
+    BootProtocol, Config, ConfigError, ConsoleDevice, CpuConfig, DiskSpec, FsOptions, MemoryConfig, NetSpec, Serial,
+    TripleFault, VhostUserOptions, VsockDevice,
 };
 
 const RUN_EXAMPLES: &str = "\

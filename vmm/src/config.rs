@@ -16,8 +16,8 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use devices::{Backend, DeviceName, DeviceSpec, DeviceType, DiskSpec, FsOptions, NetSpec, Place, VhostUserOptions};
-pub use hosted::{ConsoleDevice, VsockDevice};
 pub use hardware::{ByteSize, CpuConfig, HugePages, MemoryConfig, Serial};
+pub use hosted::{ConsoleDevice, VsockDevice};
 
 options! {
     /// Everything that can be said about a machine.
@@ -169,8 +169,13 @@ impl Config {
                     .into(),
             );
         }
-        let devices = self.disk.len() + self.net.len() + self.fs.len() + self.vhost_user.len()
-            + self.console.len() + usize::from(self.vsock.is_some()) + usize::from(self.rng);
+        let devices = self.disk.len()
+            + self.net.len()
+            + self.fs.len()
+            + self.vhost_user.len()
+            + self.console.len()
+            + usize::from(self.vsock.is_some())
+            + usize::from(self.rng);
         if devices > MAX_DEVICES {
             return refuse(format!("{devices} devices are more than the {MAX_DEVICES} slots of the PCI bus"));
         }
@@ -215,7 +220,9 @@ impl Config {
         let others = others.map(|(index, device)| ("--vhost-user", index, device.name(index)));
         let rng = self.rng.then(|| ("--rng", 0, RNG.to_owned()));
         let mut seen: BTreeMap<String, String> = BTreeMap::new();
-        for (option, index, name) in disks.chain(nets).chain(shared).chain(consoles).chain(vsock).chain(others).chain(rng) {
+        for (option, index, name) in
+            disks.chain(nets).chain(shared).chain(consoles).chain(vsock).chain(others).chain(rng)
+        {
             let device = format!("{option} (number {index})");
             if let Some(other) = seen.insert(name.clone(), device.clone()) {
                 let what = "is the name of two devices";

@@ -15,8 +15,8 @@ mod event_loop;
 mod memory;
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -33,11 +33,10 @@ use vhost_user_backend::{VhostUserBackend, VringT};
 use virtio_bindings::virtio_config::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::mmap::NewBitmap;
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::event_loop::{EventLoop, Faults, Ring};
-use self::memory::Users;
+use self::memory::Shown;
 use crate::listeners::Listeners;
 
 /// Longest time that the backend may take for a call that a driver or a transport waits for.
@@ -128,10 +127,7 @@ pub struct Hosted<B: VhostUserBackend> {
     threads: Vec<Thread<B>>,
     /// Of each queue: its thread, and its place among the queues there.
     seats: Vec<(usize, usize)>,
-    /// The memory that the backend sees while queues run.
-    memory: Weak<GuestMemoryMmap>,
-    users: Arc<Users>,
-    atomic: GuestMemoryAtomic<GuestMemoryMmap<B::Bitmap>>,
+    shown: Arc<Shown<B::Bitmap>>,
     changed: ConfigChange,
     kicks: Arc<[AtomicU64]>,
 }
@@ -159,12 +155,8 @@ where
             return Err(wrong("it does not offer VIRTIO_F_VERSION_1, and legacy drivers are not served".to_owned()));
         }
         let queue_size = 1 << most.ilog2();
-        let atomic = GuestMemoryAtomic::new(GuestMemoryMmap::<B::Bitmap>::new());
-        let hidden = atomic.clone();
-        let users = Arc::new(Users::new(move || {
-            hidden.lock().unwrap_or_else(std::sync::PoisonError::into_inner).replace(GuestMemoryMmap::new());
-        }));
-        let vring = |_| B::Vring::new(atomic.clone(), queue_size);
+        let shown = Arc::new(Shown::new());
+        let vring = |_| B::Vring::new(shown.atomic(), queue_size);
         let vrings = (0..queues).map(vring).collect::<Result<Vec<_>, _>>();
         let vrings = vrings.map_err(|error| wrong(format!("making its vrings: {error}")))?;
         let kicks: Arc<[AtomicU64]> = (0..queues).map(|_| AtomicU64::new(0)).collect();
@@ -180,12 +172,14 @@ where
             let (calls, inbox) = unbounded();
             let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(host("making an event"))?);
             let faults = Faults::of(on_thread.len());
+            let left = Arc::clone(&shown);
             let event_loop = EventLoop::new(
                 (name.to_owned(), thread),
                 (backend.clone(), queues, rings),
                 (inbox, Arc::clone(&wake)),
                 faults.clone(),
-                (on_thread, Arc::clone(&kicks), Arc::clone(&users)),
+                (on_thread, Arc::clone(&kicks)),
+                Box::new(move || left.leave()),
             );
             let event_loop = event_loop.map_err(host("listening to events"))?;
             let listeners = event_loop.listeners();
@@ -207,9 +201,7 @@ where
             },
             features: 0,
             threads,
-            memory: Weak::new(),
-            users,
-            atomic,
+            shown,
             changed: ConfigChange::default(),
             kicks,
         })
@@ -248,18 +240,18 @@ where
         })
     }
 
-    /// Shows the backend the guest's memory.
-    fn set_memory(&mut self, mem: &GuestMemory) -> Result<(), DeviceError> {
-        if self.users.are_there() && Weak::ptr_eq(&self.memory, &Arc::downgrade(mem)) {
-            return Ok(());
-        }
+    /// Shows the backend the guest's memory, for a queue that is to start.
+    fn show(&self, mem: &GuestMemory) -> Result<(), DeviceError> {
         let what = "showing the guest's memory to its backend";
         let failed = |source| DeviceError::Host { device: self.info.name.clone(), what, source };
-        let mapped = memory::as_seen_by::<B::Bitmap>(mem).map_err(failed)?;
-        self.atomic.lock().unwrap_or_else(std::sync::PoisonError::into_inner).replace(mapped);
-        let atomic = self.atomic.clone();
-        self.call(0, what, move |event_loop| event_loop.backend().update_memory(atomic))?.map_err(failed)?;
-        self.memory = Arc::downgrade(mem);
+        if self.shown.enter(mem).map_err(failed)? {
+            let atomic = self.shown.atomic();
+            let updated = self.call(0, what, move |event_loop| event_loop.backend().update_memory(atomic));
+            if let Err(error) = updated.and_then(|updated| updated.map_err(failed)) {
+                self.shown.leave();
+                return Err(error);
+            }
+        }
         Ok(())
     }
 
@@ -330,11 +322,15 @@ where
         if parts.log.is_some() {
             return Err(self.refuse(index, "can't log the pages that it writes: its backend knows no log"));
         }
-        self.set_memory(&parts.mem)?;
+        self.show(&parts.mem)?;
         let QueueParts { ring, mem, from, kick, call, fault, .. } = parts;
         let ring = Ring { ring, mem, from, kick, call, fault };
-        let started = self.call(thread, "starting a queue", move |event_loop| event_loop.start(place, ring))?;
-        started.map_err(|error| error.into_device_error(&self.info.name, index))
+        let started = self.call(thread, "starting a queue", move |event_loop| event_loop.start(place, ring));
+        let started = started.and_then(|done| done.map_err(|error| error.into_device_error(&self.info.name, index)));
+        if started.is_err() {
+            self.shown.leave();
+        }
+        started
     }
 
     fn stop(&mut self, queues: &[u16], _: End) -> Stopping {

@@ -18,7 +18,6 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::Call;
-use super::memory::Users;
 use crate::listeners::Listeners;
 
 /// What events of the thread's own carry: beyond the 16 bits that a backend's have.
@@ -27,7 +26,7 @@ const CALL: u64 = 2 << 32;
 const WAKE: u64 = 3 << 32;
 const KIND: u64 = !0 << 32;
 
-/// How long to wait before a backend that has failed is called again.
+/// How long to wait before a backend that has failed, and fails again, is called once more.
 const FAILED_PAUSE: Duration = Duration::from_millis(50);
 
 /// How often to look whether a backend has given the buffers of a stopping queue back, in milliseconds.
@@ -139,7 +138,8 @@ pub(super) struct EventLoop<B: VhostUserBackend> {
     /// The device's numbers of this thread's queues.
     numbers: Vec<usize>,
     kicks: Arc<[AtomicU64]>,
-    users: Arc<Users>,
+    /// Called when a queue has stopped.
+    left: Box<dyn Fn() + Send>,
 }
 
 impl<B: VhostUserBackend> EventLoop<B> {
@@ -148,7 +148,8 @@ impl<B: VhostUserBackend> EventLoop<B> {
         (backend, queues, vrings): (B, usize, Vec<B::Vring>),
         (inbox, wake): (Receiver<Call<B>>, Arc<EventFd>),
         faults: Faults,
-        (numbers, kicks, users): (Vec<usize>, Arc<[AtomicU64]>, Arc<Users>),
+        (numbers, kicks): (Vec<usize>, Arc<[AtomicU64]>),
+        left: Box<dyn Fn() + Send>,
     ) -> io::Result<Self> {
         let epoll = Arc::new(Epoll::new()?);
         epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), EpollEvent::new(EventSet::IN, WAKE))?;
@@ -168,7 +169,7 @@ impl<B: VhostUserBackend> EventLoop<B> {
             faults,
             numbers,
             kicks,
-            users,
+            left,
         })
     }
 
@@ -244,16 +245,19 @@ impl<B: VhostUserBackend> EventLoop<B> {
     /// Has the backend look at a queue.
     fn kicked(&mut self, place: usize) {
         let serves = self.running.get(place).and_then(Option::as_ref).is_some_and(|ring| ring.leaving.is_none());
-        if serves && !self.failed {
+        if serves {
             self.call_backend(place as u16, EventSet::IN);
         }
     }
 
     fn call_backend(&mut self, event: u16, events: EventSet) {
-        // A failed backend is still called for descriptors of its own: they would report the same event without end.
+        // Descriptors of the backend's own stay its business: one that it did not look at would keep this thread busy.
+        if self.failed && usize::from(event) < self.vrings.len() {
+            return;
+        }
         if let Err(error) = self.backend.handle_event(event, events, &self.vrings, self.thread) {
             if self.failed {
-                // Its descriptors may report the same event without end.
+                // The descriptor may report the same event without end.
                 std::thread::sleep(FAILED_PAUSE);
                 return;
             }
@@ -311,7 +315,6 @@ impl<B: VhostUserBackend> EventLoop<B> {
         self.faults.set(place, ring.fault);
         self.failed = false;
         self.running[place] = Some(Running { kick, relay, leaving: None });
-        self.users.add();
         // The driver may have made buffers available before.
         self.kicked(place);
         Ok(())
@@ -346,7 +349,10 @@ impl<B: VhostUserBackend> EventLoop<B> {
             if next_avail != next_used {
                 continue;
             }
-            let tell = tell.clone();
+            // First: whoever is told may unmap the memory.
+            (self.left)();
+            // Whoever asked may have stopped waiting.
+            let _ = tell.send(Suspended { state: QueueState { next_avail, next_used }, left: Vec::new() });
             if let Some(Running { relay: Some((event, driver)), .. }) = self.running[place].take() {
                 // A call that is under way must not be lost.
                 driver.raise();
@@ -355,9 +361,6 @@ impl<B: VhostUserBackend> EventLoop<B> {
             vring.set_kick(None);
             vring.set_call(None);
             self.faults.set(place, Interrupt::None);
-            self.users.remove();
-            // Whoever asked may have stopped waiting.
-            let _ = tell.send(Suspended { state: QueueState { next_avail, next_used }, left: Vec::new() });
         }
     }
 }

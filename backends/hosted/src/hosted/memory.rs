@@ -2,44 +2,72 @@
 
 use std::any::Any;
 use std::io;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use ringvm_backends::device::GuestMemory;
 use vm_memory::mmap::NewBitmap;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
+use vm_memory::{
+    GuestAddress, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MmapRegion,
+};
 
-/// Counts the queues that run. A client's memory is unmapped when nobody holds it any more, so the backend sees it for as
-/// long as one of them does.
-pub(super) struct Users {
-    count: AtomicUsize,
-    hide: Box<dyn Fn() + Send + Sync>,
+/// The memory that a backend sees while queues run. Without one it sees none: whoever has stopped all queues may unmap it.
+pub(super) struct Shown<Bitmap: vm_memory::bitmap::Bitmap> {
+    atomic: GuestMemoryAtomic<GuestMemoryMmap<Bitmap>>,
+    state: Mutex<State>,
 }
 
-impl Users {
-    /// `hide` takes the memory from the backend's sight.
-    pub(super) fn new(hide: impl Fn() + Send + Sync + 'static) -> Self {
-        Self { count: AtomicUsize::new(0), hide: Box::new(hide) }
+#[derive(Default)]
+struct State {
+    /// What is shown.
+    memory: Weak<GuestMemoryMmap>,
+    /// Queues that run, or start.
+    queues: usize,
+}
+
+impl<Bitmap: NewBitmap + Clone + Send + Sync + 'static> Shown<Bitmap> {
+    pub(super) fn new() -> Self {
+        Self { atomic: GuestMemoryAtomic::new(GuestMemoryMmap::new()), state: Mutex::default() }
     }
 
-    pub(super) fn are_there(&self) -> bool {
-        self.count.load(Ordering::Acquire) > 0
+    /// Where the backend and its vrings find it.
+    pub(super) fn atomic(&self) -> GuestMemoryAtomic<GuestMemoryMmap<Bitmap>> {
+        self.atomic.clone()
     }
 
-    /// A queue runs from now on.
-    pub(super) fn add(&self) {
-        self.count.fetch_add(1, Ordering::AcqRel);
-    }
-
-    /// A queue has ended.
-    pub(super) fn remove(&self) {
-        if self.count.fetch_sub(1, Ordering::AcqRel) == 1 {
-            (self.hide)();
+    /// Shows memory for a queue that is to start. Returns whether it is other memory than before.
+    pub(super) fn enter(&self, mem: &GuestMemory) -> io::Result<bool> {
+        let mut state = self.state();
+        let is_new = !std::ptr::eq(state.memory.as_ptr(), Arc::as_ptr(mem));
+        if is_new {
+            self.replace(as_seen_by(mem)?);
+            state.memory = Arc::downgrade(mem);
         }
+        state.queues += 1;
+        Ok(is_new)
+    }
+
+    /// A queue has stopped, or did not start.
+    pub(super) fn leave(&self) {
+        let mut state = self.state();
+        state.queues = state.queues.saturating_sub(1);
+        if state.queues == 0 {
+            state.memory = Weak::new();
+            self.replace(GuestMemoryMmap::new());
+        }
+    }
+
+    fn replace(&self, mem: GuestMemoryMmap<Bitmap>) {
+        self.atomic.lock().unwrap_or_else(PoisonError::into_inner).replace(mem);
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// The same memory for a backend. Most want no bitmap, and share the mappings; for others the memory is mapped again.
-pub(super) fn as_seen_by<Bitmap: NewBitmap + Clone + Send + Sync + 'static>(
+fn as_seen_by<Bitmap: NewBitmap + Clone + Send + Sync + 'static>(
     mem: &GuestMemory,
 ) -> io::Result<GuestMemoryMmap<Bitmap>> {
     let same: &dyn Any = &**mem;
