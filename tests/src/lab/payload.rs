@@ -137,7 +137,15 @@ fn l1_root(tree: &mut Tree, ringvm: &Path, helpers: &[(&str, PathBuf)]) -> Resul
 
 /// What the guests of the tests boot into: a shell on the serial console (see init/l2.sh) with the tools of the tests.
 pub fn guest_initramfs(package: &Kernel, scratch: &Path) -> Result<Tree> {
-    let modules = ["virtio_pci", "virtio_blk", "virtio_rng", "virtio_net", "ext4"];
+    let modules = [
+        "virtio_pci",
+        "virtio_blk",
+        "virtio_rng",
+        "virtio_net",
+        "virtio_console",
+        "vmw_vsock_virtio_transport",
+        "ext4",
+    ];
     let mut tree = initramfs::base(package, &modules, include_str!("init/l2.sh"), scratch)?;
     // By names that busybox has no applet for, or by their path: its shell prefers its own.
     for tool in ["mkfs.ext4", "e2fsck", "lsblk", "fstrim", "ethtool", "iperf3"] {

@@ -10,5 +10,6 @@ mod durability;
 mod filesystem;
 mod fio;
 mod host_failures;
+mod hosted;
 mod lifecycle;
 mod net;
