@@ -7,7 +7,6 @@
 use std::io::{self, Read, Write};
 use std::sync::{Arc, RwLock};
 
-use vhost::vhost_user::Listener;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost_user_backend::{VhostUserBackendMut, VhostUserDaemon, VringRwLock, VringT};
 use virtio_bindings::virtio_blk::{
@@ -18,6 +17,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use virtio_queue::{QueueOwnedT, Reader, Writer};
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
 type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 
@@ -99,6 +99,11 @@ impl VhostUserBackendMut for RamDisk {
         Ok(())
     }
 
+    /// Without it the crate's daemon waits for its threads for ever.
+    fn exit_event(&self, _: usize) -> Option<(EventConsumer, EventNotifier)> {
+        new_event_consumer_and_notifier(EventFlag::NONBLOCK).ok()
+    }
+
     fn handle_event(&mut self, _: u16, _: EventSet, vrings: &[VringRwLock], _: usize) -> io::Result<()> {
         let memory = self.memory.memory();
         loop {
@@ -131,11 +136,6 @@ fn main() {
     let disk = Arc::new(RwLock::new(RamDisk::new(megabytes << 11)));
     let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
     let mut daemon = VhostUserDaemon::new("ramdisk".into(), disk, memory).expect("the daemon starts");
-    let mut listener = Listener::new(socket, true).expect("the socket can be made");
-    loop {
-        daemon.start(&mut listener).expect("a frontend comes");
-        if let Err(error) = daemon.wait() {
-            eprintln!("ramdisk: {error}");
-        }
-    }
+    // One frontend: the crate's daemon takes no second one.
+    daemon.serve(socket).expect("the frontend keeps to the protocol");
 }

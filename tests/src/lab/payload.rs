@@ -52,6 +52,8 @@ impl Payload {
             (STREAM, paths::helper("lab-stream")?),
             ("bin/ringvm-blk", paths::daemon("ringvm-blk")?),
             ("bin/ringvm-net", paths::daemon("ringvm-net")?),
+            ("bin/ringvm-console", paths::daemon("ringvm-console")?),
+            ("bin/ringvm-vsock", paths::daemon("ringvm-vsock")?),
             ("bin/ringvm-bench", paths::daemon("ringvm-bench")?),
         ];
         if folder.exists() {

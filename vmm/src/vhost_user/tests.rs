@@ -215,7 +215,7 @@ fn a_configuration_space_that_is_given_is_not_the_daemons() {
         device.read_config(0, &mut read);
         assert_eq!((&read[..40], &read[40..]), (&space[..], &[0; 4][..]));
         assert!(matches!(device.write_config(0, &[9]), Err(DeviceError::Config { .. })));
-        let asked = lock(&stage.heard).iter().any(|request| *request == GET_CONFIG);
+        let asked = lock(&stage.heard).contains(&GET_CONFIG);
         assert!(!asked, "{protocol:#x}");
     }
 }
