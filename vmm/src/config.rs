@@ -28,7 +28,7 @@ options! {
         pub kernel: Option<PathBuf>,
         /// Initramfs.
         pub initramfs: Option<PathBuf>,
-        /// Command line of the kernel. Without one, the serial port becomes the console.
+        /// Command line of the kernel. Without one, the serial port becomes the console, or else the first virtio console.
         pub cmdline: Option<String>,
         /// How the kernel is entered.
         pub boot: BootProtocol,
@@ -164,8 +164,8 @@ impl Config {
         let terminals = self.console.iter().filter(|console| console.is_stdio()).count();
         if terminals + usize::from(self.serial == Serial::Stdio) > 1 {
             return refuse(
-                "--console stdio: the terminal has one guest's end only; give --serial null (the kernel's console is hvc0 \
-                 then), or another end"
+                "--console stdio: the serial port or another console has the terminal already; give --serial null (the \
+                 kernel's console is hvc0 then), or name another end"
                     .into(),
             );
         }
@@ -187,6 +187,7 @@ impl Config {
     pub fn effective_cmdline(&self) -> &str {
         match (&self.cmdline, &self.serial) {
             (Some(cmdline), _) => cmdline,
+            (None, Serial::Null) if !self.console.is_empty() => VIRTIO_CONSOLE_CMDLINE,
             (None, Serial::Null) => "",
             (None, _) => DEFAULT_CMDLINE,
         }
@@ -265,6 +266,7 @@ impl Config {
 /// Name of the entropy device.
 pub const RNG: &str = "rng0";
 const DEFAULT_CMDLINE: &str = "console=ttyS0";
+const VIRTIO_CONSOLE_CMDLINE: &str = "console=hvc0";
 /// Slots of bus 0, less the host bridge.
 const MAX_DEVICES: usize = crate::pci::SLOTS - 1;
 
@@ -318,6 +320,8 @@ mod tests {
         assert_eq!((options.count, options.poll), (2, Duration::ZERO));
         assert_eq!(parse("kernel = \"k\"\nmemory = \"64M\"").unwrap().memory.size, 64 << 20);
         assert_eq!(parse("kernel = \"k\"\nmemory = \"64M\"").unwrap().effective_cmdline(), "console=ttyS0");
+        let virtio = "kernel = \"k\"\nserial = \"null\"\n[[console]]\nkind = \"pty\"";
+        assert_eq!(parse(virtio).unwrap().effective_cmdline(), "console=hvc0");
     }
 
     #[test]
