@@ -1,8 +1,10 @@
 //! A disk in memory, written for the `vhost-user-backend` crate as anybody would write it who does not know RingVM. Its
 //! daemon is the crate's own; `ringvm_hosted::Hosted` takes the same disk into a process of ours.
 //!
-//!     cargo run --release -p ringvm-hosted --example ramdisk -- /run/r.sock 64
-//!     ringvm run --kernel vmlinuz … --disk socket=/run/r.sock
+//! ```text
+//! cargo run --release -p ringvm-hosted --example ramdisk -- /run/r.sock 64
+//! ringvm run --kernel vmlinuz … --disk socket=/run/r.sock
+//! ```
 
 use std::io::{self, Read, Write};
 use std::sync::{Arc, RwLock};

@@ -6,7 +6,7 @@
 //! have a connection. A program of the guest connects to CID 2 and a port, and reaches the program that listens at the
 //! socket's path with `_<port>` appended.
 //!
-//! A packet goes ring → [`queues`] → [`muxer`] → [`connection`] → socket, and back. One thread serves both queues and all
+//! A packet goes ring → `queues` → `muxer` → `connection` → socket, and back. One thread serves both queues and all
 //! sockets; it waits for none of them.
 
 mod connection;
