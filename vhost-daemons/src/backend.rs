@@ -12,9 +12,8 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
 
-use ringvm_backends::device::{Device, DeviceError, End};
+use ringvm_backends::device::{Device, DeviceError, End, Stopping};
 use ringvm_backends::virtqueue::interrupt::Interrupt;
 use ringvm_vhost_user::message::{F_SKIP_DRAIN, Message};
 use thiserror::Error;
@@ -56,6 +55,16 @@ fn own_features(device: &dyn Device) -> u64 {
     if device.recovers() { F_PROTOCOL_FEATURES | F_LOG_ALL } else { F_PROTOCOL_FEATURES }
 }
 
+/// The feature that a message goes with, where the device may be unable to serve it.
+fn needed(kind: FrontendReq) -> Protocol {
+    match kind {
+        FrontendReq::GET_INFLIGHT_FD | FrontendReq::SET_INFLIGHT_FD => Protocol::INFLIGHT_SHMFD,
+        FrontendReq::SET_LOG_BASE | FrontendReq::SET_LOG_FD => Protocol::LOG_SHMFD,
+        FrontendReq::SET_DEVICE_STATE_FD | FrontendReq::CHECK_DEVICE_STATE => Protocol::DEVICE_STATE,
+        _ => Protocol::empty(),
+    }
+}
+
 /// Why a request is not met.
 #[derive(Debug, Error)]
 pub(crate) enum Refused {
@@ -68,6 +77,9 @@ pub(crate) enum Refused {
     /// The frontend can continue: without these features no ring starts, and it may choose others.
     #[error(transparent)]
     Features(DeviceError),
+    /// The device can't, whatever it is asked for.
+    #[error(transparent)]
+    Device(DeviceError),
     #[error("the table of requests in flight: {0}")]
     Inflight(io::Error),
     #[error("the log of written pages: {0}")]
@@ -167,8 +179,11 @@ impl<'a> Backend<'a> {
 
     /// Carries out a message.
     pub(crate) fn apply(&mut self, kind: FrontendReq, mut message: Message) -> Result<Answer, Refused> {
-        let files = std::mem::replace(&mut message.files, Ok(Vec::new()));
-        let mut files = files.map_err(|wrong| malformed(wrong.to_string()))?.into_iter();
+        let mut files = message.take_files().map_err(|wrong| malformed(wrong.to_string()))?.into_iter();
+        // Clients use what was offered without accepting it. What was not offered is not served either.
+        if !protocol_features(self.device).contains(needed(kind)) {
+            return Err(malformed("it goes with a feature that was not offered"));
+        }
         match kind {
             FrontendReq::SET_OWNER => Ok(Answer::Done),
             FrontendReq::GET_FEATURES => Ok(Answer::number(self.device.info().features | own_features(self.device))),
@@ -220,8 +235,11 @@ impl<'a> Backend<'a> {
         if self.features != Some(features) || !in_service {
             self.stop_all(End::Drained)?;
             self.forget();
-            self.device.ack_features(features).map_err(Refused::Features)?;
-            self.state.reload(self.device).map_err(Refused::Features)?;
+            let accepted = self.device.ack_features(features).and_then(|()| self.state.reload(self.device));
+            accepted.map_err(|error| match error {
+                DeviceError::Host { .. } => Refused::Device(error),
+                error => Refused::Features(error),
+            })?;
             self.features = Some(features);
         }
         if toggled {
@@ -317,11 +335,11 @@ impl<'a> Backend<'a> {
         Ok(())
     }
 
-    /// Ends all work of the frontend, without waiting for requests that can be cancelled. Returns whether nothing is
-    /// in flight any more; if something is, call it again before the backend is dropped.
-    pub(crate) fn end(&mut self, deadline: Instant) -> bool {
+    /// Begins to end all work of the frontend, without waiting for requests that can be cancelled. The backend is
+    /// dropped once nothing is in flight any more.
+    pub(crate) fn begin_end(&mut self) -> Stopping {
         let indices: Vec<u16> = (0..self.rings.len() as u16).collect();
-        self.device.stop(&indices, End::Suspended).wait_until(deadline).is_ok()
+        self.device.stop(&indices, End::Suspended)
     }
 }
 

@@ -107,9 +107,7 @@ impl Drop for Mapped {
         let deadline = Instant::now() + LET_GO_PATIENCE;
         while Arc::get_mut(&mut self.guest).is_none() {
             if Instant::now() >= deadline {
-                error!(
-                    "memory of a client is still in use after its queues have stopped and stays mapped; this is a bug"
-                );
+                error!("the device still uses memory of a client after its queues have stopped; it stays mapped");
                 return std::mem::forget(self.mapping.take());
             }
             std::thread::sleep(LET_GO_PAUSE);

@@ -10,11 +10,9 @@ use std::time::Duration;
 use ringvm_backends::device::Device;
 use ringvm_backends::io::reactor::{OnPanic, ReactorOptions, ReactorPool};
 use ringvm_backends::stats::DeviceStats;
-use ringvm_cli::program::{Endings, SignalThread, ignore_file_size_signal, start_tracing};
+use ringvm_cli::program::{Endings, SignalThread, ignore_file_size_signal, raise_descriptor_limit, start_tracing};
 use ringvm_cli::summary::summary;
-use rustix::process::{Resource, Rlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1};
-use tracing::warn;
 
 use crate::control::{Control, Told};
 use crate::ending::{Deadlines, Failure, exit_soon, finish};
@@ -72,7 +70,7 @@ fn run<T>(program: &Program<T>, options: &ServeOptions, texts: &[String]) -> Res
     let read =
         |text: &String| (program.read)(text).map_err(|error| wrong(format!("--{} {text}: {error}", program.kind)));
     let specs = texts.iter().map(read).collect::<Result<Vec<_>, _>>()?;
-    raise_limit();
+    raise_descriptor_limit();
     let inherited = options.inherit(specs.len()).map_err(wrong)?;
     let sentinel = options.inherit_sentinel().map_err(wrong)?;
     let (tell, told) = mpsc::channel();
@@ -144,13 +142,4 @@ fn statistics(threads: &[Control]) -> Vec<DeviceStats> {
     };
     let asked: Vec<_> = threads.iter().map(ask).collect();
     asked.into_iter().filter_map(|answers| answers.recv_timeout(STATS_PATIENCE).ok()).collect()
-}
-
-/// Allows this process as many descriptors as it may have: clients bring several for each ring.
-fn raise_limit() {
-    let limit = rustix::process::getrlimit(Resource::Nofile);
-    let raised = rustix::process::setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
-    if let Err(error) = raised {
-        warn!(%error, "raising the limit of open descriptors to its maximum");
-    }
 }

@@ -97,7 +97,9 @@ impl<'a> Session<'a> {
     pub(crate) fn end(mut self, grace: Duration) -> bool {
         let begun = Instant::now();
         let (mut said, mut last) = (false, None);
-        while !self.backend.end(Instant::now() + LOOK_PAUSE) {
+        let mut stopping = self.backend.begin_end();
+        while let Err(still) = stopping.wait_until(Instant::now() + LOOK_PAUSE) {
+            stopping = still;
             if self.mailbox.stopped() && Instant::now() > *last.get_or_insert_with(|| Instant::now() + grace) {
                 // The kernel may still write to the memory of this session, so that stays until the process has ended.
                 std::mem::forget(self);

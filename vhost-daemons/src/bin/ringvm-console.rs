@@ -42,7 +42,8 @@ fn main() -> ExitCode {
         name: "ringvm-console",
         kind: "console",
         read: keyval::read,
-        queues: |_: &Checked<ConsoleOptions>| 2,
+        // Its queues are served by a thread of its own.
+        queues: |_: &Checked<ConsoleOptions>| 0,
         open,
     };
     match usage::parse::<Cli>("ringvm-console") {

@@ -30,11 +30,11 @@ pub enum WireError {
     /// The peer does not listen, or has left without an answer.
     #[error("the connection has ended")]
     Gone,
-    /// The rest of a message, or an answer, did not come within the limit.
-    #[error("a message that was begun did not come to its end within {} s", .0.as_secs())]
+    /// An answer, or the rest of a message, did not come within the limit.
+    #[error("a message did not come to its end within {} s", .0.as_secs())]
     Late(Duration),
     /// The peer did not read a message within the limit.
-    #[error("a reply was not read within {} s", .0.as_secs())]
+    #[error("a message was not read within {} s", .0.as_secs())]
     Unread(Duration),
     /// No message of the awaited kind has such a header.
     #[error("message {request} has a header that can't be: flags {flags:#x}, {size} bytes")]

@@ -112,6 +112,14 @@ pub struct Message {
 }
 
 impl Message {
+    /// Takes the descriptors out, or their fault.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    pub fn take_files(&mut self) -> Result<Vec<OwnedFd>, WrongFiles> {
+        std::mem::replace(&mut self.files, Ok(Vec::new()))
+    }
+
     /// The payload's beginning as a `T`, whatever follows; `None` if it is too short.
     #[must_use]
     pub fn parse<T: ByteValued + Default>(&self) -> Option<T> {
