@@ -31,6 +31,7 @@ const ZERO_RANGE: i32 = 0x10 | 0x01;
 /// The storage of one queue.
 struct Chunks {
     dir: PathBuf,
+    readonly: bool,
     open: RefCell<HashMap<u64, Rc<File>>>,
     /// Chunks that some queue has written to.
     written: Arc<Mutex<BTreeSet<u64>>>,
@@ -54,16 +55,19 @@ impl Chunks {
             return Ok(Rc::clone(file));
         }
         let path = self.dir.join(format!("{chunk}.chunk"));
-        let file = OpenOptions::new().read(true).write(true).open(&path).await;
+        let file = OpenOptions::new().read(true).write(!self.readonly).open(&path).await;
         let file = match file {
             Err(error) if error.kind() == io::ErrorKind::NotFound && create => {
                 let file = OpenOptions::new().read(true).write(true).create(true).open(&path).await?;
-                file.fallocate(0, CHUNK, 0).await?;
                 File::open(&self.dir).await?.sync_all().await?;
                 file
             }
             file => file?,
         };
+        if !self.readonly {
+            // Also one that was made and not filled: the host may have had no room, or have stopped in between.
+            file.fallocate(0, CHUNK, 0).await?;
+        }
         Ok(Rc::clone(self.open.borrow_mut().entry(chunk).or_insert_with(|| Rc::new(file))))
     }
 
@@ -118,7 +122,7 @@ impl AsyncStorage for Chunks {
 /// Serves disks that lie in directories.
 #[derive(Parser)]
 struct Cli {
-    /// Add a disk. Keys: path=DIR, size=SIZE, queues=N, queue-size=N, serial=TEXT
+    /// Add a disk. Keys: path=DIR, size=SIZE, readonly=on|off, queues=N, queue-size=N, serial=TEXT
     #[arg(long)]
     disk: Vec<String>,
     #[command(flatten)]
@@ -135,10 +139,11 @@ fn main() -> ExitCode {
             let dir = options.path.clone().filter(|path| path.is_dir()).ok_or("path= is missing, or no directory")?;
             let capacity = options.size.filter(|size| *size > 0 && size.is_multiple_of(512));
             let capacity = capacity.ok_or("size= is missing, or no multiple of 512")?;
-            let geometry =
-                Geometry { capacity, logical_block: 512, physical_block: 4096, readonly: false, discard: false };
+            let readonly = options.readonly;
+            let geometry = Geometry { capacity, logical_block: 512, physical_block: 4096, readonly, discard: false };
             let written = Arc::<Mutex<BTreeSet<u64>>>::default();
-            let make = move || Chunks { dir: dir.clone(), open: RefCell::default(), written: Arc::clone(&written) };
+            let make =
+                move || Chunks { dir: dir.clone(), readonly, open: RefCell::default(), written: Arc::clone(&written) };
             Ok(Box::new(BlockDevice::over_async(name, geometry, make, options, pool)))
         },
     };
