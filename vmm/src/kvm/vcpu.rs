@@ -268,11 +268,13 @@ impl Runner {
                 Ok(Command::Pause(paused)) => {
                     let _ = paused.send(self.id);
                 }
-                Ok(Command::Save(state)) => match VcpuState::of(self.id, vcpu, &self.vm.saved_msrs) {
-                    Ok(saved) => drop(state.send(saved)),
-                    // The sender is dropped, which tells the requester that there is no state.
-                    Err(error) => warn!(vcpu = self.id, %error, "its state can't be read"),
-                },
+                Ok(Command::Save(state)) => {
+                    match self.vm.saved_msrs().and_then(|msrs| VcpuState::of(self.id, vcpu, msrs)) {
+                        Ok(saved) => drop(state.send(saved)),
+                        // The sender is dropped, which tells the requester that there is no state.
+                        Err(error) => warn!(vcpu = self.id, %error, "its state can't be read"),
+                    }
+                }
                 Ok(Command::Stop) | Err(_) => return false,
             }
         }

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use kvm_bindings::{
-    CpuId, KVM_CAP_PMU_CAPABILITY, KVM_MAX_CPUID_ENTRIES, KVM_PMU_CAP_DISABLE, kvm_enable_cap,
+    CpuId, KVM_CAP_PMU_CAPABILITY, KVM_MAX_CPUID_ENTRIES, KVM_PMU_CAP_DISABLE, MsrList, kvm_enable_cap,
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, NoDatamatch, VmFd};
@@ -84,8 +84,8 @@ pub struct Vm {
     irqs: Arc<Irqs>,
     /// KVM holds no reference on mapped memory: it must not go before the VM.
     pub(super) memory: GuestMemory,
-    /// The MSRs that are part of a vCPU's state.
-    pub(super) saved_msrs: Vec<u32>,
+    /// The MSRs that are part of a vCPU's state, as far as KVM says. Only whoever saves it needs them.
+    pub(super) saved_msrs: Result<MsrList, kvm_ioctls::Error>,
 }
 
 impl Vm {
@@ -108,8 +108,13 @@ impl Vm {
         let fd = Arc::new(fd);
         let irqs = Irqs::new(Arc::clone(&fd))
             .map_err(|source| KvmError::Call { what: "setting the interrupt routes".into(), source })?;
-        let saved_msrs = kvm.system.get_msr_index_list().map_err(call("asking for the MSRs of a vCPU's state"))?;
-        Ok(Self { fd, irqs, memory, saved_msrs: saved_msrs.as_slice().to_vec() })
+        Ok(Self { fd, irqs, memory, saved_msrs: kvm.system.get_msr_index_list() })
+    }
+
+    /// The MSRs that are part of a vCPU's state.
+    pub(super) fn saved_msrs(&self) -> Result<&[u32], KvmError> {
+        let msrs = self.saved_msrs.as_ref();
+        msrs.map(|msrs| msrs.as_slice()).map_err(|&error| call("asking for the MSRs of a vCPU's state")(error))
     }
 
     /// Takes the performance counters away from vCPUs that are created after this. On a KVM that can't (before Linux
