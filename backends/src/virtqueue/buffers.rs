@@ -18,7 +18,6 @@ use std::sync::Arc;
 
 use vm_memory::{GuestMemoryMmap, VolatileSlice};
 
-pub use self::owned::GuestBuffer;
 use crate::virtqueue::GuestMemory;
 
 /// Most pieces of one vector that the kernel takes (IOV_MAX).

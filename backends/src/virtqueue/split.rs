@@ -209,7 +209,7 @@ impl Queue {
         }
         *taken |= bit;
         if let Err(error) = self.follow(head, chain) {
-            self.not_taken(chain.head);
+            self.not_taken(head);
             return Err(error);
         }
         self.next_avail = self.next_avail.wrapping_add(is_new.into());

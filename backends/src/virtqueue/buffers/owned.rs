@@ -11,7 +11,7 @@ use crate::virtqueue::GuestMemory;
 ///
 /// A guest can change the bytes at any moment, so a program must leave looking at them to the kernel.
 #[derive(Debug)]
-pub struct GuestBuffer {
+pub(crate) struct GuestBuffer {
     piece: libc::iovec,
     /// Bytes with something in them, as the runtime counts: reads go behind them.
     filled: usize,
