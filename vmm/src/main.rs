@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use ringvm::cli::{Cli, Command};
 use ringvm::exit::Exit;
 use ringvm::{check, run};
-use ringvm_cli::program::{ignore_file_size_signal, start_tracing};
+use ringvm_cli::program::{ignore_file_size_signal, raise_descriptor_limit, start_tracing};
 
 fn main() -> ExitCode {
     ignore_file_size_signal();
@@ -17,6 +17,7 @@ fn main() -> ExitCode {
         }
     };
     start_tracing(cli.verbose);
+    raise_descriptor_limit();
     let result = match cli.command {
         Command::Check => return check::check().into(),
         Command::Run(args) => args.into_config().map_err(|error| (error.to_string(), Exit::Configuration)),

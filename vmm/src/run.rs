@@ -38,6 +38,7 @@ use crate::machine::ending::{Limits, Stopped, flush, let_go};
 use crate::machine::{Blueprint, Machine, MachineError, Running};
 use crate::operator::Operator;
 use crate::placement::{Mover, PlaceError, open_console, open_disk, open_nic, open_vsock};
+use crate::signals::Resized;
 use crate::vhost_user::peer::Peer;
 use crate::vhost_user::{ConnectError, VhostUserDevice, Wanted};
 use crate::{bus_error, signals};
@@ -82,10 +83,10 @@ pub enum RunError {
         /// The error that it returned.
         source: io::Error,
     },
-    /// The serial port has no other end.
-    #[error("--serial {what}: {source}; {advice}")]
-    Serial {
-        /// The value of the option.
+    /// A console has no other end.
+    #[error("{what}: {source}; {advice}")]
+    Console {
+        /// The option with its value.
         what: String,
         /// The error that it returned.
         source: io::Error,
@@ -128,7 +129,7 @@ impl RunError {
             | Self::Disk(_)
             | Self::Net(_)
             | Self::Place(_)
-            | Self::Serial { .. } => Exit::Configuration,
+            | Self::Console { .. } => Exit::Configuration,
             Self::Kvm(KvmError::Cpus { .. }) => Exit::Configuration,
             Self::Machine(MachineError::Layout(_) | MachineError::Boot(_) | MachineError::Pci(_)) => {
                 Exit::Configuration
@@ -172,8 +173,8 @@ pub fn run(config: &Config) -> Result<Exit, RunError> {
     let kvm = Kvm::open()?;
     check_cpus(config, &kvm)?;
     let (events, endings) = Events::channel();
-    let (keyboard, keys) = open_keyboard(config, &events)?.unzip();
-    let (mut devices, movers) = open_devices(config, &events, keys)?;
+    let (terminal, keyboard) = open_terminal(config, &events)?;
+    let Opened { mut devices, movers, resized } = open_devices(config, &events, terminal)?;
     let console = open_serial(config, &events)?;
     let blueprint = Blueprint {
         kvm: &kvm,
@@ -188,7 +189,7 @@ pub fn run(config: &Config) -> Result<Exit, RunError> {
     let (control, requests) = Control::channel();
     let operator = Operator::start(control.clone())
         .map_err(|source| RunError::Host { what: "starting the operator's thread", source })?;
-    let signals = signals::listen(events.clone(), operator.wishes())
+    let signals = signals::listen(events.clone(), operator.wishes(), resized)
         .map_err(|source| RunError::Host { what: "listening to signals", source })?;
     let raw = if config.serial == Serial::Stdio || has_terminal(config) {
         RawMode::enter().map_err(|source| RunError::Host { what: "putting the terminal into raw mode", source })?
@@ -331,13 +332,14 @@ fn check_cpus(config: &Config, kvm: &Kvm) -> Result<(), KvmError> {
     if wanted > limit { Err(KvmError::Cpus { wanted, limit }) } else { Ok(()) }
 }
 
-type Devices = Vec<Box<dyn Device>>;
+/// The devices of a machine.
+struct Opened {
+    devices: Vec<Box<dyn Device>>,
+    movers: Vec<Mover>,
+    resized: Option<Resized>,
+}
 
-fn open_devices(
-    config: &Config,
-    events: &Events,
-    mut keys: Option<OwnedFd>,
-) -> Result<(Devices, Vec<Mover>), RunError> {
+fn open_devices(config: &Config, events: &Events, mut terminal: Option<End>) -> Result<Opened, RunError> {
     let events = events.clone();
     let on_panic = OnPanic::new(move |thread| {
         events.end(Ending::Panic(format!("I/O thread {thread} panicked, the devices it served are lost")));
@@ -349,8 +351,8 @@ fn open_devices(
     let daemon = |name: &str, socket: &Path, wanted| {
         VhostUserDevice::connect(name, Peer::at(socket.to_owned()), &wanted).map(Box::new)
     };
-    let mut devices: Devices = Vec::new();
-    let mut movers = Vec::new();
+    let mut devices: Vec<Box<dyn Device>> = Vec::new();
+    let (mut movers, mut resized) = (Vec::new(), None);
     for (index, disk) in config.disk.iter().enumerate() {
         let name = disk.name(index);
         match &disk.backend {
@@ -386,11 +388,13 @@ fn open_devices(
         devices.push(daemon(&fs.name(index), &fs.socket, wanted)?);
     }
     for (index, options) in config.console.iter().enumerate() {
-        let stdio = || keys.take().ok_or_else(|| io::Error::other("there is no keyboard")).and_then(stdio_end);
-        devices.push(open_console(&options.name(index), options, stdio, &reactors, config.stats)?);
+        let end = if options.is_stdio() { terminal.take() } else { None };
+        let (console, its_resized) = open_console(&options.name(index), options, end, config.stats)?;
+        devices.push(console);
+        resized = resized.or(its_resized);
     }
     if let Some(options) = &config.vsock {
-        devices.push(open_vsock(&options.name(), options, &reactors, config.stats)?);
+        devices.push(open_vsock(&options.name(), options, config.stats)?);
     }
     for (index, options) in config.vhost_user.iter().enumerate() {
         let name = options.name(index);
@@ -400,22 +404,35 @@ fn open_devices(
     if config.rng {
         devices.push(Box::new(RngDevice::new(RNG, here()?)));
     }
-    Ok((devices, movers))
+    Ok(Opened { devices, movers, resized })
 }
 
-/// The keyboard of a console at the terminal: the thread that looks for the escape, and what the console reads.
-fn open_keyboard(config: &Config, events: &Events) -> Result<Option<(Console, OwnedFd)>, RunError> {
+/// The standard input and output as the end of a virtio console, if there is one; and the thread that looks for the
+/// escape, if a person types.
+fn open_terminal(config: &Config, events: &Events) -> Result<(Option<End>, Option<Console>), RunError> {
     if !has_terminal(config) {
-        return Ok(None);
+        return Ok((None, None));
     }
-    let host = |source| RunError::Host { what: "starting the console thread", source };
-    let output = File::options().write(true).open("/dev/null").map_err(host)?;
+    let host = |what| move |source| RunError::Host { what, source };
+    let console = |source| RunError::Console {
+        what: "--console stdio".into(),
+        source,
+        advice: "open standard output, or use --console file=PATH",
+    };
+    crate::console::stdio::check_output().map_err(console)?;
+    let output = stdout().try_clone_to_owned().map_err(console)?;
+    let nothing = || File::options().read(true).write(true).open("/dev/null").map_err(host("opening /dev/null"));
     let (input, escape) = terminal_input();
-    let streams = Streams { output, name: "nothing".into(), limit: None, input, escape };
-    let console = Console::start(streams, events.clone()).map_err(host)?;
-    let (port, keys) = keyboard().map_err(host)?;
-    console.attach(&port);
-    Ok(Some((console, keys)))
+    if !escape {
+        // Nobody types: the guest reads at its own pace, and nothing is lost.
+        let input = input.map_or_else(nothing, Ok)?;
+        return Ok((Some(End::descriptors(input.into(), output)), None));
+    }
+    let (port, keys) = keyboard().map_err(host("making the keyboard's pipe"))?;
+    let streams = Streams { output: nothing()?, name: "nothing".into(), limit: None, input, escape };
+    let keyboard = Console::start(streams, events.clone()).map_err(host("starting the console thread"))?;
+    keyboard.attach(&port);
+    Ok((Some(End::descriptors(keys, output)), Some(keyboard)))
 }
 
 /// Whether a virtio console is at the terminal.
@@ -431,25 +448,19 @@ fn terminal_input() -> (Option<File>, bool) {
     ((interactive || !isatty(stdin())).then(dup).flatten(), interactive)
 }
 
-/// The other end of such a console.
-fn stdio_end(keys: OwnedFd) -> io::Result<End> {
-    crate::console::stdio::check_output()?;
-    Ok(End::descriptors(keys, stdout().try_clone_to_owned()?))
-}
-
 fn open_serial(config: &Config, events: &Events) -> Result<Option<Console>, RunError> {
     let streams = match &config.serial {
         Serial::Null => return Ok(None),
         Serial::File { path, max } => {
             let SerialFile { output, limit } = SerialFile::open(path, *max).map_err(|(source, advice)| {
-                RunError::Serial { what: format!("file={}", path.display()), source, advice }
+                RunError::Console { what: format!("--serial file={}", path.display()), source, advice }
             })?;
             Streams { output, name: path.display().to_string(), limit, input: None, escape: false }
         }
         Serial::Stdio => {
             let dup = |fd: &dyn AsFd| fd.as_fd().try_clone_to_owned();
-            let serial = |source| RunError::Serial {
-                what: "stdio".into(),
+            let serial = |source| RunError::Console {
+                what: "--serial stdio".into(),
                 source,
                 advice: "open standard output, or use --serial file=PATH or --serial null",
             };

@@ -3,29 +3,35 @@
 use std::io;
 
 use ringvm_cli::program::{Endings, SignalThread};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
 
 use crate::console::terminal;
 use crate::events::{Ending, Events};
 use crate::exit::Exit;
 use crate::operator::{Wish, Wishes};
 
+/// Tells somebody that the size of the terminal has changed.
+pub type Resized = Box<dyn Fn() + Send>;
+
 /// Starts to listen: SIGTERM, SIGINT, SIGQUIT and SIGHUP end the machine. The second of them, unless it is SIGHUP,
-/// ends the process at once. SIGUSR1 asks for statistics, SIGUSR2 asks devices to change their place.
+/// ends the process at once. SIGUSR1 asks for statistics, SIGUSR2 asks devices to change their place. SIGWINCH calls
+/// `resized`, if there is something to call.
 ///
 /// # Errors
 /// When the host has no thread or descriptor left.
-pub fn listen(events: Events, wishes: Wishes) -> io::Result<SignalThread> {
+pub fn listen(events: Events, wishes: Wishes, resized: Option<Resized>) -> io::Result<SignalThread> {
     let mut wanted = vec![SIGTERM, SIGINT, SIGQUIT, SIGUSR1, SIGUSR2];
     if !is_ignored(SIGHUP) {
         // Ignored under nohup(1): the program is to go on then.
         wanted.push(SIGHUP);
     }
+    wanted.extend(resized.is_some().then_some(SIGWINCH));
     let mut endings = Endings::default();
     SignalThread::start(&wanted, move |signal| {
         let name = match signal {
             SIGUSR1 => return wishes.add(Wish::Statistics),
             SIGUSR2 => return wishes.add(Wish::Move),
+            SIGWINCH => return resized.iter().for_each(|resized| resized()),
             SIGINT => "SIGINT",
             SIGQUIT => "SIGQUIT",
             SIGHUP => "SIGHUP",

@@ -9,8 +9,10 @@ use std::time::{Duration, Instant};
 
 use log_budget::LogBudget;
 use ringvm_backends::trace;
+use rustix::process::{Resource, Rlimit};
 use signal_hook::consts::SIGHUP;
 use signal_hook::iterator::{Handle, Signals};
+use tracing::warn;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
@@ -37,6 +39,15 @@ fn targets(wanted: Option<&str>, verbose: u8) -> Targets {
     let wanted = wanted.filter(|directives| !directives.is_empty()).and_then(|directives| directives.parse().ok());
     // Whatever is asked for says what it is about.
     wanted.unwrap_or_else(|| Targets::new().with_default(level)).with_target(trace::TARGET, LevelFilter::ERROR)
+}
+
+/// Allows this process as many descriptors as it may have: clients, guests and peers bring several each.
+pub fn raise_descriptor_limit() {
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    let raised = rustix::process::setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+    if let Err(error) = raised {
+        warn!(%error, "raising the limit of open descriptors to its maximum");
+    }
 }
 
 /// Listens to signals of the process on a thread of its own, until it is dropped.

@@ -65,6 +65,9 @@ pub fn is_interactive() -> bool {
     isatty(stdin) && tcgetpgrp(stdin).map_or(true, |foreground| foreground == getpgrp())
 }
 
+/// What the threads of hosted backends are called, before the name of their device.
+const BACKEND_THREAD: &str = "host-";
+
 /// Puts the terminal back. Two system calls at most and no lock: safe in a signal handler.
 pub(crate) fn restore() {
     if let Some(found) = FOUND.get() {
@@ -78,7 +81,11 @@ fn restore_on_panic() {
     HOOKED.call_once(|| {
         let next = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
-            restore();
+            // The machine goes on without a hosted backend, and with its console.
+            let goes_on = std::thread::current().name().is_some_and(|name| name.starts_with(BACKEND_THREAD));
+            if !goes_on {
+                restore();
+            }
             next(info);
         }));
     });

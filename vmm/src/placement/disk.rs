@@ -14,7 +14,7 @@ use ringvm_cli::keyval;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use super::placed::{Server, Source};
-use super::{Mover, PlaceError, PlacedDevice, Threads, common_arguments, program};
+use super::{Mover, PlaceError, PlacedDevice, Threads, common_arguments, program, reactor_arguments};
 use crate::config::Place;
 use crate::vhost_user::peer::{self, Peer, Program};
 use crate::vhost_user::{VhostUserDevice, Wanted};
@@ -109,7 +109,8 @@ fn arguments(
     let fd = (options.storage == StorageKind::Raw).then_some(peer::INHERITED);
     let disk = BlockOptions { path: None, fd, ..options.clone() };
     let mut words = vec!["--disk".into(), keyval::to_string(&disk)?.into()];
-    words.extend(common_arguments(name, reactors, usize::from(options.queues), stats));
+    words.extend(common_arguments(name, stats));
+    words.extend(reactor_arguments(reactors, usize::from(options.queues)));
     Ok(words)
 }
 

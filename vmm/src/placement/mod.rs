@@ -15,6 +15,7 @@ use ringvm_backends::device::DeviceError;
 use ringvm_backends::io::reactor::{ReactorOptions, ReactorPool};
 use ringvm_backends::net as nic;
 use ringvm_cli::io_options::IoOptions;
+use ringvm_hosted::{HostedError, console, vsock};
 use thiserror::Error;
 
 use crate::vhost_user::ConnectError;
@@ -37,9 +38,15 @@ pub enum PlaceError {
     /// A NIC's port can't be opened.
     #[error(transparent)]
     Net(#[from] nic::OpenError),
-    /// A console or a vsock device can't be opened.
-    #[error("{0}")]
-    Hosted(String),
+    /// A console's end on the host can't be opened.
+    #[error(transparent)]
+    Console(#[from] console::OpenError),
+    /// A vsock device can't be opened.
+    #[error(transparent)]
+    Vsock(#[from] vsock::OpenError),
+    /// A backend can't be a device.
+    #[error(transparent)]
+    Hosted(#[from] HostedError),
     /// Its daemon can't be used.
     #[error(transparent)]
     Connect(#[from] ConnectError),
@@ -102,15 +109,18 @@ fn program(name: &str) -> PathBuf {
     }
 }
 
-/// Arguments for every daemon, whatever it serves on so many queues.
-fn common_arguments(name: &str, reactors: &ReactorOptions, queues: usize, stats: bool) -> Vec<OsString> {
-    let mut words = vec!["--name".into(), name.to_owned()];
-    words.extend(IoOptions::of(reactors, queues).arguments());
+/// Arguments for every daemon.
+fn common_arguments(name: &str, stats: bool) -> Vec<OsString> {
+    let mut words = vec!["--name".into(), name.into()];
+    words.extend(stats.then(|| "--stats".into()));
+    words
+}
+
+/// Arguments for a daemon that serves so many queues on I/O threads.
+fn reactor_arguments(reactors: &ReactorOptions, queues: usize) -> Vec<OsString> {
+    let mut words = IoOptions::of(reactors, queues).arguments();
     if reactors.hold_memory > 0 {
         words.push(format!("--hold-memory={}", reactors.hold_memory));
-    }
-    if stats {
-        words.push("--stats".into());
     }
     words.into_iter().map(OsString::from).collect()
 }

@@ -15,7 +15,7 @@ use tracing::warn;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 
 use super::placed::{Server, Source};
-use super::{Mover, PlaceError, PlacedDevice, Threads, common_arguments, program};
+use super::{Mover, PlaceError, PlacedDevice, Threads, common_arguments, program, reactor_arguments};
 use crate::config::Place;
 use crate::vhost_user::peer::{INHERITED, Peer, Program};
 use crate::vhost_user::{VhostUserDevice, Wanted};
@@ -87,7 +87,8 @@ impl Source for Nic {
                     source: io::Error::other(error),
                 })?;
                 let mut words = vec!["--net".into(), net];
-                words.extend(common_arguments(name, &threads.reactors, 2 * usize::from(options.queues), *stats));
+                words.extend(common_arguments(name, *stats));
+                words.extend(reactor_arguments(&threads.reactors, 2 * usize::from(options.queues)));
                 let wanted = Wanted::new(VIRTIO_ID_NET, None, options.queue_size);
                 let peer = Peer::Program(Program::new(program(PROGRAM), words, inherited));
                 Ok(Box::new(VhostUserDevice::connect(name, peer, &wanted)?))

@@ -43,10 +43,8 @@ impl LinkError {
 
     /// No whole message came or went.
     pub(super) fn wire(what: impl Into<Cow<'static, str>>, error: WireError) -> Self {
-        match error {
-            WireError::Late(_) | WireError::Unread(_) => Self::new(what, "it does not answer", Fate::Hangs),
-            error => Self::broken(what, error),
-        }
+        let hangs = matches!(error, WireError::Late(_) | WireError::Unread(_));
+        Self::new(what, error, if hangs { Fate::Hangs } else { Fate::Ends })
     }
 
     /// Whether the connection can't be used any more.

@@ -147,8 +147,7 @@ impl Link {
         let request = request.into();
         let received = self.wire.receive_reply(request, self.limit);
         let mut message = received.map_err(|error| LinkError::wire(request_name(request), error))?;
-        let files = std::mem::replace(&mut message.files, Ok(Vec::new()));
-        let files = files.map_err(|wrong| LinkError::broken(request_name(request), wrong))?;
+        let files = message.take_files().map_err(|wrong| LinkError::broken(request_name(request), wrong))?;
         Ok((message, files.into_iter().next()))
     }
 
