@@ -5,13 +5,10 @@ use std::io;
 use ringvm_cli::program::{Endings, SignalThread};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
 
-use crate::console::terminal;
+use crate::console::terminal::{self, Resized};
 use crate::events::{Ending, Events};
 use crate::exit::Exit;
 use crate::operator::{Wish, Wishes};
-
-/// Tells somebody that the size of the terminal has changed.
-pub type Resized = Box<dyn Fn() + Send>;
 
 /// Starts to listen: SIGTERM, SIGINT, SIGQUIT and SIGHUP end the machine. The second of them, unless it is SIGHUP,
 /// ends the process at once. SIGUSR1 asks for statistics, SIGUSR2 asks devices to change their place. SIGWINCH calls

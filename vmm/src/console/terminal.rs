@@ -13,6 +13,9 @@ use rustix::termios::{
 /// The terminal as it was found. Set once, read by a signal handler.
 static FOUND: OnceLock<Termios> = OnceLock::new();
 
+/// Tells somebody that the size of the terminal has changed.
+pub type Resized = Box<dyn Fn() + Send>;
+
 /// Standard input in raw mode until this is dropped.
 pub struct RawMode(());
 

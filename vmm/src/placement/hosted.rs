@@ -15,7 +15,7 @@ use virtio_bindings::virtio_ids::{VIRTIO_ID_CONSOLE, VIRTIO_ID_VSOCK};
 
 use super::{Place, PlaceError, common_arguments, program};
 use crate::config::{ConsoleDevice, VsockDevice};
-use crate::signals::Resized;
+use crate::console::terminal::Resized;
 use crate::vhost_user::peer::{Peer, Program};
 use crate::vhost_user::{VhostUserDevice, Wanted};
 
