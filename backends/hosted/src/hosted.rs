@@ -123,7 +123,6 @@ impl<B: VhostUserBackend> Thread<B> {
 /// A backend as a device.
 pub struct Hosted<B: VhostUserBackend> {
     info: DeviceInfo,
-    features: u64,
     threads: Vec<Thread<B>>,
     /// Of each queue: its thread, and its place among the queues there.
     seats: Vec<(usize, usize)>,
@@ -199,7 +198,6 @@ where
                 queue_sizes: vec![queue_size; queues],
                 config_len,
             },
-            features: 0,
             threads,
             shown,
             changed: ConfigChange::default(),
@@ -286,7 +284,6 @@ where
                 }
             })?;
         }
-        self.features = features;
         Ok(())
     }
 
@@ -379,7 +376,6 @@ where
         if let Err(error) = reset {
             warn!(%error, "the device is not reset");
         }
-        self.features = 0;
     }
 
     fn on_config_change(&mut self, notify: Interrupt) {
