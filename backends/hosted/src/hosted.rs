@@ -118,6 +118,20 @@ impl<B: VhostUserBackend> Thread<B> {
             let _ = self.wake.write(1);
         }
     }
+
+    /// Has the thread end once it is back from the backend.
+    fn end(&mut self) {
+        self.calls = None;
+        // Full: it was woken often enough.
+        let _ = self.wake.write(1);
+    }
+}
+
+impl<B: VhostUserBackend> Drop for Thread<B> {
+    /// Ends it, and does not wait: a device that fails to start has nobody who would.
+    fn drop(&mut self) {
+        self.end();
+    }
 }
 
 /// A backend as a device.
@@ -159,14 +173,18 @@ where
         let vrings = (0..queues).map(vring).collect::<Result<Vec<_>, _>>();
         let vrings = vrings.map_err(|error| wrong(format!("making its vrings: {error}")))?;
         let kicks: Arc<[AtomicU64]> = (0..queues).map(|_| AtomicU64::new(0)).collect();
-        let masks = backend.queues_per_thread();
-        let mut seats = vec![None; queues];
+        let of_mask = |mask: u64| (0..queues.min(64)).filter(|queue| mask >> queue & 1 != 0).collect();
+        let per_thread: Vec<Vec<usize>> = backend.queues_per_thread().into_iter().map(of_mask).collect();
+        // Before any thread starts: the backend may be wrong here, too.
+        let seat = |queue: usize| {
+            let place_on = |numbers: &Vec<usize>| numbers.iter().position(|&number| number == queue);
+            let mut places = per_thread.iter().enumerate();
+            let seat = places.find_map(|(thread, numbers)| Some((thread, place_on(numbers)?)));
+            seat.ok_or_else(|| wrong(format!("no thread of it serves queue {queue}")))
+        };
+        let seats = (0..queues).map(seat).collect::<Result<_, _>>()?;
         let mut threads = Vec::new();
-        for (thread, mask) in masks.iter().enumerate() {
-            let on_thread: Vec<usize> = (0..queues.min(64)).filter(|queue| mask >> queue & 1 != 0).collect();
-            for (place, &queue) in on_thread.iter().enumerate() {
-                seats[queue].get_or_insert((thread, place));
-            }
+        for (thread, on_thread) in per_thread.into_iter().enumerate() {
             let rings = on_thread.iter().map(|&queue| vrings[queue].clone()).collect();
             let (calls, inbox) = unbounded();
             let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(host("making an event"))?);
@@ -186,11 +204,8 @@ where
             let handle = handle.spawn(move || event_loop.run()).map_err(host("starting a thread"))?;
             threads.push(Thread { calls: Some(calls), wake, listeners, faults, handle: Some(handle) });
         }
-        let seats = seats.into_iter().enumerate();
-        let seats =
-            seats.map(|(queue, seat)| seat.ok_or_else(|| wrong(format!("no thread of it serves queue {queue}"))));
         Ok(Self {
-            seats: seats.collect::<Result<_, _>>()?,
+            seats,
             info: DeviceInfo {
                 device_type,
                 name: name.to_owned(),
@@ -404,10 +419,7 @@ where
 impl<B: VhostUserBackend> Drop for Hosted<B> {
     /// Ends the threads. One in a call of the backend that never returns is left behind, and said so.
     fn drop(&mut self) {
-        for thread in &mut self.threads {
-            thread.calls = None;
-            let _ = thread.wake.write(1);
-        }
+        self.threads.iter_mut().for_each(Thread::end);
         let deadline = Instant::now() + PATIENCE;
         for thread in &mut self.threads {
             let Some(handle) = thread.handle.take() else { continue };

@@ -46,13 +46,15 @@ struct Odd {
     block: Arc<Mutex<()>>,
     descriptor_events: Arc<AtomicUsize>,
     features: u64,
+    masks: Vec<u64>,
 }
 
 impl Odd {
     fn new(manner: Manner) -> Self {
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let features = 1 << VIRTIO_F_VERSION_1 | 1 << 30;
-        Self { manner, memory, block: Arc::default(), descriptor_events: Arc::default(), features }
+        let masks = vec![0b001, 0b110];
+        Self { manner, memory, block: Arc::default(), descriptor_events: Arc::default(), features, masks }
     }
 }
 
@@ -89,7 +91,7 @@ impl VhostUserBackendMut for Odd {
     }
 
     fn queues_per_thread(&self) -> Vec<u64> {
-        vec![0b001, 0b110]
+        self.masks.clone()
     }
 
     fn handle_event(&mut self, event: u16, _: EventSet, vrings: &[VringRwLock], thread: usize) -> io::Result<()> {
@@ -375,4 +377,24 @@ fn a_backend_that_makes_no_device_is_refused() {
     wide.features |= 1 << VIRTIO_F_RING_PACKED | 1 << 26 | 1 << VIRTIO_F_ACCESS_PLATFORM;
     let device = Hosted::new("odd0", 4, 4, Arc::new(RwLock::new(wide))).unwrap();
     assert_eq!(device.info().features, 1 << VIRTIO_F_VERSION_1, "what no transport of ours has is not offered");
+}
+
+#[test]
+fn a_queue_without_a_thread_is_refused_before_any_thread_starts() {
+    let mut partial = Odd::new(Manner::Works);
+    partial.masks = vec![0b001, 0b100];
+    let backend = Arc::new(RwLock::new(partial));
+    let error = Hosted::new("odd0", 4, 4, Arc::clone(&backend)).err().unwrap().to_string();
+    assert!(error.contains("no thread of it serves queue 1"), "{error}");
+    // A thread would have a clone of its own.
+    assert_eq!(Arc::strong_count(&backend), 1);
+}
+
+#[test]
+fn a_thread_ends_with_its_handle() {
+    let (backend, rig) = odd(Manner::Works);
+    let mut device = rig.device;
+    // As a device that fails to start drops them: nobody waits for their ends.
+    drop(std::mem::take(&mut device.threads));
+    wait("the threads end", || Arc::strong_count(&backend) == 1);
 }
