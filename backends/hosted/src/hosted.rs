@@ -39,8 +39,9 @@ use self::event_loop::{EventLoop, Faults, Ring};
 use self::memory::Shown;
 use crate::listeners::Listeners;
 
-/// Longest time that the backend may take for a call that a driver or a transport waits for.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// Longest time that the backend may take for a call that a driver or a transport waits for. Less than the 2 s that a
+/// frontend gives a daemon: the reason is to reach it.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// Longest time that the backend may keep buffers of a queue that stops.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
 

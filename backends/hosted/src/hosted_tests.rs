@@ -315,7 +315,8 @@ fn pitfall_54_a_backend_that_blocks_is_given_up_in_time() {
     let block = Arc::clone(&backend.read().unwrap().block);
     let blocked = block.lock().unwrap();
     let error = rig.start(0, QueueState::default()).unwrap_err().to_string();
-    assert!(error.contains("not answered within 2 s"), "{error}");
+    let reason = format!("not answered within {} s", PATIENCE.as_secs());
+    assert!(error.contains(&reason), "{error}");
     let ends = rig.device.suspend(&[0]);
     assert!(ends[0].is_none());
     drop(rig);
