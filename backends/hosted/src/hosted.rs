@@ -36,7 +36,7 @@ use vm_memory::mmap::NewBitmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::event_loop::{EventLoop, Faults, Ring};
-use self::memory::Shown;
+use self::memory::{Lease, Shown};
 use crate::listeners::Listeners;
 
 /// Longest time that the backend may take for a call that a driver or a transport waits for. Less than the 2 s that a
@@ -190,14 +190,12 @@ where
             let (calls, inbox) = unbounded();
             let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(host("making an event"))?);
             let faults = Faults::of(on_thread.len());
-            let left = Arc::clone(&shown);
             let event_loop = EventLoop::new(
                 (name.to_owned(), thread),
                 (backend.clone(), queues, rings),
                 (inbox, Arc::clone(&wake)),
                 faults.clone(),
                 (on_thread, Arc::clone(&kicks)),
-                Box::new(move || left.leave()),
             );
             let event_loop = event_loop.map_err(host("listening to events"))?;
             let listeners = event_loop.listeners();
@@ -255,18 +253,16 @@ where
     }
 
     /// Shows the backend the guest's memory, for a queue that is to start.
-    fn show(&self, mem: &GuestMemory) -> Result<(), DeviceError> {
+    fn show(&self, mem: &GuestMemory) -> Result<Lease<B::Bitmap>, DeviceError> {
         let what = "showing the guest's memory to its backend";
         let failed = |source| DeviceError::Host { device: self.info.name.clone(), what, source };
-        if self.shown.enter(mem).map_err(failed)? {
+        let lease = self.shown.enter(mem).map_err(failed)?;
+        if lease.is_news() {
             let atomic = self.shown.atomic();
-            let updated = self.call(0, what, move |event_loop| event_loop.backend().update_memory(atomic));
-            if let Err(error) = updated.and_then(|updated| updated.map_err(failed)) {
-                self.shown.leave();
-                return Err(error);
-            }
+            self.call(0, what, move |event_loop| event_loop.backend().update_memory(atomic))?.map_err(failed)?;
+            lease.told();
         }
-        Ok(())
+        Ok(lease)
     }
 
     fn refuse(&self, index: u16, reason: &'static str) -> DeviceError {
@@ -335,15 +331,11 @@ where
         if parts.log.is_some() {
             return Err(self.refuse(index, "can't log the pages that it writes: its backend knows no log"));
         }
-        self.show(&parts.mem)?;
+        let lease = self.show(&parts.mem)?;
         let QueueParts { ring, mem, from, kick, call, fault, .. } = parts;
-        let ring = Ring { ring, mem, from, kick, call, fault };
+        let ring = Ring { ring, mem, lease, from, kick, call, fault };
         let started = self.call(thread, "starting a queue", move |event_loop| event_loop.start(place, ring));
-        let started = started.and_then(|done| done.map_err(|error| error.into_device_error(&self.info.name, index)));
-        if started.is_err() {
-            self.shown.leave();
-        }
-        started
+        started.and_then(|done| done.map_err(|error| error.into_device_error(&self.info.name, index)))
     }
 
     fn stop(&mut self, queues: &[u16], _: End) -> Stopping {

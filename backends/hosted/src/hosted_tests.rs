@@ -20,6 +20,8 @@ mod ramdisk;
 
 use ramdisk::RamDisk;
 
+/// Bytes of the guest's memory.
+const MEMORY: u64 = 1 << 20;
 const LIMIT: Duration = Duration::from_secs(20);
 const HEADER: u64 = 0x8_0000;
 const DATA: u64 = 0x9_0000;
@@ -141,7 +143,7 @@ where
     B::Bitmap: NewBitmap + Clone + Send + Sync + 'static,
 {
     fn new(mut device: Hosted<B>) -> Self {
-        let mem: GuestMemory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap());
+        let mem: GuestMemory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY as usize)]).unwrap());
         let features = device.info().features;
         device.ack_features(features).unwrap();
         let queue = |(index, &size): (usize, &u16)| Queue {
@@ -185,6 +187,13 @@ where
             used.is_some()
         });
         used.unwrap()
+    }
+
+    /// How many maps of the guest's memory there are besides the test's own.
+    fn holders(&self) -> usize {
+        let (_, region) = self.mem.remove_region(GuestAddress(0), MEMORY).unwrap();
+        // The test's own, and this one.
+        Arc::strong_count(&region) - 2
     }
 
     fn wait_for_fault(&self, index: usize) {
@@ -398,4 +407,28 @@ fn a_thread_ends_with_its_handle() {
     // As a device that fails to start drops them: nobody waits for their ends.
     drop(std::mem::take(&mut device.threads));
     wait("the threads end", || Arc::strong_count(&backend) == 1);
+}
+
+#[test]
+fn nothing_of_ours_holds_memory_after_a_stop_a_refused_start_or_a_panic() {
+    let (backend, mut rig) = odd(Manner::Works);
+    let handles = Arc::strong_count(&rig.mem);
+    rig.start(0, QueueState::default()).unwrap();
+    rig.start(1, QueueState::default()).unwrap();
+    assert_eq!(rig.holders(), 1, "the backend's");
+    let mut ring = rig.queues[2].driver.ring();
+    ring.used = 1 << 30;
+    let parts = QueueParts::new(ring, Arc::clone(&rig.mem), EventFd::new(EFD_NONBLOCK).unwrap());
+    rig.device.start_queue(2, parts).unwrap_err();
+    rig.device.drain(1).unwrap();
+    assert_eq!(rig.holders(), 1, "one queue runs");
+    rig.device.drain(0).unwrap();
+    assert_eq!((rig.holders(), Arc::strong_count(&rig.mem)), (0, handles));
+    rig.start(1, QueueState::default()).unwrap();
+    backend.write().unwrap().manner = Manner::Panics;
+    rig.offer(1);
+    rig.wait_for_fault(1);
+    assert_eq!((rig.holders(), Arc::strong_count(&rig.mem)), (0, handles));
+    assert!(rig.start(1, QueueState::default()).is_err());
+    assert_eq!((rig.holders(), Arc::strong_count(&rig.mem)), (0, handles));
 }

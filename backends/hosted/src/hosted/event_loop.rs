@@ -18,6 +18,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::Call;
+use super::memory::Lease;
 use crate::listeners::Listeners;
 
 /// What events of the thread's own carry: beyond the 16 bits that a backend's have.
@@ -33,9 +34,10 @@ const FAILED_PAUSE: Duration = Duration::from_millis(50);
 const LOOK_PAUSE: i32 = 5;
 
 /// A queue's parts, as the thread needs them.
-pub(super) struct Ring {
+pub(super) struct Ring<Bitmap: vm_memory::bitmap::Bitmap> {
     pub(super) ring: RingConfig,
     pub(super) mem: GuestMemory,
+    pub(super) lease: Lease<Bitmap>,
     pub(super) from: QueueState,
     pub(super) kick: EventFd,
     pub(super) call: Interrupt,
@@ -88,7 +90,9 @@ impl Faults {
 }
 
 /// A queue that runs.
-struct Running {
+struct Running<Bitmap: vm_memory::bitmap::Bitmap> {
+    /// Dropped before anybody is told: whoever is told may unmap the memory.
+    lease: Lease<Bitmap>,
     kick: RawFd,
     /// Where the backend's calls come in on their way to a driver that is not reached by an eventfd of its own.
     relay: Option<(EventFd, Interrupt)>,
@@ -128,7 +132,7 @@ pub(super) struct EventLoop<B: VhostUserBackend> {
     backend: B,
     queues: usize,
     vrings: Vec<B::Vring>,
-    running: Vec<Option<Running>>,
+    running: Vec<Option<Running<B::Bitmap>>>,
     /// The backend has failed: its queues need a reset.
     failed: bool,
     epoll: Arc<Epoll>,
@@ -138,8 +142,6 @@ pub(super) struct EventLoop<B: VhostUserBackend> {
     /// The device's numbers of this thread's queues.
     numbers: Vec<usize>,
     kicks: Arc<[AtomicU64]>,
-    /// Called when a queue has stopped.
-    left: Box<dyn Fn() + Send>,
 }
 
 impl<B: VhostUserBackend> EventLoop<B> {
@@ -149,7 +151,6 @@ impl<B: VhostUserBackend> EventLoop<B> {
         (inbox, wake): (Receiver<Call<B>>, Arc<EventFd>),
         faults: Faults,
         (numbers, kicks): (Vec<usize>, Arc<[AtomicU64]>),
-        left: Box<dyn Fn() + Send>,
     ) -> io::Result<Self> {
         let epoll = Arc::new(Epoll::new()?);
         epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), EpollEvent::new(EventSet::IN, WAKE))?;
@@ -169,7 +170,6 @@ impl<B: VhostUserBackend> EventLoop<B> {
             faults,
             numbers,
             kicks,
-            left,
         })
     }
 
@@ -272,7 +272,7 @@ impl<B: VhostUserBackend> EventLoop<B> {
     }
 
     /// Has the backend serve a queue.
-    pub(super) fn start(&mut self, place: usize, ring: Ring) -> Result<(), StartError> {
+    pub(super) fn start(&mut self, place: usize, ring: Ring<B::Bitmap>) -> Result<(), StartError> {
         if self.running[place].is_some() {
             return Err(StartError::Refused("runs already, or was stopped and is not given back by its backend"));
         }
@@ -314,7 +314,7 @@ impl<B: VhostUserBackend> EventLoop<B> {
         vring.set_enabled(true);
         self.faults.set(place, ring.fault);
         self.failed = false;
-        self.running[place] = Some(Running { kick, relay, leaving: None });
+        self.running[place] = Some(Running { lease: ring.lease, kick, relay, leaving: None });
         // The driver may have made buffers available before.
         self.kicked(place);
         Ok(())
@@ -341,7 +341,9 @@ impl<B: VhostUserBackend> EventLoop<B> {
     /// Tells of the end of queues that are to stop and have nothing in flight.
     fn let_go(&mut self) {
         for (place, vring) in self.vrings.iter().enumerate() {
-            let Some(tell) = self.running[place].as_ref().and_then(|ring| ring.leaving.as_ref()) else { continue };
+            if self.running[place].as_ref().is_none_or(|ring| ring.leaving.is_none()) {
+                continue;
+            }
             let (next_avail, next_used) = {
                 let state = vring.get_ref();
                 (state.get_queue().next_avail(), state.get_queue().next_used())
@@ -349,11 +351,8 @@ impl<B: VhostUserBackend> EventLoop<B> {
             if next_avail != next_used {
                 continue;
             }
-            // First: whoever is told may unmap the memory.
-            (self.left)();
-            // Whoever asked may have stopped waiting.
-            let _ = tell.send(Suspended { state: QueueState { next_avail, next_used }, left: Vec::new() });
-            if let Some(Running { relay: Some((event, driver)), .. }) = self.running[place].take() {
+            let Some(Running { lease, kick: _, relay, leaving }) = self.running[place].take() else { continue };
+            if let Some((event, driver)) = relay {
                 // A call that is under way must not be lost.
                 driver.raise();
                 let _ = self.epoll.ctl(ControlOperation::Delete, event.as_raw_fd(), EpollEvent::default());
@@ -361,6 +360,12 @@ impl<B: VhostUserBackend> EventLoop<B> {
             vring.set_kick(None);
             vring.set_call(None);
             self.faults.set(place, Interrupt::None);
+            // Whoever is told may unmap the memory.
+            drop(lease);
+            if let Some(tell) = leaving {
+                // Whoever asked may have stopped waiting.
+                let _ = tell.send(Suspended { state: QueueState { next_avail, next_used }, left: Vec::new() });
+            }
         }
     }
 }
