@@ -157,10 +157,15 @@ where
     }
 
     fn start(&mut self, index: u16, from: QueueState) -> Result<(), DeviceError> {
+        let call = Interrupt::Event(Arc::clone(&self.queues[usize::from(index)].call));
+        self.start_with(index, from, call)
+    }
+
+    fn start_with(&mut self, index: u16, from: QueueState, call: Interrupt) -> Result<(), DeviceError> {
         let queue = &self.queues[usize::from(index)];
         let faults = Arc::clone(&queue.faults);
         let parts = QueueParts {
-            call: Interrupt::Event(Arc::clone(&queue.call)),
+            call,
             fault: Interrupt::Call(Arc::new(move || {
                 faults.fetch_add(1, Ordering::SeqCst);
             })),
@@ -431,4 +436,24 @@ fn nothing_of_ours_holds_memory_after_a_stop_a_refused_start_or_a_panic() {
     assert_eq!((rig.holders(), Arc::strong_count(&rig.mem)), (0, handles));
     assert!(rig.start(1, QueueState::default()).is_err());
     assert_eq!((rig.holders(), Arc::strong_count(&rig.mem)), (0, handles));
+}
+
+#[test]
+fn a_call_to_a_driver_without_an_event_is_neither_lost_nor_made_up() {
+    let (_, mut rig) = odd(Manner::Works);
+    let calls = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&calls);
+    let call = Interrupt::Call(Arc::new(move || {
+        counter.fetch_add(1, Ordering::SeqCst);
+    }));
+    // The call may be under way when the queue stops. It comes before the end.
+    rig.offer(0);
+    rig.start_with(0, QueueState::default(), call.clone()).unwrap();
+    let end = rig.device.drain(0).unwrap();
+    assert_eq!((end.next_used, calls.load(Ordering::SeqCst)), (1, 1));
+    // Nothing to tell.
+    rig.start_with(0, end, call.clone()).unwrap();
+    assert_eq!(rig.device.drain(0), Some(end));
+    assert_eq!(calls.load(Ordering::SeqCst), 1);
+    assert_eq!(Arc::strong_count(&calls), 2, "nothing but the test's own call is left");
 }

@@ -353,8 +353,10 @@ impl<B: VhostUserBackend> EventLoop<B> {
             }
             let Some(Running { lease, kick: _, relay, leaving }) = self.running[place].take() else { continue };
             if let Some((event, driver)) = relay {
-                // A call that is under way must not be lost.
-                driver.raise();
+                // A call that is under way must not be lost, and one that was not made is not made up.
+                if event.read().is_ok() {
+                    driver.raise();
+                }
                 let _ = self.epoll.ctl(ControlOperation::Delete, event.as_raw_fd(), EpollEvent::default());
             }
             vring.set_kick(None);
