@@ -350,7 +350,7 @@ fn pitfall_54_a_backend_that_keeps_buffers_is_not_waited_for_for_ever() {
     assert!(ends[0].is_none() && ends[1].is_some(), "the other queue has nothing to keep");
     rig.wait_for_fault(0);
     let error = rig.start(0, QueueState::default()).unwrap_err().to_string();
-    assert!(error.contains("not given back by its backend"), "{error}");
+    assert!(error.contains("runs already, or is about to stop"), "{error}");
 }
 
 #[test]
@@ -456,4 +456,35 @@ fn a_call_to_a_driver_without_an_event_is_neither_lost_nor_made_up() {
     assert_eq!(rig.device.drain(0), Some(end));
     assert_eq!(calls.load(Ordering::SeqCst), 1);
     assert_eq!(Arc::strong_count(&calls), 2, "nothing but the test's own call is left");
+}
+
+#[test]
+fn a_start_that_fails_leaves_nothing_behind() {
+    let (_, mut rig) = odd(Manner::Works);
+    // A pipe tells when the last reader has closed it.
+    let (read, mut write) = io::pipe().unwrap();
+    let listeners = rig.device.listeners();
+    listeners[0].register_listener(read.as_raw_fd(), EventSet::HANG_UP, 4).unwrap();
+    let told = Arc::new(());
+    let theirs = Arc::clone(&told);
+    let parts = QueueParts {
+        call: Interrupt::Call(Arc::new(move || drop(Arc::clone(&theirs)))),
+        ..QueueParts::new(rig.queues[0].driver.ring(), Arc::clone(&rig.mem), event_of(read))
+    };
+    let error = rig.device.start_queue(0, parts).unwrap_err();
+    let is_taken = |source: &io::Error| source.kind() == io::ErrorKind::AlreadyExists;
+    assert!(matches!(&error, DeviceError::Host { source, .. } if is_taken(source)), "{error}");
+    assert_eq!(Arc::strong_count(&told), 1, "the driver's interrupt");
+    assert_eq!(io::Write::write(&mut write, &[0]).unwrap_err().kind(), io::ErrorKind::BrokenPipe, "the kick");
+    assert_eq!(rig.holders(), 0, "the guest's memory");
+    rig.start(0, QueueState::default()).unwrap();
+    rig.offer(0);
+    rig.next_used(0);
+}
+
+#[allow(unsafe_code, reason = "an eventfd is made of another descriptor")]
+fn event_of(fd: impl Into<std::os::fd::OwnedFd>) -> EventFd {
+    use std::os::fd::{FromRawFd, IntoRawFd};
+    // SAFETY: the descriptor is taken out of its owner.
+    unsafe { EventFd::from_raw_fd(fd.into().into_raw_fd()) }
 }

@@ -89,13 +89,51 @@ impl Faults {
     }
 }
 
+/// A descriptor in the thread's epoll set, which it leaves when this is dropped.
+struct Watch {
+    epoll: Arc<Epoll>,
+    fd: RawFd,
+}
+
+impl Watch {
+    /// The descriptor stays open for longer than this.
+    fn new(epoll: &Arc<Epoll>, fd: RawFd, events: EventSet, data: u64) -> io::Result<Self> {
+        epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events, data))?;
+        Ok(Self { epoll: Arc::clone(epoll), fd })
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        // It was added, so this can't fail. The descriptor's end is not enough: others may have the event, too.
+        let _ = self.epoll.ctl(ControlOperation::Delete, self.fd, EpollEvent::default());
+    }
+}
+
+/// Where the backend's calls come in on their way to a driver that is not reached by an eventfd of its own.
+struct Relay {
+    _watch: Watch,
+    event: EventFd,
+    driver: Interrupt,
+}
+
+impl Relay {
+    /// Passes a call on, if there is one.
+    fn pass(&self) {
+        // Nonblocking, and ours alone.
+        if self.event.read().is_ok() {
+            self.driver.raise();
+        }
+    }
+}
+
 /// A queue that runs.
 struct Running<Bitmap: vm_memory::bitmap::Bitmap> {
     /// Dropped before anybody is told: whoever is told may unmap the memory.
     lease: Lease<Bitmap>,
-    kick: RawFd,
-    /// Where the backend's calls come in on their way to a driver that is not reached by an eventfd of its own.
-    relay: Option<(EventFd, Interrupt)>,
+    /// Of the kick. Nobody listens to it once the queue is to stop.
+    kick: Option<Watch>,
+    relay: Option<Relay>,
     /// Told of the queue's end, once it is asked for.
     leaving: Option<Sender<Suspended>>,
 }
@@ -131,8 +169,9 @@ pub(super) struct EventLoop<B: VhostUserBackend> {
     thread: usize,
     backend: B,
     queues: usize,
-    vrings: Vec<B::Vring>,
+    /// Dropped before the vrings, which own the descriptors of kicks.
     running: Vec<Option<Running<B::Bitmap>>>,
+    vrings: Vec<B::Vring>,
     /// The backend has failed: its queues need a reset.
     failed: bool,
     epoll: Arc<Epoll>,
@@ -161,8 +200,8 @@ impl<B: VhostUserBackend> EventLoop<B> {
             thread,
             backend,
             queues,
-            vrings,
             running,
+            vrings,
             failed,
             epoll,
             inbox,
@@ -229,10 +268,8 @@ impl<B: VhostUserBackend> EventLoop<B> {
                 self.kicked(place);
             }
             CALL => {
-                if let Some(Some(Running { relay: Some((event, driver)), .. })) = self.running.get(place) {
-                    // Nonblocking, and ours alone.
-                    let _ = event.read();
-                    driver.raise();
+                if let Some(Some(Running { relay: Some(relay), .. })) = self.running.get(place) {
+                    relay.pass();
                 }
             }
             WAKE => {
@@ -274,8 +311,23 @@ impl<B: VhostUserBackend> EventLoop<B> {
     /// Has the backend serve a queue.
     pub(super) fn start(&mut self, place: usize, ring: Ring<B::Bitmap>) -> Result<(), StartError> {
         if self.running[place].is_some() {
-            return Err(StartError::Refused("runs already, or was stopped and is not given back by its backend"));
+            return Err(StartError::Refused("runs already, or is about to stop"));
         }
+        match self.set_up(place, ring) {
+            Ok(running) => self.running[place] = Some(running),
+            Err(error) => {
+                self.clear(place);
+                return Err(error);
+            }
+        }
+        self.failed = false;
+        // The driver may have made buffers available before.
+        self.kicked(place);
+        Ok(())
+    }
+
+    /// Makes the vring what the queue is. After an error some of it is done.
+    fn set_up(&self, place: usize, ring: Ring<B::Bitmap>) -> Result<Running<B::Bitmap>, StartError> {
         let vring = &self.vrings[place];
         let RingConfig { size, desc, avail, used } = ring.ring;
         vring.set_queue_size(size);
@@ -290,7 +342,6 @@ impl<B: VhostUserBackend> EventLoop<B> {
             queue.size() == size && queue.is_valid(&*ring.mem)
         };
         if !is_valid {
-            vring.set_queue_ready(false);
             return Err(StartError::Refused(
                 "has a ring of a size that its backend does not take, or outside of memory",
             ));
@@ -299,25 +350,29 @@ impl<B: VhostUserBackend> EventLoop<B> {
             // The driver's own event, such as an irqfd: no thread stands in between.
             Interrupt::Event(event) => (Some(event.try_clone()?), None),
             Interrupt::None => (None, None),
-            other => {
+            driver => {
                 let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-                let data = CALL | place as u64;
-                self.epoll.ctl(ControlOperation::Add, event.as_raw_fd(), EpollEvent::new(EventSet::IN, data))?;
-                (Some(event.try_clone()?), Some((event, other)))
+                let watch = Watch::new(&self.epoll, event.as_raw_fd(), EventSet::IN, CALL | place as u64)?;
+                (Some(event.try_clone()?), Some(Relay { _watch: watch, event, driver }))
             }
         };
-        vring.set_call(call.map(into_file));
-        let kick = ring.kick.as_raw_fd();
-        vring.set_kick(Some(into_file(ring.kick)));
         let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
-        self.epoll.ctl(ControlOperation::Add, kick, EpollEvent::new(events, KICK | place as u64))?;
+        let kick = Some(Watch::new(&self.epoll, ring.kick.as_raw_fd(), events, KICK | place as u64)?);
+        vring.set_call(call.map(into_file));
+        vring.set_kick(Some(into_file(ring.kick)));
         vring.set_enabled(true);
         self.faults.set(place, ring.fault);
-        self.failed = false;
-        self.running[place] = Some(Running { lease: ring.lease, kick, relay, leaving: None });
-        // The driver may have made buffers available before.
-        self.kicked(place);
-        Ok(())
+        Ok(Running { lease: ring.lease, kick, relay, leaving: None })
+    }
+
+    /// Leaves nothing of a queue in its vring that is not set anew at the next start.
+    fn clear(&self, place: usize) {
+        let vring = &self.vrings[place];
+        vring.set_queue_ready(false);
+        vring.set_enabled(false);
+        vring.set_kick(None);
+        vring.set_call(None);
+        self.faults.set(place, Interrupt::None);
     }
 
     /// Has a queue stopped; `tell` is told once the backend has given back what it has taken.
@@ -325,12 +380,10 @@ impl<B: VhostUserBackend> EventLoop<B> {
         let Some(running) = &mut self.running[place] else { return };
         let first = running.leaving.replace(tell).is_none();
         if first {
-            let kick = running.kick;
+            running.kick = None;
             let vring = &self.vrings[place];
             vring.set_queue_ready(false);
             vring.set_enabled(false);
-            // It was added, so this can't fail.
-            let _ = self.epoll.ctl(ControlOperation::Delete, kick, EpollEvent::default());
             if let Err(error) = self.backend.stop_vring(self.numbers[place] as u32) {
                 error!(device = self.name, queue = self.numbers[place], %error, "the backend fails to stop a queue");
             }
@@ -352,16 +405,10 @@ impl<B: VhostUserBackend> EventLoop<B> {
                 continue;
             }
             let Some(Running { lease, kick: _, relay, leaving }) = self.running[place].take() else { continue };
-            if let Some((event, driver)) = relay {
-                // A call that is under way must not be lost, and one that was not made is not made up.
-                if event.read().is_ok() {
-                    driver.raise();
-                }
-                let _ = self.epoll.ctl(ControlOperation::Delete, event.as_raw_fd(), EpollEvent::default());
-            }
-            vring.set_kick(None);
-            vring.set_call(None);
-            self.faults.set(place, Interrupt::None);
+            // A call that is under way must not be lost, and one that was not made is not made up.
+            relay.iter().for_each(Relay::pass);
+            drop(relay);
+            self.clear(place);
             // Whoever is told may unmap the memory.
             drop(lease);
             if let Some(tell) = leaving {
