@@ -42,7 +42,7 @@ use crate::listeners::Listeners;
 /// Longest time that the backend may take for a call that a driver or a transport waits for. Less than the 2 s that a
 /// frontend gives a daemon: the reason is to reach it.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// Longest time that the backend may keep buffers of a queue that stops.
+/// Longest time that the backend may keep buffers of a queue that stops. The queue stops without them then.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Features that the backend may offer and that are not passed on: those of vhost-user itself, and rings and
@@ -339,13 +339,15 @@ where
     }
 
     fn stop(&mut self, queues: &[u16], _: End) -> Stopping {
+        // The backend's threads keep to it. One that does not come back from a call of the backend can't.
+        let deadline = Instant::now() + STOP_PATIENCE;
         // All threads are told before the first is waited for.
         let ends: Vec<Option<(usize, Receiver<Suspended>)>> = queues
             .iter()
             .map(|&index| {
                 let &(thread, place) = self.seats.get(usize::from(index))?;
                 let (tell, told) = bounded(1);
-                self.threads[thread].tell(Box::new(move |event_loop| event_loop.stop(place, tell)));
+                self.threads[thread].tell(Box::new(move |event_loop| event_loop.stop(place, deadline, tell)));
                 Some((thread, told))
             })
             .collect();
@@ -353,21 +355,15 @@ where
         let faults: Vec<Faults> = self.threads.iter().map(|thread| thread.faults.clone()).collect();
         let indices = queues.to_vec();
         Stopping::by(queues.len(), move || {
-            let deadline = Instant::now() + STOP_PATIENCE;
             let end = |(index, end): (u16, Option<(usize, Receiver<Suspended>)>)| {
                 let (thread, end) = end?;
-                match end.recv_deadline(deadline) {
+                match end.recv_deadline(deadline + PATIENCE) {
                     Ok(end) => Some(end),
-                    // It did not run, or its thread has died.
+                    // It did not run, was given up, or its thread has died.
                     Err(RecvTimeoutError::Disconnected) => None,
                     Err(RecvTimeoutError::Timeout) => {
-                        let seconds = STOP_PATIENCE.as_secs();
-                        warn!(
-                            device = name,
-                            queue = index,
-                            seconds,
-                            "the backend does not give the queue's buffers back"
-                        );
+                        let seconds = (STOP_PATIENCE + PATIENCE).as_secs();
+                        warn!(device = name, queue = index, seconds, "the backend does not stop a queue");
                         faults[thread].raise();
                         None
                     }

@@ -6,12 +6,12 @@ use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use ringvm_backends::device::{DeviceError, GuestMemory, QueueState, RingConfig, Suspended};
 use ringvm_backends::virtqueue::interrupt::Interrupt;
-use tracing::error;
+use tracing::{error, warn};
 use vhost_user_backend::{VhostUserBackend, VringT};
 use virtio_queue::QueueT;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -32,6 +32,9 @@ const FAILED_PAUSE: Duration = Duration::from_millis(50);
 
 /// How often to look whether a backend has given the buffers of a stopping queue back, in milliseconds.
 const LOOK_PAUSE: i32 = 5;
+
+/// An aligned address where no guest has memory.
+const NOWHERE: u64 = !0xf;
 
 /// A queue's parts, as the thread needs them.
 pub(super) struct Ring<Bitmap: vm_memory::bitmap::Bitmap> {
@@ -79,7 +82,13 @@ impl Faults {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)[place] = fault;
     }
 
-    /// Says of every queue that it is not served any more, once.
+    /// Says of a queue that it is not served any more, once.
+    fn raise_of(&self, place: usize) {
+        let fault = std::mem::take(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner)[place]);
+        fault.raise();
+    }
+
+    /// Says so of every queue.
     pub(super) fn raise(&self) {
         let faults: Vec<_> = {
             let mut faults = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -134,8 +143,15 @@ struct Running<Bitmap: vm_memory::bitmap::Bitmap> {
     /// Of the kick. Nobody listens to it once the queue is to stop.
     kick: Option<Watch>,
     relay: Option<Relay>,
-    /// Told of the queue's end, once it is asked for.
-    leaving: Option<Sender<Suspended>>,
+    leaving: Option<Leaving>,
+}
+
+/// A queue that is to stop.
+struct Leaving {
+    /// When it stops without what its backend has taken.
+    deadline: Instant,
+    /// Whoever waits for the end.
+    tellers: Vec<Sender<Suspended>>,
 }
 
 /// Descriptors of the backend's own.
@@ -195,21 +211,7 @@ impl<B: VhostUserBackend> EventLoop<B> {
         epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), EpollEvent::new(EventSet::IN, WAKE))?;
         let running = vrings.iter().map(|_| None).collect();
         let failed = false;
-        Ok(Self {
-            name,
-            thread,
-            backend,
-            queues,
-            running,
-            vrings,
-            failed,
-            epoll,
-            inbox,
-            wake,
-            faults,
-            numbers,
-            kicks,
-        })
+        Ok(Self { name, thread, backend, queues, running, vrings, failed, epoll, inbox, wake, faults, numbers, kicks })
     }
 
     pub(super) fn listeners(&self) -> Arc<dyn Listeners> {
@@ -375,11 +377,14 @@ impl<B: VhostUserBackend> EventLoop<B> {
         self.faults.set(place, Interrupt::None);
     }
 
-    /// Has a queue stopped; `tell` is told once the backend has given back what it has taken.
-    pub(super) fn stop(&mut self, place: usize, tell: Sender<Suspended>) {
+    /// Has a queue stopped; `teller` is told once the backend has given back what it has taken, and dropped if it does
+    /// not until `deadline`. A queue that is to stop already does so when it was to.
+    pub(super) fn stop(&mut self, place: usize, deadline: Instant, teller: Sender<Suspended>) {
         let Some(running) = &mut self.running[place] else { return };
-        let first = running.leaving.replace(tell).is_none();
-        if first {
+        let is_first = running.leaving.is_none();
+        let leaving = running.leaving.get_or_insert_with(|| Leaving { deadline, tellers: Vec::new() });
+        leaving.tellers.push(teller);
+        if is_first {
             running.kick = None;
             let vring = &self.vrings[place];
             vring.set_queue_ready(false);
@@ -391,29 +396,36 @@ impl<B: VhostUserBackend> EventLoop<B> {
         self.let_go();
     }
 
-    /// Tells of the end of queues that are to stop and have nothing in flight.
+    /// Ends queues that are to stop: those that have nothing in flight, and those whose backend has had its time.
     fn let_go(&mut self) {
-        for (place, vring) in self.vrings.iter().enumerate() {
-            if self.running[place].as_ref().is_none_or(|ring| ring.leaving.is_none()) {
-                continue;
-            }
+        for place in 0..self.running.len() {
+            let Some(leaving) = self.running[place].as_ref().and_then(|ring| ring.leaving.as_ref()) else { continue };
+            let vring = &self.vrings[place];
             let (next_avail, next_used) = {
                 let state = vring.get_ref();
                 (state.get_queue().next_avail(), state.get_queue().next_used())
             };
-            if next_avail != next_used {
-                continue;
+            let has_ended = next_avail == next_used;
+            if !has_ended {
+                // One that has failed may have lost count, and would be waited for in vain.
+                if !self.failed && Instant::now() < leaving.deadline {
+                    continue;
+                }
+                let queue = self.numbers[place];
+                warn!(device = self.name, queue, "the backend does not give the queue's buffers back");
+                self.faults.raise_of(place);
+                // What it gives back from now on goes nowhere.
+                let _ = vring.set_queue_info(NOWHERE, NOWHERE, NOWHERE);
             }
             let Some(Running { lease, kick: _, relay, leaving }) = self.running[place].take() else { continue };
+            self.clear(place);
             // A call that is under way must not be lost, and one that was not made is not made up.
             relay.iter().for_each(Relay::pass);
-            drop(relay);
-            self.clear(place);
             // Whoever is told may unmap the memory.
             drop(lease);
-            if let Some(tell) = leaving {
+            for teller in leaving.into_iter().flat_map(|leaving| leaving.tellers).filter(|_| has_ended) {
                 // Whoever asked may have stopped waiting.
-                let _ = tell.send(Suspended { state: QueueState { next_avail, next_used }, left: Vec::new() });
+                let _ = teller.send(Suspended { state: QueueState { next_avail, next_used }, left: Vec::new() });
             }
         }
     }
