@@ -4,7 +4,7 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Mutex, RwLock};
 
-use ringvm_backends::device::{QueueState, RingConfig};
+use ringvm_backends::device::{QueueState, RingConfig, Suspended};
 use ringvm_backends::testing::driver::{Buffer, Driver};
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost_user_backend::{VhostUserBackendMut, VringRwLock};
@@ -35,7 +35,7 @@ enum Manner {
     Works,
     Panics,
     Fails,
-    /// Never returns from a call.
+    /// Does not return from a call as long as the test does not let it.
     Blocks,
     /// Takes buffers and keeps them.
     Keeps,
@@ -129,7 +129,7 @@ impl VhostUserBackendMut for Odd {
         loop {
             let chain = vring.get_mut().get_queue_mut().iter(memory.clone()).map_err(io::Error::other)?.next();
             let Some(chain) = chain else { return Ok(()) };
-            if self.manner == Manner::Works {
+            if self.manner != Manner::Keeps {
                 vring.add_used(chain.head_index(), u32::from(event)).map_err(io::Error::other)?;
                 vring.signal_used_queue()?;
             } else {
@@ -363,10 +363,61 @@ fn pitfall_54_a_backend_that_blocks_is_given_up_in_time() {
     let error = rig.start(0, QueueState::default()).unwrap_err().to_string();
     let reason = format!("not answered within {} s", PATIENCE.as_secs());
     assert!(error.contains(&reason), "{error}");
-    let ends = rig.device.suspend(&[0]);
-    assert!(ends[0].is_none());
+    // From now on nobody waits.
+    let begun = Instant::now();
+    assert_eq!(rig.device.suspend(&[0]), [None]);
+    for _ in 0..5 {
+        let error = rig.start(0, QueueState::default()).unwrap_err().to_string();
+        assert!(error.contains("yet to answer an earlier call"), "{error}");
+    }
     drop(rig);
+    assert!(begun.elapsed() < PATIENCE, "{:?}", begun.elapsed());
     drop(blocked);
+    wait("the thread that was left behind ends", || Arc::strong_count(&backend) == 1);
+}
+
+#[test]
+fn a_start_that_ends_late_is_undone() {
+    let (backend, mut rig) = odd(Manner::Blocks);
+    let block = Arc::clone(&backend.read().unwrap().block);
+    let blocked = block.lock().unwrap();
+    rig.start(0, QueueState::default()).unwrap_err();
+    drop(blocked);
+    wait("the queue starts again", || rig.start(0, QueueState::default()).is_ok());
+    rig.offer(0);
+    rig.next_used(0);
+    assert_eq!(rig.device.drain(0).unwrap().next_used, 1);
+    assert_eq!(rig.holders(), 0);
+}
+
+#[test]
+fn what_was_given_up_does_not_happen_later_and_stops_do() {
+    let (backend, mut rig) = odd(Manner::Works);
+    rig.start(1, QueueState::default()).unwrap();
+    let handles = Arc::strong_count(&rig.mem);
+    backend.write().unwrap().manner = Manner::Blocks;
+    let block = Arc::clone(&backend.read().unwrap().block);
+    let blocked = block.lock().unwrap();
+    // The thread hangs in a call for queue 1.
+    rig.offer(1);
+    wait("it hangs", || backend.try_read().is_err());
+    rig.queues[2].driver.add(&[Buffer { addr: DATA, len: 64, writable: true }]).unwrap();
+    rig.queues[2].driver.publish();
+    let error = rig.start(2, QueueState::default()).unwrap_err().to_string();
+    assert!(error.contains("not answered within"), "{error}");
+    assert_eq!(Arc::strong_count(&rig.mem), handles, "what was given up holds nothing");
+    assert_eq!(rig.device.suspend(&[1, 2]), [None, None]);
+    drop(blocked);
+    // Nobody has waited for the stop of queue 1: it has given back what it had, and stops.
+    rig.next_used(1);
+    wait("the queue has stopped", || rig.holders() == 0);
+    assert!(rig.queues[2].driver.next_used().is_none(), "it has not started");
+    for index in [1, 2] {
+        rig.renew(index);
+        wait("the queue starts again", || rig.start(index as u16, QueueState::default()).is_ok());
+        rig.offer(index);
+        rig.next_used(index);
+    }
 }
 
 #[test]
@@ -557,10 +608,10 @@ fn a_call_to_a_driver_without_an_event_is_neither_lost_nor_made_up() {
     let end = rig.device.drain(0).unwrap();
     assert_eq!((end.next_used, calls.load(Ordering::SeqCst)), (1, 1));
     // Nothing to tell.
-    rig.start_with(0, end, call.clone()).unwrap();
+    rig.start_with(0, end, call).unwrap();
     assert_eq!(rig.device.drain(0), Some(end));
     assert_eq!(calls.load(Ordering::SeqCst), 1);
-    assert_eq!(Arc::strong_count(&calls), 2, "nothing but the test's own call is left");
+    assert_eq!(Arc::strong_count(&calls), 1, "nothing of the call is left");
 }
 
 #[test]

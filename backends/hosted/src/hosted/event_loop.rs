@@ -17,8 +17,9 @@ use virtio_queue::QueueT;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::Call;
+use super::STOP_PATIENCE;
 use super::memory::Lease;
+use super::thread::{Call, Contact};
 use crate::listeners::Listeners;
 
 /// What events of the thread's own carry: beyond the 16 bits that a backend's have.
@@ -70,12 +71,11 @@ impl From<io::Error> for StartError {
 }
 
 /// The fault lines of the queues that a thread serves, within reach when the thread is not.
-#[derive(Clone)]
-pub(super) struct Faults(Arc<Mutex<Vec<Interrupt>>>);
+pub(super) struct Faults(Mutex<Vec<Interrupt>>);
 
 impl Faults {
     pub(super) fn of(count: usize) -> Self {
-        Self(Arc::new(Mutex::new(vec![Interrupt::None; count])))
+        Self(Mutex::new(vec![Interrupt::None; count]))
     }
 
     fn set(&self, place: usize, fault: Interrupt) {
@@ -192,8 +192,7 @@ pub(super) struct EventLoop<B: VhostUserBackend> {
     failed: bool,
     epoll: Arc<Epoll>,
     inbox: Receiver<Call<B>>,
-    wake: Arc<EventFd>,
-    faults: Faults,
+    contact: Arc<Contact>,
     /// The device's numbers of this thread's queues.
     numbers: Vec<usize>,
     kicks: Arc<[AtomicU64]>,
@@ -203,15 +202,14 @@ impl<B: VhostUserBackend> EventLoop<B> {
     pub(super) fn new(
         (name, thread): (String, usize),
         (backend, queues, vrings): (B, usize, Vec<B::Vring>),
-        (inbox, wake): (Receiver<Call<B>>, Arc<EventFd>),
-        faults: Faults,
+        (inbox, contact): (Receiver<Call<B>>, Arc<Contact>),
         (numbers, kicks): (Vec<usize>, Arc<[AtomicU64]>),
     ) -> io::Result<Self> {
         let epoll = Arc::new(Epoll::new()?);
-        epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), EpollEvent::new(EventSet::IN, WAKE))?;
+        epoll.ctl(ControlOperation::Add, contact.wake.as_raw_fd(), EpollEvent::new(EventSet::IN, WAKE))?;
         let running = vrings.iter().map(|_| None).collect();
         let failed = false;
-        Ok(Self { name, thread, backend, queues, running, vrings, failed, epoll, inbox, wake, faults, numbers, kicks })
+        Ok(Self { name, thread, backend, queues, running, vrings, failed, epoll, inbox, contact, numbers, kicks })
     }
 
     pub(super) fn listeners(&self) -> Arc<dyn Listeners> {
@@ -224,7 +222,7 @@ impl<B: VhostUserBackend> EventLoop<B> {
 
     /// Serves until the device goes or the backend panics.
     pub(super) fn run(mut self) {
-        let (name, faults) = (self.name.clone(), self.faults.clone());
+        let (name, contact) = (self.name.clone(), Arc::clone(&self.contact));
         let ended = catch_unwind(AssertUnwindSafe(|| self.serve()));
         // What is left of the loop is dropped first: whoever waits for an answer of it waits no longer.
         drop(catch_unwind(AssertUnwindSafe(move || drop(self))));
@@ -233,7 +231,7 @@ impl<B: VhostUserBackend> EventLoop<B> {
             Ok(Err(error)) => error!(device = name, %error, "the backend's thread can't wait for events"),
             Err(_) => error!(device = name, "the backend has panicked, the device needs a reset"),
         }
-        faults.raise();
+        contact.faults.raise();
     }
 
     fn serve(&mut self) -> io::Result<()> {
@@ -249,6 +247,7 @@ impl<B: VhostUserBackend> EventLoop<B> {
                 self.event(event.data(), EventSet::from_bits_truncate(event.events()));
             }
             loop {
+                self.stop_unwanted();
                 match self.inbox.try_recv() {
                     Ok(call) => call(self),
                     Err(TryRecvError::Empty) => break,
@@ -256,10 +255,23 @@ impl<B: VhostUserBackend> EventLoop<B> {
                 }
             }
             self.let_go();
+            self.contact.is_back();
+        }
+    }
+
+    /// Stops queues whose ends nobody waits for: the thread did not come back when they were to stop.
+    fn stop_unwanted(&mut self) {
+        let mut places = self.contact.take_unwanted();
+        while places != 0 {
+            let place = places.trailing_zeros() as usize;
+            places &= places - 1;
+            self.stop(place, Instant::now() + STOP_PATIENCE, None);
         }
     }
 
     fn event(&mut self, data: u64, events: EventSet) {
+        // The event may be a kick of such a queue.
+        self.stop_unwanted();
         let place = (data & !KIND) as usize;
         match data & KIND {
             // The counter of a kick is never read: another process may have it too. Its edges count.
@@ -275,7 +287,7 @@ impl<B: VhostUserBackend> EventLoop<B> {
                 }
             }
             WAKE => {
-                let _ = self.wake.read();
+                let _ = self.contact.wake.read();
             }
             _ => self.call_backend(place as u16, events),
         }
@@ -302,7 +314,7 @@ impl<B: VhostUserBackend> EventLoop<B> {
             }
             error!(device = self.name, event, %error, "the backend has failed, the device needs a reset");
             self.failed = true;
-            self.faults.raise();
+            self.contact.faults.raise();
         }
     }
 
@@ -363,7 +375,7 @@ impl<B: VhostUserBackend> EventLoop<B> {
         vring.set_call(call.map(into_file));
         vring.set_kick(Some(into_file(ring.kick)));
         vring.set_enabled(true);
-        self.faults.set(place, ring.fault);
+        self.contact.faults.set(place, ring.fault);
         Ok(Running { lease: ring.lease, kick, relay, leaving: None })
     }
 
@@ -374,16 +386,16 @@ impl<B: VhostUserBackend> EventLoop<B> {
         vring.set_enabled(false);
         vring.set_kick(None);
         vring.set_call(None);
-        self.faults.set(place, Interrupt::None);
+        self.contact.faults.set(place, Interrupt::None);
     }
 
     /// Has a queue stopped; `teller` is told once the backend has given back what it has taken, and dropped if it does
     /// not until `deadline`. A queue that is to stop already does so when it was to.
-    pub(super) fn stop(&mut self, place: usize, deadline: Instant, teller: Sender<Suspended>) {
+    pub(super) fn stop(&mut self, place: usize, deadline: Instant, teller: Option<Sender<Suspended>>) {
         let Some(running) = &mut self.running[place] else { return };
         let is_first = running.leaving.is_none();
         let leaving = running.leaving.get_or_insert_with(|| Leaving { deadline, tellers: Vec::new() });
-        leaving.tellers.push(teller);
+        leaving.tellers.extend(teller);
         if is_first {
             running.kick = None;
             let vring = &self.vrings[place];
@@ -413,7 +425,7 @@ impl<B: VhostUserBackend> EventLoop<B> {
                 }
                 let queue = self.numbers[place];
                 warn!(device = self.name, queue, "the backend does not give the queue's buffers back");
-                self.faults.raise_of(place);
+                self.contact.faults.raise_of(place);
                 // What it gives back from now on goes nowhere.
                 let _ = vring.set_queue_info(NOWHERE, NOWHERE, NOWHERE);
             }
