@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::unbounded;
 use ringvm_backends::device::{Device, DeviceError, DeviceInfo, GuestMemory, QueueParts};
+use ringvm_backends::io::reactor::OnPanic;
 use ringvm_backends::state::check_empty;
 use ringvm_backends::stats::{DeviceStats, QueueStats};
 use ringvm_backends::virtqueue::End;
@@ -39,7 +40,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::event_loop::{EventLoop, Ring};
 use self::memory::{Lease, Shown};
-use self::thread::{Contact, Ending, NoAnswer, PATIENCE, Thread};
+use self::thread::{Contact, Ending, NoAnswer, PATIENCE, Panics, Thread};
 use crate::listeners::Listeners;
 
 /// Longest time that the backend may keep buffers of a queue that stops. The queue stops without them then.
@@ -95,6 +96,7 @@ pub struct Hosted<B: VhostUserBackend> {
     seats: Vec<(usize, usize)>,
     shown: Arc<Shown<B::Bitmap>>,
     changed: ConfigChange,
+    panics: Arc<Panics>,
     kicks: Arc<[AtomicU64]>,
 }
 
@@ -136,6 +138,7 @@ where
             seat.ok_or_else(|| wrong(format!("no thread of it serves queue {queue}")))
         };
         let seats = (0..queues).map(seat).collect::<Result<_, _>>()?;
+        let panics = Arc::<Panics>::default();
         let mut threads = Vec::new();
         for (thread, on_thread) in per_thread.into_iter().enumerate() {
             let rings = on_thread.iter().map(|&queue| vrings[queue].clone()).collect();
@@ -150,8 +153,9 @@ where
             );
             let event_loop = event_loop.map_err(host("listening to events"))?;
             let listeners = event_loop.listeners();
+            let theirs = Arc::clone(&panics);
             let handle = std::thread::Builder::new().name(format!("host-{name}"));
-            let handle = handle.spawn(move || event_loop.run()).map_err(host("starting a thread"))?;
+            let handle = handle.spawn(move || event_loop.run(&theirs)).map_err(host("starting a thread"))?;
             threads.push(Thread { calls: Some(calls), contact, listeners, handle: Some(handle) });
         }
         Ok(Self {
@@ -166,6 +170,7 @@ where
             threads,
             shown,
             changed: ConfigChange::default(),
+            panics,
             kicks,
         })
     }
@@ -180,6 +185,12 @@ where
     #[must_use]
     pub fn config_change(&self) -> ConfigChange {
         self.changed.clone()
+    }
+
+    /// Has `on_panic` called when a thread of the backend has panicked, also if it has already: its queues are not served
+    /// again before the process starts anew.
+    pub fn on_panic(&mut self, on_panic: OnPanic) {
+        self.panics.set(on_panic);
     }
 
     /// Makes a call on a thread of the backend, and waits for its end.

@@ -19,7 +19,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::STOP_PATIENCE;
 use super::memory::Lease;
-use super::thread::{Call, Contact};
+use super::thread::{Call, Contact, Panics};
 use crate::listeners::Listeners;
 
 /// What events of the thread's own carry: beyond the 16 bits that a backend's have.
@@ -221,17 +221,20 @@ impl<B: VhostUserBackend> EventLoop<B> {
     }
 
     /// Serves until the device goes or the backend panics.
-    pub(super) fn run(mut self) {
-        let (name, contact) = (self.name.clone(), Arc::clone(&self.contact));
+    pub(super) fn run(mut self, panics: &Panics) {
+        let (name, thread, contact) = (self.name.clone(), self.thread, Arc::clone(&self.contact));
         let ended = catch_unwind(AssertUnwindSafe(|| self.serve()));
         // What is left of the loop is dropped first: whoever waits for an answer of it waits no longer.
         drop(catch_unwind(AssertUnwindSafe(move || drop(self))));
-        match ended {
+        match &ended {
             Ok(Ok(())) => {}
             Ok(Err(error)) => error!(device = name, %error, "the backend's thread can't wait for events"),
             Err(_) => error!(device = name, "the backend has panicked, the device needs a reset"),
         }
         contact.faults.raise();
+        if ended.is_err() {
+            panics.tell(thread);
+        }
     }
 
     fn serve(&mut self) -> io::Result<()> {

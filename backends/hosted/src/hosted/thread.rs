@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use ringvm_backends::device::Suspended;
+use ringvm_backends::io::reactor::OnPanic;
 use vhost_user_backend::VhostUserBackend;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -72,6 +73,32 @@ pub(super) enum NoAnswer {
     Hung,
     /// The thread has ended.
     Dead,
+}
+
+/// Whom to tell that a thread has panicked. The device is asked for it when its threads run already.
+#[derive(Default)]
+pub(super) struct Panics(Mutex<(OnPanic, Vec<usize>)>);
+
+impl Panics {
+    /// Also tells of threads that have panicked before.
+    pub(super) fn set(&self, on_panic: OnPanic) {
+        let before = {
+            let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            state.0 = on_panic.clone();
+            state.1.clone()
+        };
+        before.into_iter().for_each(|thread| on_panic.tell(thread));
+    }
+
+    /// A thread has panicked.
+    pub(super) fn tell(&self, thread: usize) {
+        let on_panic = {
+            let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            state.1.push(thread);
+            state.0.clone()
+        };
+        on_panic.tell(thread);
+    }
 }
 
 /// A queue on its way out.
