@@ -435,7 +435,9 @@ impl<B: VhostUserBackend> EventLoop<B> {
             let Some(Running { lease, kick: _, relay, leaving }) = self.running[place].take() else { continue };
             self.clear(place);
             // A call that is under way must not be lost, and one that was not made is not made up.
-            relay.iter().for_each(Relay::pass);
+            if let Some(relay) = relay {
+                relay.pass();
+            }
             // Whoever is told may unmap the memory.
             drop(lease);
             for teller in leaving.into_iter().flat_map(|leaving| leaving.tellers).filter(|_| has_ended) {
