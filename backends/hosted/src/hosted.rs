@@ -5,23 +5,26 @@
 //! and positions. The data path is the same as in a daemon: the backend's own, with `virtio-queue`.
 //!
 //! The backend is not trusted to behave. All calls are made on its own threads, and nobody waits for them without a
-//! limit. One that panics, fails or does not answer costs a line in the log; its driver is told that the device needs
-//! a reset.
+//! limit. A call beyond it is not made any more, or is undone when it ends; until then other calls fail at once. A
+//! queue stops without the buffers that its backend does not give back in time. A backend that panics, fails or does
+//! not answer costs a line in the log; its driver is told that the device needs a reset. The reset helps, unless the
+//! backend has panicked or never comes back.
 //!
 //! The crate has no way to note requests in flight for a successor, to give back requests half done, or to log
 //! written pages. [`Device::recovers`] says so, and whoever asks for these things is refused.
 
 mod event_loop;
 mod memory;
+mod thread;
 
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
-use ringvm_backends::device::{Device, DeviceError, DeviceInfo, GuestMemory, QueueParts, Suspended};
+use crossbeam_channel::unbounded;
+use ringvm_backends::device::{Device, DeviceError, DeviceInfo, GuestMemory, QueueParts};
+use ringvm_backends::io::reactor::OnPanic;
 use ringvm_backends::state::check_empty;
 use ringvm_backends::stats::{DeviceStats, QueueStats};
 use ringvm_backends::virtqueue::End;
@@ -35,13 +38,12 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::mmap::NewBitmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use self::event_loop::{EventLoop, Faults, Ring};
-use self::memory::Shown;
+use self::event_loop::{EventLoop, Ring};
+use self::memory::{Lease, Shown};
+use self::thread::{Contact, Ending, NoAnswer, PATIENCE, Panics, Thread};
 use crate::listeners::Listeners;
 
-/// Longest time that the backend may take for a call that a driver or a transport waits for.
-const PATIENCE: Duration = Duration::from_secs(2);
-/// Longest time that the backend may keep buffers of a queue that stops.
+/// Longest time that the backend may keep buffers of a queue that stops. The queue stops without them then.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Features that the backend may offer and that are not passed on: those of vhost-user itself, and rings and
@@ -86,49 +88,15 @@ impl ConfigChange {
     }
 }
 
-/// A call on one of the backend's threads.
-type Call<B> = Box<dyn FnOnce(&mut EventLoop<B>) + Send>;
-
-/// One thread of the backend.
-struct Thread<B: VhostUserBackend> {
-    /// Closed to end the thread.
-    calls: Option<Sender<Call<B>>>,
-    wake: Arc<EventFd>,
-    listeners: Arc<dyn Listeners>,
-    faults: Faults,
-    handle: Option<JoinHandle<()>>,
-}
-
-impl<B: VhostUserBackend> Thread<B> {
-    /// Has the thread make a call. The answer comes by the channel, which is closed if the thread has died.
-    fn ask<T: Send + 'static>(&self, call: impl FnOnce(&mut EventLoop<B>) -> T + Send + 'static) -> Receiver<T> {
-        let (tell, told) = bounded(1);
-        self.tell(Box::new(move |event_loop| {
-            // Whoever asked may have stopped waiting.
-            let _ = tell.send(call(event_loop));
-        }));
-        told
-    }
-
-    fn tell(&self, call: Call<B>) {
-        if let Some(calls) = &self.calls {
-            // A thread that has died drops the call, and its asker sees that.
-            let _ = calls.send(call);
-            // Full: it was woken often enough.
-            let _ = self.wake.write(1);
-        }
-    }
-}
-
 /// A backend as a device.
 pub struct Hosted<B: VhostUserBackend> {
     info: DeviceInfo,
-    features: u64,
     threads: Vec<Thread<B>>,
     /// Of each queue: its thread, and its place among the queues there.
     seats: Vec<(usize, usize)>,
     shown: Arc<Shown<B::Bitmap>>,
     changed: ConfigChange,
+    panics: Arc<Panics>,
     kicks: Arc<[AtomicU64]>,
 }
 
@@ -160,38 +128,38 @@ where
         let vrings = (0..queues).map(vring).collect::<Result<Vec<_>, _>>();
         let vrings = vrings.map_err(|error| wrong(format!("making its vrings: {error}")))?;
         let kicks: Arc<[AtomicU64]> = (0..queues).map(|_| AtomicU64::new(0)).collect();
-        let masks = backend.queues_per_thread();
-        let mut seats = vec![None; queues];
+        let of_mask = |mask: u64| (0..queues.min(64)).filter(|queue| mask >> queue & 1 != 0).collect();
+        let per_thread: Vec<Vec<usize>> = backend.queues_per_thread().into_iter().map(of_mask).collect();
+        // Before any thread starts: the backend may be wrong here, too.
+        let seat = |queue: usize| {
+            let place_on = |numbers: &Vec<usize>| numbers.iter().position(|&number| number == queue);
+            let mut places = per_thread.iter().enumerate();
+            let seat = places.find_map(|(thread, numbers)| Some((thread, place_on(numbers)?)));
+            seat.ok_or_else(|| wrong(format!("no thread of it serves queue {queue}")))
+        };
+        let seats = (0..queues).map(seat).collect::<Result<_, _>>()?;
+        let panics = Arc::<Panics>::default();
         let mut threads = Vec::new();
-        for (thread, mask) in masks.iter().enumerate() {
-            let on_thread: Vec<usize> = (0..queues.min(64)).filter(|queue| mask >> queue & 1 != 0).collect();
-            for (place, &queue) in on_thread.iter().enumerate() {
-                seats[queue].get_or_insert((thread, place));
-            }
+        for (thread, on_thread) in per_thread.into_iter().enumerate() {
             let rings = on_thread.iter().map(|&queue| vrings[queue].clone()).collect();
             let (calls, inbox) = unbounded();
-            let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(host("making an event"))?);
-            let faults = Faults::of(on_thread.len());
-            let left = Arc::clone(&shown);
+            let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(host("making an event"))?;
+            let contact = Arc::new(Contact::new(wake, on_thread.len()));
             let event_loop = EventLoop::new(
                 (name.to_owned(), thread),
                 (backend.clone(), queues, rings),
-                (inbox, Arc::clone(&wake)),
-                faults.clone(),
+                (inbox, Arc::clone(&contact)),
                 (on_thread, Arc::clone(&kicks)),
-                Box::new(move || left.leave()),
             );
             let event_loop = event_loop.map_err(host("listening to events"))?;
             let listeners = event_loop.listeners();
+            let theirs = Arc::clone(&panics);
             let handle = std::thread::Builder::new().name(format!("host-{name}"));
-            let handle = handle.spawn(move || event_loop.run()).map_err(host("starting a thread"))?;
-            threads.push(Thread { calls: Some(calls), wake, listeners, faults, handle: Some(handle) });
+            let handle = handle.spawn(move || event_loop.run(&theirs)).map_err(host("starting a thread"))?;
+            threads.push(Thread { calls: Some(calls), contact, listeners, handle: Some(handle) });
         }
-        let seats = seats.into_iter().enumerate();
-        let seats =
-            seats.map(|(queue, seat)| seat.ok_or_else(|| wrong(format!("no thread of it serves queue {queue}"))));
         Ok(Self {
-            seats: seats.collect::<Result<_, _>>()?,
+            seats,
             info: DeviceInfo {
                 device_type,
                 name: name.to_owned(),
@@ -199,10 +167,10 @@ where
                 queue_sizes: vec![queue_size; queues],
                 config_len,
             },
-            features: 0,
             threads,
             shown,
             changed: ConfigChange::default(),
+            panics,
             kicks,
         })
     }
@@ -219,6 +187,12 @@ where
         self.changed.clone()
     }
 
+    /// Has `on_panic` called when a thread of the backend has panicked, also if it has already: its queues are not served
+    /// again before the process starts anew.
+    pub fn on_panic(&mut self, on_panic: OnPanic) {
+        self.panics.set(on_panic);
+    }
+
     /// Makes a call on a thread of the backend, and waits for its end.
     fn call<T: Send + 'static>(
         &self,
@@ -226,33 +200,40 @@ where
         what: &'static str,
         call: impl FnOnce(&mut EventLoop<B>) -> T + Send + 'static,
     ) -> Result<T, DeviceError> {
-        let answer = self.threads[thread].ask(call).recv_timeout(PATIENCE);
-        answer.map_err(|error| {
-            let source = match error {
-                RecvTimeoutError::Timeout => {
-                    let text = format!("its backend has not answered within {} s", PATIENCE.as_secs());
-                    io::Error::new(io::ErrorKind::TimedOut, text)
-                }
-                RecvTimeoutError::Disconnected => io::Error::other("its backend has panicked"),
+        self.call_or_undo(thread, what, call, |_, _| {})
+    }
+
+    /// Makes a call that must not last if nobody has waited for its end.
+    fn call_or_undo<T: Send + 'static>(
+        &self,
+        thread: usize,
+        what: &'static str,
+        call: impl FnOnce(&mut EventLoop<B>) -> T + Send + 'static,
+        undo: impl FnOnce(&mut EventLoop<B>, T) + Send + 'static,
+    ) -> Result<T, DeviceError> {
+        self.threads[thread].call(call, undo).map_err(|no_answer| {
+            let late = |text| io::Error::new(io::ErrorKind::TimedOut, text);
+            let source = match no_answer {
+                NoAnswer::Late => late(format!("its backend has not answered within {} s", PATIENCE.as_secs())),
+                NoAnswer::Hung => late("its backend has yet to answer an earlier call".to_owned()),
+                NoAnswer::Dead => io::Error::other("its backend has panicked"),
             };
-            self.threads.iter().for_each(|thread| thread.faults.raise());
+            self.threads.iter().for_each(|thread| thread.contact.faults.raise());
             DeviceError::Host { device: self.info.name.clone(), what, source }
         })
     }
 
     /// Shows the backend the guest's memory, for a queue that is to start.
-    fn show(&self, mem: &GuestMemory) -> Result<(), DeviceError> {
+    fn show(&self, mem: &GuestMemory) -> Result<Lease<B::Bitmap>, DeviceError> {
         let what = "showing the guest's memory to its backend";
         let failed = |source| DeviceError::Host { device: self.info.name.clone(), what, source };
-        if self.shown.enter(mem).map_err(failed)? {
+        let lease = self.shown.enter(mem).map_err(failed)?;
+        if lease.is_news() {
             let atomic = self.shown.atomic();
-            let updated = self.call(0, what, move |event_loop| event_loop.backend().update_memory(atomic));
-            if let Err(error) = updated.and_then(|updated| updated.map_err(failed)) {
-                self.shown.leave();
-                return Err(error);
-            }
+            self.call(0, what, move |event_loop| event_loop.backend().update_memory(atomic))?.map_err(failed)?;
+            lease.told();
         }
-        Ok(())
+        Ok(lease)
     }
 
     fn refuse(&self, index: u16, reason: &'static str) -> DeviceError {
@@ -286,7 +267,6 @@ where
                 }
             })?;
         }
-        self.features = features;
         Ok(())
     }
 
@@ -322,53 +302,37 @@ where
         if parts.log.is_some() {
             return Err(self.refuse(index, "can't log the pages that it writes: its backend knows no log"));
         }
-        self.show(&parts.mem)?;
+        let lease = self.show(&parts.mem)?;
         let QueueParts { ring, mem, from, kick, call, fault, .. } = parts;
-        let ring = Ring { ring, mem, from, kick, call, fault };
-        let started = self.call(thread, "starting a queue", move |event_loop| event_loop.start(place, ring));
-        let started = started.and_then(|done| done.map_err(|error| error.into_device_error(&self.info.name, index)));
-        if started.is_err() {
-            self.shown.leave();
-        }
-        started
+        let ring = Ring { ring, mem, lease, from, kick, call, fault };
+        let start = move |event_loop: &mut EventLoop<B>| event_loop.start(place, ring);
+        let started = self.call_or_undo(thread, "starting a queue", start, move |event_loop, started| {
+            if started.is_ok() {
+                event_loop.stop(place, Instant::now() + STOP_PATIENCE, None);
+            }
+        });
+        started.and_then(|done| done.map_err(|error| error.into_device_error(&self.info.name, index)))
     }
 
     fn stop(&mut self, queues: &[u16], _: End) -> Stopping {
+        // The backend's threads keep to it. One that does not come back from a call of the backend can't.
+        let deadline = Instant::now() + STOP_PATIENCE;
+        let stop = |&index: &u16| {
+            let &(thread, place) = self.seats.get(usize::from(index))?;
+            Some(self.threads[thread].stop(place, deadline))
+        };
         // All threads are told before the first is waited for.
-        let ends: Vec<Option<(usize, Receiver<Suspended>)>> = queues
-            .iter()
-            .map(|&index| {
-                let &(thread, place) = self.seats.get(usize::from(index))?;
-                let (tell, told) = bounded(1);
-                self.threads[thread].tell(Box::new(move |event_loop| event_loop.stop(place, tell)));
-                Some((thread, told))
-            })
-            .collect();
-        let name = self.info.name.clone();
-        let faults: Vec<Faults> = self.threads.iter().map(|thread| thread.faults.clone()).collect();
-        let indices = queues.to_vec();
+        let endings: Vec<Option<Ending>> = queues.iter().map(stop).collect();
+        let (name, indices) = (self.info.name.clone(), queues.to_vec());
         Stopping::by(queues.len(), move || {
-            let deadline = Instant::now() + STOP_PATIENCE;
-            let end = |(index, end): (u16, Option<(usize, Receiver<Suspended>)>)| {
-                let (thread, end) = end?;
-                match end.recv_deadline(deadline) {
-                    Ok(end) => Some(end),
-                    // It did not run, or its thread has died.
-                    Err(RecvTimeoutError::Disconnected) => None,
-                    Err(RecvTimeoutError::Timeout) => {
-                        let seconds = STOP_PATIENCE.as_secs();
-                        warn!(
-                            device = name,
-                            queue = index,
-                            seconds,
-                            "the backend does not give the queue's buffers back"
-                        );
-                        faults[thread].raise();
-                        None
-                    }
-                }
+            let end = |(queue, ending): (u16, Option<Ending>)| {
+                ending?.wait(deadline + PATIENCE).unwrap_or_else(|_| {
+                    let seconds = (STOP_PATIENCE + PATIENCE).as_secs();
+                    warn!(device = name, queue, seconds, "the backend does not answer, its queue is given up");
+                    None
+                })
             };
-            indices.into_iter().zip(ends).map(end).collect()
+            indices.into_iter().zip(endings).map(end).collect()
         })
     }
 
@@ -379,7 +343,6 @@ where
         if let Err(error) = reset {
             warn!(%error, "the device is not reset");
         }
-        self.features = 0;
     }
 
     fn on_config_change(&mut self, notify: Interrupt) {
@@ -408,14 +371,11 @@ where
 impl<B: VhostUserBackend> Drop for Hosted<B> {
     /// Ends the threads. One in a call of the backend that never returns is left behind, and said so.
     fn drop(&mut self) {
-        for thread in &mut self.threads {
-            thread.calls = None;
-            let _ = thread.wake.write(1);
-        }
+        self.threads.iter_mut().for_each(Thread::end);
         let deadline = Instant::now() + PATIENCE;
         for thread in &mut self.threads {
             let Some(handle) = thread.handle.take() else { continue };
-            while !handle.is_finished() && Instant::now() < deadline {
+            while !handle.is_finished() && !thread.contact.is_hung() && Instant::now() < deadline {
                 std::thread::sleep(Duration::from_millis(1));
             }
             if handle.is_finished() {

@@ -4,7 +4,7 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Mutex, RwLock};
 
-use ringvm_backends::device::{QueueState, RingConfig};
+use ringvm_backends::device::{QueueState, RingConfig, Suspended};
 use ringvm_backends::testing::driver::{Buffer, Driver};
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost_user_backend::{VhostUserBackendMut, VringRwLock};
@@ -20,6 +20,8 @@ mod ramdisk;
 
 use ramdisk::RamDisk;
 
+/// Bytes of the guest's memory.
+const MEMORY: u64 = 1 << 20;
 const LIMIT: Duration = Duration::from_secs(20);
 const HEADER: u64 = 0x8_0000;
 const DATA: u64 = 0x9_0000;
@@ -33,7 +35,7 @@ enum Manner {
     Works,
     Panics,
     Fails,
-    /// Never returns from a call.
+    /// Does not return from a call as long as the test does not let it.
     Blocks,
     /// Takes buffers and keeps them.
     Keeps,
@@ -46,13 +48,28 @@ struct Odd {
     block: Arc<Mutex<()>>,
     descriptor_events: Arc<AtomicUsize>,
     features: u64,
+    masks: Vec<u64>,
+    /// Heads that it keeps, until it is called for a descriptor of its own.
+    kept: Vec<u16>,
+    /// Whether what it gave back last went into the ring.
+    gave_back: Arc<Mutex<Option<bool>>>,
 }
 
 impl Odd {
     fn new(manner: Manner) -> Self {
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let features = 1 << VIRTIO_F_VERSION_1 | 1 << 30;
-        Self { manner, memory, block: Arc::default(), descriptor_events: Arc::default(), features }
+        let masks = vec![0b001, 0b110];
+        Self {
+            manner,
+            memory,
+            block: Arc::default(),
+            descriptor_events: Arc::default(),
+            features,
+            masks,
+            kept: Vec::new(),
+            gave_back: Arc::default(),
+        }
     }
 }
 
@@ -89,11 +106,14 @@ impl VhostUserBackendMut for Odd {
     }
 
     fn queues_per_thread(&self) -> Vec<u64> {
-        vec![0b001, 0b110]
+        self.masks.clone()
     }
 
     fn handle_event(&mut self, event: u16, _: EventSet, vrings: &[VringRwLock], thread: usize) -> io::Result<()> {
         if usize::from(event) >= 3 {
+            for head in self.kept.drain(..) {
+                *self.gave_back.lock().unwrap() = Some(vrings[0].add_used(head, 0).is_ok());
+            }
             self.descriptor_events.fetch_add(1, Ordering::SeqCst);
             return Ok(());
         }
@@ -109,9 +129,11 @@ impl VhostUserBackendMut for Odd {
         loop {
             let chain = vring.get_mut().get_queue_mut().iter(memory.clone()).map_err(io::Error::other)?.next();
             let Some(chain) = chain else { return Ok(()) };
-            if self.manner == Manner::Works {
+            if self.manner != Manner::Keeps {
                 vring.add_used(chain.head_index(), u32::from(event)).map_err(io::Error::other)?;
                 vring.signal_used_queue()?;
+            } else {
+                self.kept.push(chain.head_index());
             }
         }
     }
@@ -139,7 +161,7 @@ where
     B::Bitmap: NewBitmap + Clone + Send + Sync + 'static,
 {
     fn new(mut device: Hosted<B>) -> Self {
-        let mem: GuestMemory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap());
+        let mem: GuestMemory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY as usize)]).unwrap());
         let features = device.info().features;
         device.ack_features(features).unwrap();
         let queue = |(index, &size): (usize, &u16)| Queue {
@@ -153,10 +175,15 @@ where
     }
 
     fn start(&mut self, index: u16, from: QueueState) -> Result<(), DeviceError> {
+        let call = Interrupt::Event(Arc::clone(&self.queues[usize::from(index)].call));
+        self.start_with(index, from, call)
+    }
+
+    fn start_with(&mut self, index: u16, from: QueueState, call: Interrupt) -> Result<(), DeviceError> {
         let queue = &self.queues[usize::from(index)];
         let faults = Arc::clone(&queue.faults);
         let parts = QueueParts {
-            call: Interrupt::Event(Arc::clone(&queue.call)),
+            call,
             fault: Interrupt::Call(Arc::new(move || {
                 faults.fetch_add(1, Ordering::SeqCst);
             })),
@@ -183,6 +210,27 @@ where
             used.is_some()
         });
         used.unwrap()
+    }
+
+    /// The driver starts anew.
+    fn renew(&mut self, index: usize) {
+        let queue = &mut self.queues[index];
+        let ring = queue.driver.ring();
+        queue.driver = Driver::new(Arc::clone(&self.mem), ring.desc, ring.size, self.device.info().features);
+        queue.faults.store(0, Ordering::SeqCst);
+    }
+
+    /// Resets the device, and has it agree on features again.
+    fn reset(&mut self) {
+        self.device.reset();
+        self.device.ack_features(self.device.info().features).unwrap();
+    }
+
+    /// How many maps of the guest's memory there are besides the test's own.
+    fn holders(&self) -> usize {
+        let (_, region) = self.mem.remove_region(GuestAddress(0), MEMORY).unwrap();
+        // The test's own, and this one.
+        Arc::strong_count(&region) - 2
     }
 
     fn wait_for_fault(&self, index: usize) {
@@ -313,27 +361,152 @@ fn pitfall_54_a_backend_that_blocks_is_given_up_in_time() {
     let block = Arc::clone(&backend.read().unwrap().block);
     let blocked = block.lock().unwrap();
     let error = rig.start(0, QueueState::default()).unwrap_err().to_string();
-    assert!(error.contains("not answered within 2 s"), "{error}");
-    let ends = rig.device.suspend(&[0]);
-    assert!(ends[0].is_none());
+    let reason = format!("not answered within {} s", PATIENCE.as_secs());
+    assert!(error.contains(&reason), "{error}");
+    // From now on nobody waits.
+    let begun = Instant::now();
+    assert_eq!(rig.device.suspend(&[0]), [None]);
+    for _ in 0..5 {
+        let error = rig.start(0, QueueState::default()).unwrap_err().to_string();
+        assert!(error.contains("yet to answer an earlier call"), "{error}");
+    }
     drop(rig);
+    assert!(begun.elapsed() < PATIENCE, "{:?}", begun.elapsed());
     drop(blocked);
+    wait("the thread that was left behind ends", || Arc::strong_count(&backend) == 1);
+}
+
+#[test]
+fn a_start_that_ends_late_is_undone() {
+    let (backend, mut rig) = odd(Manner::Blocks);
+    let block = Arc::clone(&backend.read().unwrap().block);
+    let blocked = block.lock().unwrap();
+    rig.start(0, QueueState::default()).unwrap_err();
+    drop(blocked);
+    wait("the queue starts again", || rig.start(0, QueueState::default()).is_ok());
+    rig.offer(0);
+    rig.next_used(0);
+    assert_eq!(rig.device.drain(0).unwrap().next_used, 1);
+    assert_eq!(rig.holders(), 0);
+}
+
+#[test]
+fn what_was_given_up_does_not_happen_later_and_stops_do() {
+    let (backend, mut rig) = odd(Manner::Works);
+    rig.start(1, QueueState::default()).unwrap();
+    let handles = Arc::strong_count(&rig.mem);
+    backend.write().unwrap().manner = Manner::Blocks;
+    let block = Arc::clone(&backend.read().unwrap().block);
+    let blocked = block.lock().unwrap();
+    // The thread hangs in a call for queue 1.
+    rig.offer(1);
+    wait("it hangs", || backend.try_read().is_err());
+    rig.queues[2].driver.add(&[Buffer { addr: DATA, len: 64, writable: true }]).unwrap();
+    rig.queues[2].driver.publish();
+    let error = rig.start(2, QueueState::default()).unwrap_err().to_string();
+    assert!(error.contains("not answered within"), "{error}");
+    assert_eq!(Arc::strong_count(&rig.mem), handles, "what was given up holds nothing");
+    assert_eq!(rig.device.suspend(&[1, 2]), [None, None]);
+    drop(blocked);
+    // Nobody has waited for the stop of queue 1: it has given back what it had, and stops.
+    rig.next_used(1);
+    wait("the queue has stopped", || rig.holders() == 0);
+    assert!(rig.queues[2].driver.next_used().is_none(), "it has not started");
+    for index in [1, 2] {
+        rig.renew(index);
+        wait("the queue starts again", || rig.start(index as u16, QueueState::default()).is_ok());
+        rig.offer(index);
+        rig.next_used(index);
+    }
 }
 
 #[test]
 fn pitfall_54_a_backend_that_keeps_buffers_is_not_waited_for_for_ever() {
-    let (_, mut rig) = odd(Manner::Keeps);
-    rig.start(0, QueueState::default()).unwrap();
-    rig.start(2, QueueState::default()).unwrap();
+    let (backend, mut rig) = odd(Manner::Keeps);
+    for index in 0..3 {
+        rig.start(index, QueueState::default()).unwrap();
+    }
     rig.offer(0);
-    wait("the buffer is taken", || rig.device.stats().queues.iter().any(|(index, _)| *index == 0));
+    wait("the buffer is taken", || backend.read().unwrap().kept.len() == 1);
     let begun = Instant::now();
     let ends = rig.device.suspend(&[0, 2]);
     assert!(begun.elapsed() >= STOP_PATIENCE);
+    assert!(begun.elapsed() < STOP_PATIENCE + PATIENCE, "the thread itself keeps to the limit");
     assert!(ends[0].is_none() && ends[1].is_some(), "the other queue has nothing to keep");
     rig.wait_for_fault(0);
+    // A late answer, while queue 1 still has the guest's memory shown.
+    let event = EventFd::new(EFD_NONBLOCK).unwrap();
+    rig.device.listeners()[0].register_listener(event.as_raw_fd(), EventSet::IN | EventSet::EDGE_TRIGGERED, 4).unwrap();
+    event.write(1).unwrap();
+    let gave_back = Arc::clone(&backend.read().unwrap().gave_back);
+    wait("the buffer comes late", || gave_back.lock().unwrap().is_some());
+    assert_eq!(*gave_back.lock().unwrap(), Some(false));
+    assert_eq!(rig.queues[0].driver.used_index(), 0, "it goes nowhere");
+    // The queue is free for another life.
+    backend.write().unwrap().manner = Manner::Works;
+    rig.renew(0);
+    rig.start(0, QueueState::default()).unwrap();
+    rig.offer(0);
+    rig.next_used(0);
+    assert_eq!(rig.device.drain(0).unwrap().next_used, 1);
+    rig.device.drain(1).unwrap();
+    assert_eq!(rig.holders(), 0);
+}
+
+#[test]
+fn a_stop_joins_the_one_before() {
+    let (backend, mut rig) = odd(Manner::Keeps);
+    rig.start(0, QueueState::default()).unwrap();
+    rig.offer(0);
+    wait("the buffer is taken", || backend.read().unwrap().kept.len() == 1);
+    let drained = rig.device.stop(&[0], End::Drained);
+    let suspended = rig.device.stop(&[0], End::Suspended);
     let error = rig.start(0, QueueState::default()).unwrap_err().to_string();
-    assert!(error.contains("not given back by its backend"), "{error}");
+    assert!(error.contains("is about to stop"), "{error}");
+    let event = EventFd::new(EFD_NONBLOCK).unwrap();
+    rig.device.listeners()[0].register_listener(event.as_raw_fd(), EventSet::IN | EventSet::EDGE_TRIGGERED, 4).unwrap();
+    event.write(1).unwrap();
+    let position = QueueState { next_avail: 1, next_used: 1 };
+    let end = Suspended { state: position, left: Vec::new() };
+    assert_eq!(suspended.wait(), [Some(end.clone())]);
+    assert_eq!(drained.wait(), [Some(end)], "both are told");
+    rig.start(0, position).unwrap();
+}
+
+#[test]
+fn a_second_stop_does_not_prolong_the_first() {
+    let (backend, mut rig) = odd(Manner::Keeps);
+    rig.start(0, QueueState::default()).unwrap();
+    rig.offer(0);
+    wait("the buffer is taken", || backend.read().unwrap().kept.len() == 1);
+    let begun = Instant::now();
+    let drained = rig.device.stop(&[0], End::Drained);
+    let Err(drained) = drained.wait_until(begun + STOP_PATIENCE / 2) else { panic!("its buffer is kept") };
+    assert_eq!(rig.device.suspend(&[0]), [None]);
+    assert!((STOP_PATIENCE..STOP_PATIENCE + PATIENCE).contains(&begun.elapsed()), "{:?}", begun.elapsed());
+    assert_eq!(drained.wait(), [None]);
+}
+
+#[test]
+fn pitfall_54_a_backend_that_has_lost_count_stops_at_once_and_starts_again_after_a_reset() {
+    let disk = Arc::new(RwLock::new(RamDisk::new(64)));
+    let mut rig = Rig::new(Hosted::new("disk0", 2, 60, disk).unwrap());
+    rig.start(0, QueueState::default()).unwrap();
+    // The backend steps over the entry, which is of no descriptor, and fails.
+    rig.queues[0].driver.write_avail_entry(0, u16::MAX);
+    rig.queues[0].driver.write_avail_index(1);
+    rig.queues[0].kick.write(1).unwrap();
+    rig.wait_for_fault(0);
+    let begun = Instant::now();
+    assert_eq!(rig.device.suspend(&[0]), [None]);
+    assert!(begun.elapsed() < PATIENCE, "{:?}", begun.elapsed());
+    assert_eq!(rig.holders(), 0);
+    rig.reset();
+    rig.renew(0);
+    rig.start(0, QueueState::default()).unwrap();
+    rig.offer(0);
+    rig.next_used(0);
+    assert_eq!(rig.queues[0].faults.load(Ordering::SeqCst), 0);
 }
 
 #[test]
@@ -375,4 +548,116 @@ fn a_backend_that_makes_no_device_is_refused() {
     wide.features |= 1 << VIRTIO_F_RING_PACKED | 1 << 26 | 1 << VIRTIO_F_ACCESS_PLATFORM;
     let device = Hosted::new("odd0", 4, 4, Arc::new(RwLock::new(wide))).unwrap();
     assert_eq!(device.info().features, 1 << VIRTIO_F_VERSION_1, "what no transport of ours has is not offered");
+}
+
+#[test]
+fn a_queue_without_a_thread_is_refused_before_any_thread_starts() {
+    let mut partial = Odd::new(Manner::Works);
+    partial.masks = vec![0b001, 0b100];
+    let backend = Arc::new(RwLock::new(partial));
+    let error = Hosted::new("odd0", 4, 4, Arc::clone(&backend)).err().unwrap().to_string();
+    assert!(error.contains("no thread of it serves queue 1"), "{error}");
+    // A thread would have a clone of its own.
+    assert_eq!(Arc::strong_count(&backend), 1);
+}
+
+#[test]
+fn a_thread_ends_with_its_handle() {
+    let (backend, rig) = odd(Manner::Works);
+    let mut device = rig.device;
+    // As a device that fails to start drops them: nobody waits for their ends.
+    drop(std::mem::take(&mut device.threads));
+    wait("the threads end", || Arc::strong_count(&backend) == 1);
+}
+
+#[test]
+fn nothing_of_ours_holds_memory_after_a_stop_a_refused_start_or_a_panic() {
+    let (backend, mut rig) = odd(Manner::Works);
+    let handles = Arc::strong_count(&rig.mem);
+    rig.start(0, QueueState::default()).unwrap();
+    rig.start(1, QueueState::default()).unwrap();
+    assert_eq!(rig.holders(), 1, "the backend's");
+    let mut ring = rig.queues[2].driver.ring();
+    ring.used = 1 << 30;
+    let parts = QueueParts::new(ring, Arc::clone(&rig.mem), EventFd::new(EFD_NONBLOCK).unwrap());
+    rig.device.start_queue(2, parts).unwrap_err();
+    rig.device.drain(1).unwrap();
+    assert_eq!(rig.holders(), 1, "one queue runs");
+    rig.device.drain(0).unwrap();
+    assert_eq!((rig.holders(), Arc::strong_count(&rig.mem)), (0, handles));
+    rig.start(1, QueueState::default()).unwrap();
+    backend.write().unwrap().manner = Manner::Panics;
+    rig.offer(1);
+    rig.wait_for_fault(1);
+    assert_eq!((rig.holders(), Arc::strong_count(&rig.mem)), (0, handles));
+    assert!(rig.start(1, QueueState::default()).is_err());
+    assert_eq!((rig.holders(), Arc::strong_count(&rig.mem)), (0, handles));
+}
+
+#[test]
+fn a_call_to_a_driver_without_an_event_is_neither_lost_nor_made_up() {
+    let (_, mut rig) = odd(Manner::Works);
+    let calls = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&calls);
+    let call = Interrupt::Call(Arc::new(move || {
+        counter.fetch_add(1, Ordering::SeqCst);
+    }));
+    // The call may be under way when the queue stops. It comes before the end.
+    rig.offer(0);
+    rig.start_with(0, QueueState::default(), call.clone()).unwrap();
+    let end = rig.device.drain(0).unwrap();
+    assert_eq!((end.next_used, calls.load(Ordering::SeqCst)), (1, 1));
+    // Nothing to tell.
+    rig.start_with(0, end, call).unwrap();
+    assert_eq!(rig.device.drain(0), Some(end));
+    assert_eq!(calls.load(Ordering::SeqCst), 1);
+    assert_eq!(Arc::strong_count(&calls), 1, "nothing of the call is left");
+}
+
+#[test]
+fn a_start_that_fails_leaves_nothing_behind() {
+    let (_, mut rig) = odd(Manner::Works);
+    // A pipe tells when the last reader has closed it.
+    let (read, mut write) = io::pipe().unwrap();
+    let listeners = rig.device.listeners();
+    listeners[0].register_listener(read.as_raw_fd(), EventSet::HANG_UP, 4).unwrap();
+    let told = Arc::new(());
+    let theirs = Arc::clone(&told);
+    let parts = QueueParts {
+        call: Interrupt::Call(Arc::new(move || drop(Arc::clone(&theirs)))),
+        ..QueueParts::new(rig.queues[0].driver.ring(), Arc::clone(&rig.mem), event_of(read))
+    };
+    let error = rig.device.start_queue(0, parts).unwrap_err();
+    let is_taken = |source: &io::Error| source.kind() == io::ErrorKind::AlreadyExists;
+    assert!(matches!(&error, DeviceError::Host { source, .. } if is_taken(source)), "{error}");
+    assert_eq!(Arc::strong_count(&told), 1, "the driver's interrupt");
+    assert_eq!(io::Write::write(&mut write, &[0]).unwrap_err().kind(), io::ErrorKind::BrokenPipe, "the kick");
+    assert_eq!(rig.holders(), 0, "the guest's memory");
+    rig.start(0, QueueState::default()).unwrap();
+    rig.offer(0);
+    rig.next_used(0);
+}
+
+#[allow(unsafe_code, reason = "an eventfd is made of another descriptor")]
+fn event_of(fd: impl Into<std::os::fd::OwnedFd>) -> EventFd {
+    use std::os::fd::{FromRawFd, IntoRawFd};
+    // SAFETY: the descriptor is taken out of its owner.
+    unsafe { EventFd::from_raw_fd(fd.into().into_raw_fd()) }
+}
+
+#[test]
+fn a_panic_of_the_backend_is_told_before_and_after_somebody_asks() {
+    let (_, mut rig) = odd(Manner::Panics);
+    let (tell, told) = std::sync::mpsc::channel();
+    let on_panic = |tell: &std::sync::mpsc::Sender<usize>| {
+        let tell = tell.clone();
+        OnPanic::new(move |thread| tell.send(thread).expect("the test listens"))
+    };
+    rig.device.on_panic(on_panic(&tell));
+    rig.start(1, QueueState::default()).ok();
+    assert_eq!(told.recv_timeout(LIMIT), Ok(1));
+    assert_eq!(rig.queues[1].faults.load(Ordering::SeqCst), 1, "the driver is told first");
+    rig.device.on_panic(on_panic(&tell));
+    assert_eq!(told.recv_timeout(LIMIT), Ok(1));
+    assert!(told.try_recv().is_err(), "once each");
 }

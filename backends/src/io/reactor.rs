@@ -76,7 +76,8 @@ pub struct ReactorOptions {
     pub on_panic: OnPanic,
 }
 
-/// Called when an I/O thread has panicked, with the thread's number. The default only writes a line to the log.
+/// Called when a thread that serves queues has panicked, with the thread's number: an I/O thread, or one of a backend
+/// that brings its own. The default only writes a line to the log.
 #[derive(Clone, Default)]
 pub struct OnPanic(Option<Arc<dyn Fn(usize) + Send + Sync>>);
 
@@ -86,7 +87,8 @@ impl OnPanic {
         Self(Some(Arc::new(tell)))
     }
 
-    fn tell(&self, thread: usize) {
+    /// Tells that a thread has panicked.
+    pub fn tell(&self, thread: usize) {
         if let Some(tell) = &self.0 {
             tell(thread);
         }

@@ -6,18 +6,20 @@ use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use ringvm_backends::device::{DeviceError, GuestMemory, QueueState, RingConfig, Suspended};
 use ringvm_backends::virtqueue::interrupt::Interrupt;
-use tracing::error;
+use tracing::{error, warn};
 use vhost_user_backend::{VhostUserBackend, VringT};
 use virtio_queue::QueueT;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::Call;
+use super::STOP_PATIENCE;
+use super::memory::Lease;
+use super::thread::{Call, Contact, Panics};
 use crate::listeners::Listeners;
 
 /// What events of the thread's own carry: beyond the 16 bits that a backend's have.
@@ -32,10 +34,14 @@ const FAILED_PAUSE: Duration = Duration::from_millis(50);
 /// How often to look whether a backend has given the buffers of a stopping queue back, in milliseconds.
 const LOOK_PAUSE: i32 = 5;
 
+/// An aligned address where no guest has memory.
+const NOWHERE: u64 = !0xf;
+
 /// A queue's parts, as the thread needs them.
-pub(super) struct Ring {
+pub(super) struct Ring<Bitmap: vm_memory::bitmap::Bitmap> {
     pub(super) ring: RingConfig,
     pub(super) mem: GuestMemory,
+    pub(super) lease: Lease<Bitmap>,
     pub(super) from: QueueState,
     pub(super) kick: EventFd,
     pub(super) call: Interrupt,
@@ -65,19 +71,24 @@ impl From<io::Error> for StartError {
 }
 
 /// The fault lines of the queues that a thread serves, within reach when the thread is not.
-#[derive(Clone)]
-pub(super) struct Faults(Arc<Mutex<Vec<Interrupt>>>);
+pub(super) struct Faults(Mutex<Vec<Interrupt>>);
 
 impl Faults {
     pub(super) fn of(count: usize) -> Self {
-        Self(Arc::new(Mutex::new(vec![Interrupt::None; count])))
+        Self(Mutex::new(vec![Interrupt::None; count]))
     }
 
     fn set(&self, place: usize, fault: Interrupt) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)[place] = fault;
     }
 
-    /// Says of every queue that it is not served any more, once.
+    /// Says of a queue that it is not served any more, once.
+    fn raise_of(&self, place: usize) {
+        let fault = std::mem::take(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner)[place]);
+        fault.raise();
+    }
+
+    /// Says so of every queue.
     pub(super) fn raise(&self) {
         let faults: Vec<_> = {
             let mut faults = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -87,13 +98,60 @@ impl Faults {
     }
 }
 
+/// A descriptor in the thread's epoll set, which it leaves when this is dropped.
+struct Watch {
+    epoll: Arc<Epoll>,
+    fd: RawFd,
+}
+
+impl Watch {
+    /// The descriptor stays open for longer than this.
+    fn new(epoll: &Arc<Epoll>, fd: RawFd, events: EventSet, data: u64) -> io::Result<Self> {
+        epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events, data))?;
+        Ok(Self { epoll: Arc::clone(epoll), fd })
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        // It was added, so this can't fail. The descriptor's end is not enough: others may have the event, too.
+        let _ = self.epoll.ctl(ControlOperation::Delete, self.fd, EpollEvent::default());
+    }
+}
+
+/// Where the backend's calls come in on their way to a driver that is not reached by an eventfd of its own.
+struct Relay {
+    _watch: Watch,
+    event: EventFd,
+    driver: Interrupt,
+}
+
+impl Relay {
+    /// Passes a call on, if there is one.
+    fn pass(&self) {
+        // Nonblocking, and ours alone.
+        if self.event.read().is_ok() {
+            self.driver.raise();
+        }
+    }
+}
+
 /// A queue that runs.
-struct Running {
-    kick: RawFd,
-    /// Where the backend's calls come in on their way to a driver that is not reached by an eventfd of its own.
-    relay: Option<(EventFd, Interrupt)>,
-    /// Told of the queue's end, once it is asked for.
-    leaving: Option<Sender<Suspended>>,
+struct Running<Bitmap: vm_memory::bitmap::Bitmap> {
+    /// Dropped before anybody is told: whoever is told may unmap the memory.
+    lease: Lease<Bitmap>,
+    /// Of the kick. Nobody listens to it once the queue is to stop.
+    kick: Option<Watch>,
+    relay: Option<Relay>,
+    leaving: Option<Leaving>,
+}
+
+/// A queue that is to stop.
+struct Leaving {
+    /// When it stops without what its backend has taken.
+    deadline: Instant,
+    /// Whoever waits for the end.
+    tellers: Vec<Sender<Suspended>>,
 }
 
 /// Descriptors of the backend's own.
@@ -127,50 +185,31 @@ pub(super) struct EventLoop<B: VhostUserBackend> {
     thread: usize,
     backend: B,
     queues: usize,
+    /// Dropped before the vrings, which own the descriptors of kicks.
+    running: Vec<Option<Running<B::Bitmap>>>,
     vrings: Vec<B::Vring>,
-    running: Vec<Option<Running>>,
     /// The backend has failed: its queues need a reset.
     failed: bool,
     epoll: Arc<Epoll>,
     inbox: Receiver<Call<B>>,
-    wake: Arc<EventFd>,
-    faults: Faults,
+    contact: Arc<Contact>,
     /// The device's numbers of this thread's queues.
     numbers: Vec<usize>,
     kicks: Arc<[AtomicU64]>,
-    /// Called when a queue has stopped.
-    left: Box<dyn Fn() + Send>,
 }
 
 impl<B: VhostUserBackend> EventLoop<B> {
     pub(super) fn new(
         (name, thread): (String, usize),
         (backend, queues, vrings): (B, usize, Vec<B::Vring>),
-        (inbox, wake): (Receiver<Call<B>>, Arc<EventFd>),
-        faults: Faults,
+        (inbox, contact): (Receiver<Call<B>>, Arc<Contact>),
         (numbers, kicks): (Vec<usize>, Arc<[AtomicU64]>),
-        left: Box<dyn Fn() + Send>,
     ) -> io::Result<Self> {
         let epoll = Arc::new(Epoll::new()?);
-        epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), EpollEvent::new(EventSet::IN, WAKE))?;
+        epoll.ctl(ControlOperation::Add, contact.wake.as_raw_fd(), EpollEvent::new(EventSet::IN, WAKE))?;
         let running = vrings.iter().map(|_| None).collect();
         let failed = false;
-        Ok(Self {
-            name,
-            thread,
-            backend,
-            queues,
-            vrings,
-            running,
-            failed,
-            epoll,
-            inbox,
-            wake,
-            faults,
-            numbers,
-            kicks,
-            left,
-        })
+        Ok(Self { name, thread, backend, queues, running, vrings, failed, epoll, inbox, contact, numbers, kicks })
     }
 
     pub(super) fn listeners(&self) -> Arc<dyn Listeners> {
@@ -182,17 +221,20 @@ impl<B: VhostUserBackend> EventLoop<B> {
     }
 
     /// Serves until the device goes or the backend panics.
-    pub(super) fn run(mut self) {
-        let (name, faults) = (self.name.clone(), self.faults.clone());
+    pub(super) fn run(mut self, panics: &Panics) {
+        let (name, thread, contact) = (self.name.clone(), self.thread, Arc::clone(&self.contact));
         let ended = catch_unwind(AssertUnwindSafe(|| self.serve()));
         // What is left of the loop is dropped first: whoever waits for an answer of it waits no longer.
         drop(catch_unwind(AssertUnwindSafe(move || drop(self))));
-        match ended {
+        match &ended {
             Ok(Ok(())) => {}
             Ok(Err(error)) => error!(device = name, %error, "the backend's thread can't wait for events"),
             Err(_) => error!(device = name, "the backend has panicked, the device needs a reset"),
         }
-        faults.raise();
+        contact.faults.raise();
+        if ended.is_err() {
+            panics.tell(thread);
+        }
     }
 
     fn serve(&mut self) -> io::Result<()> {
@@ -208,6 +250,7 @@ impl<B: VhostUserBackend> EventLoop<B> {
                 self.event(event.data(), EventSet::from_bits_truncate(event.events()));
             }
             loop {
+                self.stop_unwanted();
                 match self.inbox.try_recv() {
                     Ok(call) => call(self),
                     Err(TryRecvError::Empty) => break,
@@ -215,10 +258,23 @@ impl<B: VhostUserBackend> EventLoop<B> {
                 }
             }
             self.let_go();
+            self.contact.is_back();
+        }
+    }
+
+    /// Stops queues whose ends nobody waits for: the thread did not come back when they were to stop.
+    fn stop_unwanted(&mut self) {
+        let mut places = self.contact.take_unwanted();
+        while places != 0 {
+            let place = places.trailing_zeros() as usize;
+            places &= places - 1;
+            self.stop(place, Instant::now() + STOP_PATIENCE, None);
         }
     }
 
     fn event(&mut self, data: u64, events: EventSet) {
+        // The event may be a kick of such a queue.
+        self.stop_unwanted();
         let place = (data & !KIND) as usize;
         match data & KIND {
             // The counter of a kick is never read: another process may have it too. Its edges count.
@@ -229,14 +285,12 @@ impl<B: VhostUserBackend> EventLoop<B> {
                 self.kicked(place);
             }
             CALL => {
-                if let Some(Some(Running { relay: Some((event, driver)), .. })) = self.running.get(place) {
-                    // Nonblocking, and ours alone.
-                    let _ = event.read();
-                    driver.raise();
+                if let Some(Some(Running { relay: Some(relay), .. })) = self.running.get(place) {
+                    relay.pass();
                 }
             }
             WAKE => {
-                let _ = self.wake.read();
+                let _ = self.contact.wake.read();
             }
             _ => self.call_backend(place as u16, events),
         }
@@ -263,7 +317,7 @@ impl<B: VhostUserBackend> EventLoop<B> {
             }
             error!(device = self.name, event, %error, "the backend has failed, the device needs a reset");
             self.failed = true;
-            self.faults.raise();
+            self.contact.faults.raise();
         }
     }
 
@@ -272,10 +326,25 @@ impl<B: VhostUserBackend> EventLoop<B> {
     }
 
     /// Has the backend serve a queue.
-    pub(super) fn start(&mut self, place: usize, ring: Ring) -> Result<(), StartError> {
+    pub(super) fn start(&mut self, place: usize, ring: Ring<B::Bitmap>) -> Result<(), StartError> {
         if self.running[place].is_some() {
-            return Err(StartError::Refused("runs already, or was stopped and is not given back by its backend"));
+            return Err(StartError::Refused("runs already, or is about to stop"));
         }
+        match self.set_up(place, ring) {
+            Ok(running) => self.running[place] = Some(running),
+            Err(error) => {
+                self.clear(place);
+                return Err(error);
+            }
+        }
+        self.failed = false;
+        // The driver may have made buffers available before.
+        self.kicked(place);
+        Ok(())
+    }
+
+    /// Makes the vring what the queue is. After an error some of it is done.
+    fn set_up(&self, place: usize, ring: Ring<B::Bitmap>) -> Result<Running<B::Bitmap>, StartError> {
         let vring = &self.vrings[place];
         let RingConfig { size, desc, avail, used } = ring.ring;
         vring.set_queue_size(size);
@@ -290,7 +359,6 @@ impl<B: VhostUserBackend> EventLoop<B> {
             queue.size() == size && queue.is_valid(&*ring.mem)
         };
         if !is_valid {
-            vring.set_queue_ready(false);
             return Err(StartError::Refused(
                 "has a ring of a size that its backend does not take, or outside of memory",
             ));
@@ -299,38 +367,43 @@ impl<B: VhostUserBackend> EventLoop<B> {
             // The driver's own event, such as an irqfd: no thread stands in between.
             Interrupt::Event(event) => (Some(event.try_clone()?), None),
             Interrupt::None => (None, None),
-            other => {
+            driver => {
                 let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-                let data = CALL | place as u64;
-                self.epoll.ctl(ControlOperation::Add, event.as_raw_fd(), EpollEvent::new(EventSet::IN, data))?;
-                (Some(event.try_clone()?), Some((event, other)))
+                let watch = Watch::new(&self.epoll, event.as_raw_fd(), EventSet::IN, CALL | place as u64)?;
+                (Some(event.try_clone()?), Some(Relay { _watch: watch, event, driver }))
             }
         };
-        vring.set_call(call.map(into_file));
-        let kick = ring.kick.as_raw_fd();
-        vring.set_kick(Some(into_file(ring.kick)));
         let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
-        self.epoll.ctl(ControlOperation::Add, kick, EpollEvent::new(events, KICK | place as u64))?;
+        let kick = Some(Watch::new(&self.epoll, ring.kick.as_raw_fd(), events, KICK | place as u64)?);
+        vring.set_call(call.map(into_file));
+        vring.set_kick(Some(into_file(ring.kick)));
         vring.set_enabled(true);
-        self.faults.set(place, ring.fault);
-        self.failed = false;
-        self.running[place] = Some(Running { kick, relay, leaving: None });
-        // The driver may have made buffers available before.
-        self.kicked(place);
-        Ok(())
+        self.contact.faults.set(place, ring.fault);
+        Ok(Running { lease: ring.lease, kick, relay, leaving: None })
     }
 
-    /// Has a queue stopped; `tell` is told once the backend has given back what it has taken.
-    pub(super) fn stop(&mut self, place: usize, tell: Sender<Suspended>) {
+    /// Leaves nothing of a queue in its vring that is not set anew at the next start.
+    fn clear(&self, place: usize) {
+        let vring = &self.vrings[place];
+        vring.set_queue_ready(false);
+        vring.set_enabled(false);
+        vring.set_kick(None);
+        vring.set_call(None);
+        self.contact.faults.set(place, Interrupt::None);
+    }
+
+    /// Has a queue stopped; `teller` is told once the backend has given back what it has taken, and dropped if it does
+    /// not until `deadline`. A queue that is to stop already does so when it was to.
+    pub(super) fn stop(&mut self, place: usize, deadline: Instant, teller: Option<Sender<Suspended>>) {
         let Some(running) = &mut self.running[place] else { return };
-        let first = running.leaving.replace(tell).is_none();
-        if first {
-            let kick = running.kick;
+        let is_first = running.leaving.is_none();
+        let leaving = running.leaving.get_or_insert_with(|| Leaving { deadline, tellers: Vec::new() });
+        leaving.tellers.extend(teller);
+        if is_first {
+            running.kick = None;
             let vring = &self.vrings[place];
             vring.set_queue_ready(false);
             vring.set_enabled(false);
-            // It was added, so this can't fail.
-            let _ = self.epoll.ctl(ControlOperation::Delete, kick, EpollEvent::default());
             if let Err(error) = self.backend.stop_vring(self.numbers[place] as u32) {
                 error!(device = self.name, queue = self.numbers[place], %error, "the backend fails to stop a queue");
             }
@@ -338,29 +411,39 @@ impl<B: VhostUserBackend> EventLoop<B> {
         self.let_go();
     }
 
-    /// Tells of the end of queues that are to stop and have nothing in flight.
+    /// Ends queues that are to stop: those that have nothing in flight, and those whose backend has had its time.
     fn let_go(&mut self) {
-        for (place, vring) in self.vrings.iter().enumerate() {
-            let Some(tell) = self.running[place].as_ref().and_then(|ring| ring.leaving.as_ref()) else { continue };
+        for place in 0..self.running.len() {
+            let Some(leaving) = self.running[place].as_ref().and_then(|ring| ring.leaving.as_ref()) else { continue };
+            let vring = &self.vrings[place];
             let (next_avail, next_used) = {
                 let state = vring.get_ref();
                 (state.get_queue().next_avail(), state.get_queue().next_used())
             };
-            if next_avail != next_used {
-                continue;
+            let has_ended = next_avail == next_used;
+            if !has_ended {
+                // One that has failed may have lost count, and would be waited for in vain.
+                if !self.failed && Instant::now() < leaving.deadline {
+                    continue;
+                }
+                let queue = self.numbers[place];
+                warn!(device = self.name, queue, "the backend does not give the queue's buffers back");
+                self.contact.faults.raise_of(place);
+                // What it gives back from now on goes nowhere.
+                let _ = vring.set_queue_info(NOWHERE, NOWHERE, NOWHERE);
             }
-            // First: whoever is told may unmap the memory.
-            (self.left)();
-            // Whoever asked may have stopped waiting.
-            let _ = tell.send(Suspended { state: QueueState { next_avail, next_used }, left: Vec::new() });
-            if let Some(Running { relay: Some((event, driver)), .. }) = self.running[place].take() {
-                // A call that is under way must not be lost.
-                driver.raise();
-                let _ = self.epoll.ctl(ControlOperation::Delete, event.as_raw_fd(), EpollEvent::default());
+            let Some(Running { lease, kick: _, relay, leaving }) = self.running[place].take() else { continue };
+            self.clear(place);
+            // A call that is under way must not be lost, and one that was not made is not made up.
+            if let Some(relay) = relay {
+                relay.pass();
             }
-            vring.set_kick(None);
-            vring.set_call(None);
-            self.faults.set(place, Interrupt::None);
+            // Whoever is told may unmap the memory.
+            drop(lease);
+            for teller in leaving.into_iter().flat_map(|leaving| leaving.tellers).filter(|_| has_ended) {
+                // Whoever asked may have stopped waiting.
+                let _ = teller.send(Suspended { state: QueueState { next_avail, next_used }, left: Vec::new() });
+            }
         }
     }
 }

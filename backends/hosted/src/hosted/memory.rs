@@ -21,8 +21,36 @@ pub(super) struct Shown<Bitmap: vm_memory::bitmap::Bitmap> {
 struct State {
     /// What is shown.
     memory: Weak<GuestMemoryMmap>,
+    /// The backend has been told of it.
+    is_told: bool,
     /// Queues that run, or start.
     queues: usize,
+}
+
+/// A queue's part in the memory that is shown. The memory is hidden with the last one.
+pub(super) struct Lease<Bitmap: vm_memory::bitmap::Bitmap>(Arc<Shown<Bitmap>>);
+
+impl<Bitmap: vm_memory::bitmap::Bitmap> Lease<Bitmap> {
+    /// Whether the backend is to be told of the memory.
+    pub(super) fn is_news(&self) -> bool {
+        !self.0.state().is_told
+    }
+
+    /// The backend has been told.
+    pub(super) fn told(&self) {
+        self.0.state().is_told = true;
+    }
+}
+
+impl<Bitmap: vm_memory::bitmap::Bitmap> Drop for Lease<Bitmap> {
+    fn drop(&mut self) {
+        let mut state = self.0.state();
+        state.queues -= 1;
+        if state.queues == 0 {
+            state.memory = Weak::new();
+            self.0.replace(GuestMemoryMmap::new());
+        }
+    }
 }
 
 impl<Bitmap: NewBitmap + Clone + Send + Sync + 'static> Shown<Bitmap> {
@@ -35,28 +63,20 @@ impl<Bitmap: NewBitmap + Clone + Send + Sync + 'static> Shown<Bitmap> {
         self.atomic.clone()
     }
 
-    /// Shows memory for a queue that is to start. Returns whether it is other memory than before.
-    pub(super) fn enter(&self, mem: &GuestMemory) -> io::Result<bool> {
+    /// Shows memory for a queue that is to start.
+    pub(super) fn enter(self: &Arc<Self>, mem: &GuestMemory) -> io::Result<Lease<Bitmap>> {
         let mut state = self.state();
-        let is_new = !std::ptr::eq(state.memory.as_ptr(), Arc::as_ptr(mem));
-        if is_new {
+        if !std::ptr::eq(state.memory.as_ptr(), Arc::as_ptr(mem)) {
             self.replace(as_seen_by(mem)?);
             state.memory = Arc::downgrade(mem);
+            state.is_told = false;
         }
         state.queues += 1;
-        Ok(is_new)
+        Ok(Lease(Arc::clone(self)))
     }
+}
 
-    /// A queue has stopped, or did not start.
-    pub(super) fn leave(&self) {
-        let mut state = self.state();
-        state.queues = state.queues.saturating_sub(1);
-        if state.queues == 0 {
-            state.memory = Weak::new();
-            self.replace(GuestMemoryMmap::new());
-        }
-    }
-
+impl<Bitmap: vm_memory::bitmap::Bitmap> Shown<Bitmap> {
     fn replace(&self, mem: GuestMemoryMmap<Bitmap>) {
         self.atomic.lock().unwrap_or_else(PoisonError::into_inner).replace(mem);
     }
