@@ -7,6 +7,7 @@
 pub mod console;
 pub mod hosted;
 pub mod listeners;
+mod serving;
 pub mod vsock;
 
 pub use hosted::{ConfigChange, Hosted, HostedError};

@@ -36,8 +36,9 @@ use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
 use crate::listeners::Listeners;
+use crate::serving::{Broken, Turn};
 use host::{Host, Input};
-use queues::{Broken, Transmit, Turn};
+use queues::Transmit;
 
 pub use end::{End, OpenError};
 pub use options::{ConsoleOptions, Kind};

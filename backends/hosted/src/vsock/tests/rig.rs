@@ -20,8 +20,7 @@ use crate::listeners::Listeners;
 use crate::vsock::muxer::Limits;
 use crate::vsock::options::{VsockOptions, path_of_port};
 use crate::vsock::packet::{HEADER_LEN, HOST_CID, Header, TYPE_STREAM, op};
-use crate::vsock::queues::Memory;
-use crate::vsock::{POLL_EVENT, RX, TX, Vsock};
+use crate::vsock::{Memory, POLL_EVENT, RX, TX, Vsock};
 
 pub(super) const CID: u64 = 42;
 /// Descriptors of each ring.
