@@ -19,6 +19,8 @@ pub(crate) enum Broken {
     Ring(#[from] virtio_queue::Error),
     #[error("entry {0} of its available ring can't be read")]
     Entry(u16),
+    #[error("entry {position} of its available ring names descriptor {head}, of {size}")]
+    Head { position: u16, head: u16, size: u16 },
 }
 
 /// The state of a queue after it was looked at.
@@ -99,13 +101,25 @@ fn look<'m>(
         if *left == 0 {
             return Ok(Turn::More);
         }
+        let used = queue.next_used();
+        let size = queue.size();
         let chain = queue.iter(mem)?.next().ok_or(Broken::Entry(position))?;
         let head = chain.head_index();
+        if head >= size {
+            // The iterator has passed it. A queue whose positions differ would count as one with chains in flight, and
+            // never as stopped.
+            queue.set_next_avail(position);
+            return Err(Broken::Head { position, head, size });
+        }
         let Some(written) = each(chain) else {
             queue.set_next_avail(position);
             return Ok(Turn::Waiting);
         };
-        queue.add_used(mem, head, written)?;
+        if let Err(error) = queue.add_used(mem, head, written) {
+            queue.set_next_avail(position);
+            queue.set_next_used(used);
+            return Err(error.into());
+        }
         *chains += 1;
         *left -= 1;
     }

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use ringvm_backends::options::Checked;
 use ringvm_backends::testing::driver::{Buffer, Driver};
 use vhost_user_backend::VringT;
+use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
 use vmm_sys_util::eventfd::EventFd;
@@ -139,6 +140,12 @@ impl Rig {
         self.vrings[index].set_queue_ready(false);
         self.vrings[index].set_enabled(false);
         self.console.stop_vring(index as u32).unwrap();
+    }
+
+    /// Where a queue is in the available and the used ring.
+    fn positions(&self, index: usize) -> (u16, u16) {
+        let vring = self.vrings[index].get_ref();
+        (vring.get_queue().next_avail(), vring.get_queue().next_used())
     }
 
     fn call(&mut self, event: u16) {

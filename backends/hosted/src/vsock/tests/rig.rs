@@ -13,6 +13,7 @@ use rustix::event::EventfdFlags;
 use tempfile::TempDir;
 use vhost_user_backend::{VhostUserBackend, VringRwLock, VringT};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -179,6 +180,12 @@ impl Rig {
 
     pub(super) fn event(&self, event: u16) -> io::Result<()> {
         self.vsock.handle_event(event, EventSet::IN, &self.vrings, 0)
+    }
+
+    /// Where a queue is in the available and the used ring.
+    pub(super) fn positions(&self, queue: u16) -> (u16, u16) {
+        let vring = self.vrings[usize::from(queue)].get_ref();
+        (vring.get_queue().next_avail(), vring.get_queue().next_used())
     }
 
     // The guest.
