@@ -375,7 +375,7 @@ impl Muxer {
 
     // Packets to the guest.
 
-    /// Whether [`Self::next`] may have a packet, and whether one without data.
+    /// Whether [`Self::next`] may have a packet.
     pub(super) fn has_packets(&self) -> bool {
         self.has_control() || !self.data.is_empty()
     }

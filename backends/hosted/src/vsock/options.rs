@@ -1,10 +1,10 @@
 //! A user's description of a vsock device.
 
-use std::ffi::OsString;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use ringvm_backends::host::bound::suffixed;
 use ringvm_backends::options::Check;
 use thiserror::Error;
 
@@ -85,9 +85,7 @@ pub enum OpenError {
 
 /// The path at which a program of the host listens for connections of the guest to `port`.
 pub(super) fn path_of_port(socket: &Path, port: u32) -> PathBuf {
-    let mut path = OsString::from(socket);
-    path.push(format!("_{port}"));
-    path.into()
+    suffixed(socket, &format!("_{port}"))
 }
 
 #[cfg(test)]
