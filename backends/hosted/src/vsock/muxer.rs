@@ -105,14 +105,18 @@ impl Muxer {
         &self.poll
     }
 
-    /// Forgets all clients and connections.
+    /// Forgets all clients and connections. Those that the guest had closed stay until their programs have everything that
+    /// it sent: it did so before the reset.
     pub(super) fn reset(&mut self) {
         self.handshakes.clear();
-        self.connections.clear();
+        self.connections.retain(|_, connection| connection.is_lingering());
         self.keys.clear();
         self.replies.clear();
         self.control.clear();
         self.data.clear();
+        for connection in self.connections.values_mut() {
+            (connection.in_control, connection.in_data) = (false, false);
+        }
     }
 
     // Programs of the host.
