@@ -9,6 +9,7 @@ use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use ringvm_backends::host::bound::connect_now;
 use tracing::{debug, warn};
 use vmm_sys_util::epoll::EventSet;
 
@@ -17,7 +18,7 @@ use super::handshake::{Handshake, Said};
 use super::options::{OpenError, path_of_port};
 use super::packet::{HOST_CID, Header, TYPE_STREAM, op};
 use super::poll::{AGAIN, FIRST_CLIENT, LISTENER, Poll, TIMER};
-use super::socket::{Listener, connect};
+use super::socket::Listener;
 
 /// Ports of the host that connections to the guest come from. Programs of the guest that look for a service use others.
 const HOST_PORTS: std::ops::Range<u32> = 1 << 30..1 << 31;
@@ -72,7 +73,10 @@ pub(super) struct Muxer {
 impl Muxer {
     pub(super) fn new(cid: u32, socket: PathBuf, limits: Limits) -> Result<Self, OpenError> {
         let failed = |source| OpenError::Host { what: "making an epoll", source };
-        let listener = Listener::bind(&socket)?;
+        let listener = Listener::bind(&socket).map_err(|source| match source.kind() {
+            io::ErrorKind::AddrInUse => OpenError::InUse(socket.clone()),
+            _ => OpenError::Socket { path: socket.clone(), source },
+        })?;
         let muxer = Self {
             guest_cid: u64::from(cid),
             socket,
@@ -313,7 +317,7 @@ impl Muxer {
         }
         let path = path_of_port(&self.socket, ports.host);
         let key = self.next_key();
-        let connected = connect(&path).and_then(|stream| {
+        let connected = connect_now(&path).and_then(|stream| {
             self.poll.add_client(stream.as_raw_fd(), key)?;
             Ok(stream)
         });

@@ -58,12 +58,10 @@ impl Check for VsockOptions {
 #[derive(Debug, Error)]
 pub enum OpenError {
     /// The socket at which the host's programs connect.
-    #[error("vsock {}: {what}: {source}", path.display())]
+    #[error("vsock {}: {source}", path.display())]
     Socket {
         /// Its path.
         path: PathBuf,
-        /// The operation that failed.
-        what: &'static str,
         /// The error that it returned.
         source: io::Error,
     },
