@@ -5,10 +5,10 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
+use ringvm_backends::host::output_file::{self, OutputFileError};
 use ringvm_backends::options::Checked;
 use thiserror::Error;
 
-use super::file;
 use super::options::{ConsoleOptions, Kind};
 use super::pty::Pty;
 use super::socket::Listener;
@@ -92,7 +92,10 @@ impl End {
     }
 
     fn file(path: &Path, max: u64) -> io::Result<Self> {
-        let (output, stays) = file::open(path)?;
-        Ok(Self { output: Some(output), limit: stays.then_some(max), ..Self::null() })
+        let output = output_file::open(path).map_err(|error| match error {
+            OutputFileError::Link => io::Error::other("it is a symbolic link, name the file itself"),
+            error => error.into(),
+        })?;
+        Ok(Self { output: Some(output.file), limit: output.stays.then_some(max), ..Self::null() })
     }
 }

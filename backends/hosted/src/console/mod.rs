@@ -12,7 +12,6 @@ mod backlog;
 mod chain;
 mod device;
 mod end;
-mod file;
 mod host;
 mod options;
 mod pty;
