@@ -40,7 +40,7 @@ pub fn open_console(
     let end = if options.is_stdio() {
         stdio().map_err(host("opening the terminal"))?
     } else {
-        End::open(&checked(&options.console)?).map_err(|error| PlaceError::Hosted(error.to_string()))?
+        End::open(name, &checked(&options.console)?).map_err(|error| PlaceError::Hosted(error.to_string()))?
     };
     let (device, console) = ConsoleBackend::host(name, end).map_err(|error| PlaceError::Hosted(error.to_string()))?;
     if let Some(path) = console.slave() {

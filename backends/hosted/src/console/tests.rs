@@ -67,7 +67,7 @@ fn checked(options: ConsoleOptions) -> Checked<ConsoleOptions> {
 }
 
 fn open(options: ConsoleOptions) -> End {
-    End::open(&checked(options)).unwrap()
+    End::open("console0", &checked(options)).unwrap()
 }
 
 fn socket_at(path: &Path) -> End {

@@ -64,10 +64,14 @@ const MAX_PACKETS: usize = 4 * QUEUE_SIZE;
 /// # Errors
 /// When its socket can't be made, or the host refuses something else.
 pub fn open(name: &str, options: &Checked<VsockOptions>) -> Result<Hosted<Arc<Vsock>>, OpenError> {
-    let backend = Arc::new(Vsock::new(options)?);
+    let backend = Arc::new(Vsock::new(name, options)?);
     let hosted = Hosted::new(name, VIRTIO_ID_VSOCK, CONFIG_LEN, Arc::clone(&backend))?;
     for listeners in hosted.listeners() {
-        backend.listen(&*listeners).map_err(|source| OpenError::Host { what: "listening to sockets", source })?;
+        backend.listen(&*listeners).map_err(|source| OpenError::Host {
+            device: name.to_owned(),
+            what: "listening to its sockets",
+            source,
+        })?;
     }
     Ok(hosted)
 }
@@ -86,16 +90,16 @@ struct State {
 }
 
 impl Vsock {
-    /// A backend whose socket is there.
+    /// A backend whose socket is there. `name` stands in front of messages.
     ///
     /// # Errors
     /// When the socket can't be made, or the host refuses something else.
-    pub fn new(options: &Checked<VsockOptions>) -> Result<Self, OpenError> {
-        Self::with_limits(options, Limits::default())
+    pub fn new(name: &str, options: &Checked<VsockOptions>) -> Result<Self, OpenError> {
+        Self::with_limits(name, options, Limits::default())
     }
 
-    fn with_limits(options: &VsockOptions, limits: Limits) -> Result<Self, OpenError> {
-        let muxer = Muxer::new(options.cid, options.socket.clone(), limits)?;
+    fn with_limits(name: &str, options: &VsockOptions, limits: Limits) -> Result<Self, OpenError> {
+        let muxer = Muxer::new(name, options.cid, options.socket.clone(), limits)?;
         Ok(Self { cid: options.cid, state: Mutex::new(State { muxer, mem: None, left: [None; 2] }) })
     }
 

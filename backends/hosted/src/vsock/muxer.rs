@@ -71,11 +71,12 @@ pub(super) struct Muxer {
 }
 
 impl Muxer {
-    pub(super) fn new(cid: u32, socket: PathBuf, limits: Limits) -> Result<Self, OpenError> {
-        let failed = |source| OpenError::Host { what: "making an epoll", source };
+    pub(super) fn new(name: &str, cid: u32, socket: PathBuf, limits: Limits) -> Result<Self, OpenError> {
+        let device = || name.to_owned();
+        let failed = |source| OpenError::Host { device: device(), what: "making an epoll", source };
         let listener = Listener::bind(&socket).map_err(|source| match source.kind() {
-            io::ErrorKind::AddrInUse => OpenError::InUse(socket.clone()),
-            _ => OpenError::Socket { path: socket.clone(), source },
+            io::ErrorKind::AddrInUse => OpenError::InUse { device: device(), path: socket.clone() },
+            _ => OpenError::Socket { device: device(), path: socket.clone(), source },
         })?;
         let muxer = Self {
             guest_cid: u64::from(cid),

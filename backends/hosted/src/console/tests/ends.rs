@@ -129,17 +129,30 @@ fn input_of_a_client_that_goes_at_once_arrives() {
 fn sockets_in_use_and_long_paths_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("c.sock");
-    let options = |path: &Path| checked(ConsoleOptions { socket: Some(path.into()), ..ConsoleOptions::default() });
+    let options = |path: &Path| ConsoleOptions { socket: Some(path.into()), ..ConsoleOptions::default() };
+    let refused = || End::open("console7", &checked(options(&path))).unwrap_err().to_string();
     let first = socket_at(&path);
-    assert!(End::open(&options(&path)).unwrap_err().to_string().contains("another process listens"));
+    let in_use = "another process listens there; end it, or give another socket=";
+    assert_eq!(refused(), format!("console7: {}: {in_use}", path.display()));
     // One that an ended process has left is not in use.
     std::fs::rename(&path, dir.path().join("moved")).unwrap();
     drop(first);
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
     drop(socket_at(&path));
-    End::open(&options(&dir.path().join("x".repeat(200)))).unwrap_err();
+    Checked::new(options(&dir.path().join("x".repeat(200)))).unwrap_err();
     std::fs::write(&path, "a file").unwrap();
-    assert!(End::open(&options(&path)).unwrap_err().to_string().contains("no socket"));
+    let error = refused();
+    assert!(error.starts_with("console7: ") && error.ends_with("a file that is no socket is there; give another socket="), "{error}");
+}
+
+#[test]
+fn links_in_the_place_of_files_are_refused_with_advice() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("c.log");
+    std::os::unix::fs::symlink(dir.path().join("elsewhere"), &path).unwrap();
+    let options = checked(ConsoleOptions { file: Some(path.clone()), ..ConsoleOptions::default() });
+    let text = format!("console0: {}: it is a symbolic link; name the file itself", path.display());
+    assert_eq!(End::open("console0", &options).unwrap_err().to_string(), text);
 }
 
 #[test]

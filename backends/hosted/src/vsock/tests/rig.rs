@@ -86,7 +86,7 @@ impl Rig {
         let path = dir.path().join(name);
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         let options = VsockOptions { cid: CID as u32, socket: path.clone() };
-        let vsock = Vsock::with_limits(&options, limits).unwrap();
+        let vsock = Vsock::with_limits("vsock0", &options, limits).unwrap();
         let outer = Outer(Epoll::new().unwrap());
         vsock.listen(&outer).unwrap();
         let plain = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap());
