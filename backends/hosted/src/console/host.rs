@@ -12,7 +12,6 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::event::Timespec;
 use rustix::termios::tcgetwinsize;
 use tracing::{debug, info, warn};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -24,9 +23,11 @@ use super::stream::Stream;
 
 /// Bytes of input read at once.
 const CHUNK: usize = 4096;
-/// How long the reader may take to accept more of the rest of the output, and all of it.
-const FINISH_STALL: Timespec = Timespec { tv_sec: 0, tv_nsec: 500_000_000 };
-const FINISH_LIMIT: Duration = Duration::from_secs(3);
+/// How long the reader may take to accept more of the rest of the output, and all of it. The thread of a hosted device
+/// does this when it ends, so all of it is less than the time that `Hosted` waits for its threads (`PATIENCE` in
+/// `hosted.rs`, a second).
+const FINISH_STALL: Duration = Duration::from_millis(500);
+const FINISH_LIMIT: Duration = Duration::from_millis(800);
 /// Clients accepted or refused in a turn.
 const CLIENTS: usize = 16;
 
@@ -225,7 +226,7 @@ impl Host {
     fn tell_dropped(&mut self) {
         let dropped = self.backlog.take_dropped();
         if dropped > 0 {
-            warn!("{}: {dropped} bytes of its console's output were dropped before a reader came", self.name);
+            warn!("{}: {dropped} bytes of its console's output were dropped, nobody read them", self.name);
         }
     }
 
@@ -334,16 +335,21 @@ impl Host {
     }
 
     /// Writes the rest of the output for as long as it is being read.
-    pub(super) fn finish(&mut self) {
+    fn finish(&mut self) {
         let deadline = Instant::now() + FINISH_LIMIT;
-        while !self.backlog.is_empty() && Instant::now() < deadline {
-            let progress = self.write();
-            let Output::Reader(output) = &self.output else { return };
-            if !progress && !self.backlog.is_empty() && !output.wait_writable(FINISH_STALL) {
+        loop {
+            self.write();
+            let Output::Reader(stream) = &self.output else { break };
+            if self.backlog.is_empty() {
+                break;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() || !stream.wait_writable(left.min(FINISH_STALL)) {
                 warn!("{}: the end of its console's output is dropped, nobody reads it", self.name);
-                return;
+                break;
             }
         }
+        self.tell_dropped();
     }
 }
 

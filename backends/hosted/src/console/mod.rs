@@ -151,12 +151,6 @@ impl ConsoleBackend {
         }
     }
 
-    /// Writes the rest of the guest's output for as long as it is being read: half a second for the next piece, three for
-    /// all. Also done when the console is dropped.
-    pub fn finish(&self) {
-        lock(&self.work).host.finish();
-    }
-
     fn config(&self) -> [u8; CONFIG_LEN] {
         let mut config = [0; CONFIG_LEN];
         config[..4].copy_from_slice(&self.size.load(Ordering::Acquire).to_le_bytes());

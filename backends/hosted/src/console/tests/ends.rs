@@ -6,6 +6,9 @@ use std::os::unix::net::UnixStream;
 use super::super::backlog::CAPACITY;
 use super::*;
 
+/// How long a hosted device waits for its thread when it ends.
+const HOSTED_PATIENCE: Duration = Duration::from_secs(1);
+
 fn client(path: &Path) -> UnixStream {
     let client = UnixStream::connect(path).unwrap();
     client.set_nonblocking(true).unwrap();
@@ -142,7 +145,10 @@ fn sockets_in_use_and_long_paths_are_refused() {
     Checked::new(options(&dir.path().join("x".repeat(200)))).unwrap_err();
     std::fs::write(&path, "a file").unwrap();
     let error = refused();
-    assert!(error.starts_with("console7: ") && error.ends_with("a file that is no socket is there; give another socket="), "{error}");
+    assert!(
+        error.starts_with("console7: ") && error.ends_with("a file that is no socket is there; give another socket="),
+        "{error}"
+    );
 }
 
 #[test]
@@ -239,7 +245,31 @@ fn the_rest_of_the_output_is_written_when_the_console_ends() {
     rig.send(&[0; 0x20_000], &[0x20_000]);
     let start = Instant::now();
     drop(rig);
-    assert!(start.elapsed() < Duration::from_secs(10));
+    assert!(start.elapsed() < HOSTED_PATIENCE);
+}
+
+#[test]
+fn a_slow_reader_of_the_rest_is_waited_for_less_than_a_hosted_device_is() {
+    let (read, write) = pipe();
+    rustix::pipe::fcntl_setpipe_size(&write, 4096).unwrap();
+    let mut rig = Rig::new(End::descriptors(null_input(), write));
+    rig.send(&text(60_000), &[60_000]);
+    // It reads now and then, and would take three seconds for everything.
+    let reader = std::thread::spawn(move || {
+        let (mut read, mut count) = (File::from(read), 0);
+        let mut piece = [0; 4096];
+        while let Ok(some @ 1..) = read.read(&mut piece) {
+            count += some;
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        count
+    });
+    let start = Instant::now();
+    drop(rig);
+    let elapsed = start.elapsed();
+    assert!(elapsed > Duration::from_millis(600) && elapsed < HOSTED_PATIENCE, "{elapsed:?}");
+    let count = reader.join().unwrap();
+    assert!((4 * 4096..60_000).contains(&count), "{count} bytes were read");
 }
 
 #[test]
