@@ -5,8 +5,9 @@
 //! called for, and sets what to wait for.
 //!
 //! No reader makes it wait. Output goes through a bounded buffer (`backlog`): while a reader is connected, the guest's
-//! chains stay in the queue until there is room; without one, the newest output is kept for the next. Input is read
-//! while the guest has buffers for it.
+//! chains stay in the queue until there is room; without one, the newest output is kept for the next. A reader that is
+//! connected and reads nothing for a tenth of a second (`stall`) does not stop the guest: what comes then is dropped and
+//! counted until half of the buffer is free. Input is read while the guest has buffers for it.
 
 mod backlog;
 mod chain;
@@ -17,6 +18,7 @@ mod options;
 mod pty;
 mod queues;
 mod socket;
+mod stall;
 mod stream;
 #[cfg(test)]
 mod tests;
@@ -198,8 +200,14 @@ impl Work {
                 self.transmit.serve(vring, mem, &mut self.host)?
             };
             let progress = self.host.write();
-            if turn != Turn::More && !(turn == Turn::Waiting && progress) {
-                return Ok(());
+            match turn {
+                Turn::More => {}
+                Turn::Waiting if progress || self.host.gives_up() => {}
+                Turn::Waiting => return Ok(()),
+                Turn::Empty | Turn::Stopped => {
+                    self.host.goes_on();
+                    return Ok(());
+                }
             }
         }
         self.host.call_again();

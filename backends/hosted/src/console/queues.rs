@@ -40,6 +40,10 @@ impl Transmit {
         let left = buffers.len().saturating_sub(self.taken);
         let (skipped, count) = match host.room() {
             Room::Nowhere => (0, 0),
+            Room::Stalled => {
+                host.note_dropped(left as u64);
+                (0, 0)
+            }
             Room::Newest => (left.saturating_sub(CAPACITY), left.min(CAPACITY)),
             Room::Bytes(room) if left <= room => (0, left),
             // Whole if it ever fits, so that the position of the queue never lies within a chain.

@@ -3,6 +3,7 @@
 mod ends;
 mod hosted;
 mod hostile;
+mod stalls;
 mod traffic;
 
 use std::collections::BTreeMap;
@@ -102,6 +103,8 @@ impl Rig {
 
     fn with(end: End, features: u64) -> Self {
         let console = ConsoleBackend::new("console0", end).unwrap();
+        // A test that reads slowly has its own pace. See `stalls` for readers that do not read.
+        lock(&console.work).host.stall.limit = Duration::from_secs(3600);
         let mem: Arc<GuestMemoryMmap> =
             Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY as usize)]).unwrap());
         let atomic = GuestMemoryAtomic::from(Arc::clone(&mem));
