@@ -26,7 +26,7 @@ mod tests;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use tracing::warn;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
@@ -36,6 +36,7 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
+use crate::hosted::ConfigChange;
 use crate::listeners::Listeners;
 use crate::serving::{Broken, Turn};
 use host::{Host, Input};
@@ -55,7 +56,7 @@ const HOST_EVENT: u16 = QUEUES as u16 + 1;
 /// VIRTIO_CONSOLE_F_SIZE: the size of the terminal is in configuration space.
 const F_SIZE: u32 = 0;
 /// Length of `struct virtio_console_config`: columns and rows, 16 bits each, and two fields of features not offered.
-pub const CONFIG_LEN: usize = 12;
+const CONFIG_LEN: usize = 12;
 
 /// Bursts of a direction in one call.
 const BURSTS: usize = 16;
@@ -66,7 +67,8 @@ pub struct ConsoleBackend {
     slave: Option<PathBuf>,
     /// Columns in the low half, rows in the high one.
     size: AtomicU32,
-    on_resize: Mutex<Arc<dyn Fn() + Send + Sync>>,
+    /// Tells the driver of a change of the size, once there is a device.
+    changed: OnceLock<ConfigChange>,
     mem: Mutex<Option<GuestMemoryAtomic<GuestMemoryMmap>>>,
     /// How often each queue was stopped: what is noted about it is of another life then.
     stops: [AtomicU32; QUEUES],
@@ -104,7 +106,7 @@ impl ConsoleBackend {
             name: name.to_owned(),
             slave,
             size: AtomicU32::new(0),
-            on_resize: Mutex::new(Arc::new(|| {})),
+            changed: OnceLock::new(),
             mem: Mutex::default(),
             stops: Default::default(),
             work: Mutex::new(Work { host, transmit: Transmit::default(), lives: Default::default() }),
@@ -128,24 +130,18 @@ impl ConsoleBackend {
         listeners.register_listener(descriptor, EventSet::IN, HOST_EVENT.into())
     }
 
-    /// Sets how the driver is told that the size has changed.
-    ///
-    /// The trait has `set_backend_req_fd` for that, but the `Backend` of vhost 0.18 can't send CONFIG_CHANGE_MSG.
-    pub fn on_resize(&self, tell: impl Fn() + Send + Sync + 'static) {
-        *lock(&self.on_resize) = Arc::new(tell);
-    }
-
-    /// Sets the size of the terminal, and tells the driver if that is news. Callable from any thread.
-    pub fn resize(&self, columns: u16, rows: u16) {
+    /// Sets the size of the terminal, and tells the driver if that is news.
+    fn resize(&self, columns: u16, rows: u16) {
         let size = u32::from(columns) | u32::from(rows) << 16;
-        if self.size.swap(size, Ordering::AcqRel) != size {
-            // Not under the lock: it may take a while, and may call again.
-            let tell = Arc::clone(&lock(&self.on_resize));
-            tell();
+        if self.size.swap(size, Ordering::AcqRel) != size
+            && let Some(changed) = self.changed.get()
+        {
+            changed.tell();
         }
     }
 
-    /// Reads the size from the terminal that output goes to, if it is one: after SIGWINCH.
+    /// Reads the size from the terminal that output goes to, if it is one, and tells the driver if that is news: after
+    /// SIGWINCH. Callable from any thread.
     pub fn update_size(&self) {
         let size = lock(&self.work).host.terminal_size();
         if let Some((columns, rows)) = size {

@@ -3,9 +3,8 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
-use ringvm_backends::device::{Device, QueueParts, QueueState};
+use ringvm_backends::device::{QueueParts, QueueState};
 use ringvm_backends::virtqueue::End as StopEnd;
-use ringvm_backends::virtqueue::interrupt::Interrupt;
 
 use super::*;
 
