@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use ringvm_backends::host::output_file::{self, OutputFileError};
 use ringvm_backends::options::Checked;
+use rustix::termios::isatty;
 use thiserror::Error;
 
 use super::options::{ConsoleOptions, Kind};
@@ -101,6 +102,11 @@ impl End {
             Door::Pty(pty) => Some(pty.slave()),
             _ => None,
         }
+    }
+
+    /// Whether output goes to a terminal, or will.
+    pub(super) fn is_terminal(&self) -> bool {
+        matches!(self.door, Door::Pty(_)) || self.output.as_ref().is_some_and(isatty)
     }
 
     fn stdio() -> Result<Self, Refused> {

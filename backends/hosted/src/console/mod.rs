@@ -53,7 +53,8 @@ const QUEUE_SIZE: usize = 256;
 /// The event of the host's end. The number of queues itself is the server's.
 const HOST_EVENT: u16 = QUEUES as u16 + 1;
 
-/// VIRTIO_CONSOLE_F_SIZE: the size of the terminal is in configuration space.
+/// VIRTIO_CONSOLE_F_SIZE: the size of the terminal is in configuration space. Offered only with a terminal: the driver would
+/// take a size of zero for one.
 const F_SIZE: u32 = 0;
 /// Length of `struct virtio_console_config`: columns and rows, 16 bits each, and two fields of features not offered.
 const CONFIG_LEN: usize = 12;
@@ -65,6 +66,8 @@ const BURSTS: usize = 16;
 pub struct ConsoleBackend {
     name: String,
     slave: Option<PathBuf>,
+    /// Whether its end is a terminal, which has a size.
+    is_terminal: bool,
     /// Columns in the low half, rows in the high one.
     size: AtomicU32,
     /// Tells the driver of a change of the size, once there is a device.
@@ -101,10 +104,12 @@ impl ConsoleBackend {
     /// When the host has no descriptors left.
     pub fn new(name: &str, end: End) -> io::Result<Self> {
         let slave = end.slave().map(Path::to_owned);
+        let is_terminal = end.is_terminal();
         let host = Host::new(name, end)?;
         let console = Self {
             name: name.to_owned(),
             slave,
+            is_terminal,
             size: AtomicU32::new(0),
             changed: OnceLock::new(),
             mem: Mutex::default(),
@@ -243,7 +248,7 @@ impl VhostUserBackend for ConsoleBackend {
     fn features(&self) -> u64 {
         1 << VIRTIO_F_VERSION_1
             | 1 << VIRTIO_RING_F_EVENT_IDX
-            | 1 << F_SIZE
+            | u64::from(self.is_terminal) << F_SIZE
             | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
     }
 

@@ -302,6 +302,21 @@ fn the_size_is_in_configuration_space_and_changes_are_told_once() {
 }
 
 #[test]
+fn only_terminals_have_a_size() {
+    let dir = tempfile::tempdir().unwrap();
+    let has_size = |end| ConsoleBackend::new("console0", end).unwrap().features() & 1 << F_SIZE != 0;
+    let owner = Rig::new(pty());
+    let slave = terminal(owner.console.slave().unwrap());
+    assert!(has_size(pty()));
+    assert!(has_size(End::descriptors(null_input(), slave.into())));
+    assert!(!has_size(End::null()));
+    assert!(!has_size(socket_at(&dir.path().join("c.sock"))));
+    assert!(!has_size(End::descriptors(null_input(), pipe().1)));
+    let file = ConsoleOptions { file: Some(dir.path().join("c.log")), ..ConsoleOptions::default() };
+    assert!(!has_size(open(file)));
+}
+
+#[test]
 fn the_size_of_a_terminal_is_told() {
     let rig = Rig::new(pty());
     let slave = terminal(rig.console.slave().unwrap());
