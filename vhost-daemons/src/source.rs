@@ -7,11 +7,11 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use ringvm_backends::host::bound::{BoundPath, Claim};
+use ringvm_backends::host::bound::{self, BoundPath};
 use ringvm_backends::host::inherited;
 use rustix::event::PollFlags;
 use rustix::net::sockopt::{socket_acceptconn, socket_domain, socket_peercred, socket_type};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, listen, socket_with};
+use rustix::net::{AddressFamily, SocketType};
 use thiserror::Error;
 use tracing::{info, warn};
 
@@ -65,22 +65,11 @@ pub(crate) enum Source {
 impl Source {
     /// Listens at a path. The socket of an earlier daemon is removed, but only if no process serves it.
     pub(crate) fn listen(path: &Path, mode: u32, peers: Peers) -> Result<Self, SourceError> {
-        let failed = |source| SourceError::Bind { path: path.to_owned(), source };
-        SocketAddrUnix::new(path).map_err(|error| failed(error.into()))?;
-        // Held until it listens: a socket that is only bound looks like a leftover.
-        let claim = Claim::new(path).map_err(failed)?;
-        match connect_now(path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => {}
-            // No process listens, or it is no socket at all.
-            Err(error) if error.kind() == ErrorKind::ConnectionRefused => claim.remove_stale().map_err(failed)?,
-            _ => return Err(SourceError::InUse(path.to_owned())),
-        }
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
-        let socket = socket.map_err(|error| failed(error.into()))?;
-        let bound = claim.bind(&socket, mode).map_err(failed)?;
-        listen(&socket, BACKLOG).map_err(|error| failed(error.into()))?;
-        Ok(Self::Listen { listener: socket.into(), name: path.display().to_string(), peers, _path: Some(bound) })
+        let (listener, bound) = match bound::listen(path, mode, BACKLOG) {
+            Err(error) if error.kind() == ErrorKind::AddrInUse => return Err(SourceError::InUse(path.to_owned())),
+            result => result.map_err(|source| SourceError::Bind { path: path.to_owned(), source })?,
+        };
+        Ok(Self::Listen { listener, name: path.display().to_string(), peers, _path: Some(bound) })
     }
 
     /// Takes an inherited socket, which listens or is connected.
@@ -134,24 +123,17 @@ pub(crate) enum Next {
     End,
 }
 
-/// Connects, if that is possible without waiting: a frontend that does not accept has room for only so many.
-fn connect_now(path: &Path) -> io::Result<UnixStream> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
-    let stream = UnixStream::from(socket);
-    stream.set_nonblocking(false)?;
-    Ok(stream)
-}
-
 /// Connects to a frontend, for as long as it takes.
 fn connect(path: &Path, peers: &Peers, mailbox: &Mailbox) -> io::Result<Next> {
     let mut pause = FIRST_PAUSE;
     loop {
         let first = pause == FIRST_PAUSE;
-        match connect_now(path) {
+        match bound::connect_now(path) {
             Ok(stream) => match peers.refuse(&stream)? {
-                None => return Ok(Next::Client(stream)),
+                None => {
+                    stream.set_nonblocking(false)?;
+                    return Ok(Next::Client(stream));
+                }
                 Some(uid) if first => {
                     let path = path.display();
                     warn!(

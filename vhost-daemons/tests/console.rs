@@ -15,13 +15,16 @@ use common::client::{Client, GUEST, Memory, PROTOCOL_FEATURES, Ring, longs, word
 use common::{Daemon, PATIENCE, scratch, wait};
 use ringvm_backends::testing::driver::Buffer;
 use rustix::fs::MemfdFlags;
+use rustix::termios::{Winsize, tcsetwinsize};
 use vhost::vhost_user::message::FrontendReq;
 use vm_memory::{Bytes, GuestAddress};
 
 const RX_DATA: u64 = GUEST + 0x20_0000;
 const TX_DATA: u64 = GUEST + 0x30_0000;
-/// VERSION_1, SIZE and the vhost-user bit.
-const FEATURES: u64 = 1 << 32 | 1 | PROTOCOL_FEATURES;
+/// VERSION_1 and the vhost-user bit.
+const FEATURES: u64 = 1 << 32 | PROTOCOL_FEATURES;
+/// VIRTIO_CONSOLE_F_SIZE, which a terminal has.
+const SIZE: u64 = 1;
 /// MQ, REPLY_ACK, CONFIG.
 const PROTOCOL: u64 = 1 | 1 << 3 | 1 << 9;
 
@@ -34,14 +37,16 @@ struct Guest {
 }
 
 impl Guest {
-    fn connect(socket: &Path) -> Self {
+    /// Takes the features, and those of `more`: SIZE or none.
+    fn connect(socket: &Path, more: u64) -> Self {
         let mut client = Client::connect(socket);
         client.send(FrontendReq::SET_OWNER, &[], &[]);
-        assert_eq!(client.ask_number(FrontendReq::GET_FEATURES) & FEATURES, FEATURES);
+        let features = FEATURES | more;
+        assert_eq!(client.ask_number(FrontendReq::GET_FEATURES) & (FEATURES | SIZE), features);
         assert_eq!(client.ask_number(FrontendReq::GET_PROTOCOL_FEATURES) & PROTOCOL, PROTOCOL);
         client.send(FrontendReq::SET_PROTOCOL_FEATURES, &longs(&[PROTOCOL]), &[]);
         client.acks = true;
-        client.tell(FrontendReq::SET_FEATURES, &longs(&[FEATURES]), &[]);
+        client.tell(FrontendReq::SET_FEATURES, &longs(&[features]), &[]);
         assert_eq!(client.ask_number(FrontendReq::GET_QUEUE_NUM), 2);
         let memory = Memory::new(MemfdFlags::ALLOW_SEALING);
         client.tell(FrontendReq::SET_MEM_TABLE, &memory.table(), &[memory.file.as_fd()]);
@@ -96,7 +101,7 @@ fn a_client_of_the_console_outlives_the_frontend() {
     person.set_read_timeout(Some(PATIENCE)).unwrap();
     person.write_all(b"early").unwrap();
     for round in 0..3 {
-        let mut guest = Guest::connect(&socket);
+        let mut guest = Guest::connect(&socket, 0);
         let mut got = [0; 6];
         guest.say(b"login:");
         person.read_exact(&mut got).unwrap();
@@ -105,12 +110,12 @@ fn a_client_of_the_console_outlives_the_frontend() {
             person.write_all(b"again").unwrap();
         }
         assert_eq!(guest.hear(5), if round == 0 { *b"early" } else { *b"again" });
-        // The size of a terminal that nobody knows, and no more of the space than there is.
+        // There is no terminal, so no size, and no more of the space than there is.
         let config = guest.client.ask(FrontendReq::GET_CONFIG, &words(&[0, 12, 0]));
         assert_eq!(config[12..], [0; 12]);
     }
     drop(person);
-    let mut guest = Guest::connect(&socket);
+    let mut guest = Guest::connect(&socket, 0);
     guest.say(b"kept");
     let mut next = UnixStream::connect(&login).unwrap();
     let mut got = [0; 4];
@@ -127,7 +132,7 @@ fn a_pseudoterminal_is_named_and_a_file_is_filled() {
     let pty = daemon(&socket, "pty");
     let said = pty.said();
     let line = said.iter().find_map(|line| line.split_once(" is the terminal ")).expect("the terminal is named");
-    let mut guest = Guest::connect(&socket);
+    let mut guest = Guest::connect(&socket, SIZE);
     guest.say(b"hello");
     let mut slave = File::options()
         .read(true)
@@ -138,13 +143,19 @@ fn a_pseudoterminal_is_named_and_a_file_is_filled() {
     let mut got = [0; 5];
     slave.read_exact(&mut got).unwrap();
     assert_eq!(&got, b"hello");
+    let size = Winsize { ws_col: 132, ws_row: 43, ws_xpixel: 0, ws_ypixel: 0 };
+    tcsetwinsize(&slave, size).unwrap();
     slave.write_all(b"\x03\r").unwrap();
     assert_eq!(guest.hear(2), b"\x03\r");
+    wait("the size of the terminal is told", || {
+        let config = guest.client.ask(FrontendReq::GET_CONFIG, &words(&[0, 12, 0]));
+        config[12..] == [132, 0, 43, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+    });
     pty.terminate();
 
     let (socket, log) = (dir.path().join("w"), dir.path().join("log"));
     let file = daemon(&socket, &format!("file={},max=6", log.display()));
-    let mut guest = Guest::connect(&socket);
+    let mut guest = Guest::connect(&socket, 0);
     guest.say(b"first");
     guest.say(b"second");
     assert!(file.terminate().iter().any(|line| line.contains("grown to its limit")));
@@ -174,7 +185,7 @@ fn a_frontend_changes_its_memory_while_the_queues_are_stopped() {
     let dir = scratch();
     let socket = dir.path().join("v");
     let daemon = daemon(&socket, "null");
-    let mut guest = Guest::connect(&socket);
+    let mut guest = Guest::connect(&socket, 0);
     for _ in 0..3 {
         guest.say(b"some output");
         for index in [0, 1] {

@@ -7,6 +7,8 @@
 pub mod console;
 pub mod hosted;
 pub mod listeners;
+mod serving;
+mod socket_path;
 pub mod vsock;
 
 pub use hosted::{ConfigChange, Hosted, HostedError};

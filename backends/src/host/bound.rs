@@ -3,12 +3,13 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, Mode, OFlags};
-use rustix::net::SocketAddrUnix;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 
 use crate::host::retry::outwait;
 
@@ -18,6 +19,52 @@ pub fn suffixed(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     name.into()
+}
+
+/// Listens at a path with the access mode `mode`, with room for `backlog` clients that wait. The socket of an earlier
+/// process is removed, but only if no process serves it. Accepting does not wait.
+///
+/// # Errors
+/// `AddrInUse` if a process listens there; else the host's error, also that another user's socket can't be looked at.
+pub fn listen(path: &Path, mode: u32, backlog: i32) -> io::Result<(UnixListener, BoundPath)> {
+    // Before anything is made: a path that no socket can have gets no lock either.
+    SocketAddrUnix::new(path)?;
+    // Held until it listens: a socket that is only bound looks like a leftover.
+    let claim = Claim::new(path)?;
+    match connect_now(path) {
+        // Its backlog is full, but it listens.
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(in_use()),
+        Ok(_) => return Err(in_use()),
+        // No process listens, or it is no socket at all, or a link that leads nowhere.
+        Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound) => {
+            claim.remove_stale()?;
+        }
+        Err(error) => return Err(error),
+    }
+    let socket = stream_socket()?;
+    let bound = claim.bind(&socket, mode)?;
+    rustix::net::listen(&socket, backlog)?;
+    Ok((socket.into(), bound))
+}
+
+fn in_use() -> io::Error {
+    io::Error::new(io::ErrorKind::AddrInUse, "another process listens there")
+}
+
+/// Connects to the process that listens at a path, if that is possible without waiting: one that does not accept has room
+/// for only so many. Nor does the stream wait.
+///
+/// # Errors
+/// `NotFound` or `ConnectionRefused` if nobody listens, `WouldBlock` if there is no room; else the host's error.
+pub fn connect_now(path: &Path) -> io::Result<UnixStream> {
+    let socket = stream_socket()?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket.into())
+}
+
+fn stream_socket() -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    Ok(socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?)
 }
 
 /// The right to look at a path, to remove what is there and to bind a socket, which one process has at a time.
@@ -117,7 +164,7 @@ impl Drop for BoundPath {
 mod tests {
     use std::os::unix::net::UnixDatagram;
 
-    use rustix::net::{AddressFamily, SocketType, socket};
+    use rustix::net::socket;
 
     use super::*;
 
@@ -189,5 +236,51 @@ mod tests {
         let _other = UnixDatagram::bind(&path).unwrap();
         drop(bound);
         assert!(path.exists());
+    }
+    #[test]
+    fn a_listener_takes_the_place_of_a_leftover_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let refused = || listen(&path, 0o600, 1).unwrap_err();
+        let (listener, bound) = listen(&path, 0o660, 1).unwrap();
+        assert_eq!(path.metadata().unwrap().mode() & 0o777, 0o660);
+        assert_eq!(listener.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock, "nobody has come");
+        assert_eq!(refused().kind(), io::ErrorKind::AddrInUse);
+        listener.accept().unwrap();
+        // A listener without room listens all the same.
+        let mut waiting = Vec::new();
+        let full = (0..1000).find_map(|_| connect_now(&path).map(|stream| waiting.push(stream)).err());
+        assert_eq!(full.expect("it is full some time").kind(), io::ErrorKind::WouldBlock);
+        let error = refused();
+        assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+        assert_eq!(error.to_string(), "another process listens there");
+        drop((listener, bound));
+        drop(UnixListener::bind(&path).unwrap());
+        drop(listen(&path, 0o600, 1).unwrap());
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn what_does_not_listen_is_not_in_use() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let refused = || listen(&path, 0o600, 1).unwrap_err();
+        std::fs::write(&path, "bytes").unwrap();
+        assert_eq!(refused().kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(std::fs::read(&path).unwrap(), b"bytes");
+        std::fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink(dir.path().join("nowhere"), &path).unwrap();
+        assert_eq!(refused().kind(), io::ErrorKind::AlreadyExists);
+        std::fs::remove_file(&path).unwrap();
+        // A socket of another type.
+        let datagrams = UnixDatagram::bind(&path).unwrap();
+        assert_eq!(refused().raw_os_error(), Some(libc::EPROTOTYPE));
+        drop(datagrams);
+        drop(listen(&path, 0o600, 1).unwrap());
+        let nowhere = listen(&dir.path().join("no/s"), 0o600, 1).unwrap_err();
+        assert_eq!(nowhere.kind(), io::ErrorKind::NotFound);
+        let long = dir.path().join("x".repeat(108));
+        listen(&long, 0o600, 1).unwrap_err();
+        assert!(!suffixed(&long, ".lock").exists());
     }
 }

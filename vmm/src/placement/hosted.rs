@@ -39,7 +39,7 @@ pub fn open_console(
     }
     let end = match terminal {
         Some(end) => end,
-        None => End::open(&checked(name, &options.console)?)?,
+        None => End::open(name, &checked(name, &options.console)?)?,
     };
     let (device, console) = ConsoleBackend::host(name, end)?;
     if let Some(path) = console.slave() {

@@ -5,8 +5,8 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
+use ringvm_backends::host::bound::connect_now;
 use rustix::net::sockopt::socket_peercred;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::process::{Uid, geteuid};
 use tracing::warn;
 
@@ -39,7 +39,7 @@ impl Listener {
     /// Connects. The daemon that answers gets the guest's memory, so it must belong to the user of the first one, or
     /// to a user who may read that memory anyway.
     fn connect(&mut self) -> io::Result<UnixStream> {
-        let stream = connect(&self.path)?;
+        let stream = connect_now(&self.path)?;
         let user = socket_peercred(&stream)?.uid;
         if self.user.is_none() {
             self.warn_of_others();
@@ -70,14 +70,6 @@ impl Listener {
             );
         }
     }
-}
-
-/// Connects without waiting, not even for a listener that accepts no connection.
-fn connect(path: &Path) -> io::Result<UnixStream> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
-    Ok(socket.into())
 }
 
 impl Peer {

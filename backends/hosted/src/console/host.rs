@@ -12,7 +12,6 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::event::Timespec;
 use rustix::termios::tcgetwinsize;
 use tracing::{debug, info, warn};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -20,13 +19,16 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::backlog::{Backlog, CAPACITY};
 use super::end::{Door, End};
+use super::stall::Stall;
 use super::stream::Stream;
 
 /// Bytes of input read at once.
 const CHUNK: usize = 4096;
-/// How long the reader may take to accept more of the rest of the output, and all of it.
-const FINISH_STALL: Timespec = Timespec { tv_sec: 0, tv_nsec: 500_000_000 };
-const FINISH_LIMIT: Duration = Duration::from_secs(3);
+/// How long the reader may take to accept more of the rest of the output, and all of it. The thread of a hosted device
+/// does this when it ends, so all of it is less than the time that `Hosted` waits for its threads (`PATIENCE` in
+/// `hosted.rs`, a second).
+const FINISH_STALL: Duration = Duration::from_millis(500);
+const FINISH_LIMIT: Duration = Duration::from_millis(800);
 /// Clients accepted or refused in a turn.
 const CLIENTS: usize = 16;
 
@@ -34,16 +36,23 @@ const INPUT: u64 = 0;
 const OUTPUT: u64 = 1;
 const DOOR: u64 = 2;
 const WAKE: u64 = 3;
+const STALL: u64 = 4;
 
 /// Where output goes.
 #[derive(Debug)]
 enum Output {
-    /// To whoever reads this.
-    Reader(Stream),
+    /// To whoever reads this. While `stalled`, output is dropped: the reader has not read for too long.
+    Reader { stream: Stream, stalled: bool },
     /// To the reader that comes next.
     Next,
     /// Nowhere, for ever.
     Nowhere,
+}
+
+impl Output {
+    fn reader(stream: Stream) -> Self {
+        Self::Reader { stream, stalled: false }
+    }
 }
 
 /// How much output the host's end takes.
@@ -53,6 +62,8 @@ pub(super) enum Room {
     Bytes(usize),
     /// Any number: older bytes make room.
     Newest,
+    /// Any number: they are counted and dropped.
+    Stalled,
     /// Any number: nobody will read them.
     Nowhere,
 }
@@ -80,6 +91,7 @@ pub(super) struct Host {
     /// Bytes that may still be written, if they stay somewhere.
     limit: Option<u64>,
     backlog: Backlog,
+    pub(super) stall: Stall,
     /// Input that the guest has had no buffers for.
     pub(super) pending: VecDeque<u8>,
 }
@@ -94,13 +106,14 @@ impl Host {
             Door::Socket(listener) => Some(listener.descriptor()?),
             Door::Pty(pty) => Some(pty.descriptor()?),
         };
+        let stall = Stall::new(&epoll, STALL)?;
         let mut bell = bell.map(|bell| Stream::own(bell.into(), &epoll, DOOR));
         if let Some(bell) = &mut bell {
             bell.watch(Some(EventSet::IN));
         }
         let inherited = |file, write, token| Stream::inherited(file, write, &epoll, token);
         let output = match (end.output, &end.door) {
-            (Some(output), _) => Output::Reader(inherited(output, true, OUTPUT)),
+            (Some(output), _) => Output::reader(inherited(output, true, OUTPUT)),
             (None, Door::None) => Output::Nowhere,
             (None, _) => Output::Next,
         };
@@ -113,6 +126,7 @@ impl Host {
             output,
             limit: end.limit,
             backlog: Backlog::default(),
+            stall,
             pending: VecDeque::new(),
             epoll,
         })
@@ -131,8 +145,8 @@ impl Host {
 
     /// Size of the terminal in columns and rows, if the output is one that knows it.
     pub(super) fn terminal_size(&self) -> Option<(u16, u16)> {
-        let Output::Reader(output) = &self.output else { return None };
-        let size = tcgetwinsize(output).ok()?;
+        let Output::Reader { stream, .. } = &self.output else { return None };
+        let size = tcgetwinsize(stream).ok()?;
         (size.ws_col != 0 && size.ws_row != 0).then_some((size.ws_col, size.ws_row))
     }
 
@@ -144,6 +158,7 @@ impl Host {
         for event in &events[..count] {
             match event.data() {
                 WAKE => drop(self.wake.read()),
+                STALL => self.stall.acknowledge(),
                 // The event may be older than the reader.
                 OUTPUT if self.output_is_dead() => self.lose_output(None),
                 _ => {}
@@ -157,7 +172,7 @@ impl Host {
     }
 
     fn output_is_dead(&self) -> bool {
-        matches!(&self.output, Output::Reader(output) if output.has_hung_up())
+        matches!(&self.output, Output::Reader { stream, .. } if stream.has_hung_up())
     }
 
     fn open_door(&mut self) {
@@ -187,7 +202,7 @@ impl Host {
             self.input = Some(Stream::own(pty.stream()?, &self.epoll, INPUT));
         }
         if matches!(self.output, Output::Next) {
-            self.output = Output::Reader(Stream::own(pty.stream()?, &self.epoll, OUTPUT));
+            self.output = Output::reader(Stream::own(pty.stream()?, &self.epoll, OUTPUT));
             self.tell_dropped();
         }
         Ok(())
@@ -202,7 +217,7 @@ impl Host {
                 Err(error) if matches!(error.kind(), ErrorKind::ConnectionAborted | ErrorKind::Interrupted) => continue,
                 Err(error) => return Err(error),
             };
-            if matches!(self.output, Output::Reader(_)) && !self.output_is_dead() {
+            if matches!(self.output, Output::Reader { .. }) && !self.output_is_dead() {
                 info!("{}: a client of its console is refused, another one is connected", self.name);
                 continue;
             }
@@ -217,7 +232,7 @@ impl Host {
         // What the last client has sent before it went is still for the guest.
         while self.pending.len() < CAPACITY && self.read() == Input::Some {}
         self.input = Some(Stream::own(input, &self.epoll, INPUT));
-        self.output = Output::Reader(Stream::own(output, &self.epoll, OUTPUT));
+        self.output = Output::reader(Stream::own(output, &self.epoll, OUTPUT));
         self.tell_dropped();
         Ok(())
     }
@@ -225,17 +240,39 @@ impl Host {
     fn tell_dropped(&mut self) {
         let dropped = self.backlog.take_dropped();
         if dropped > 0 {
-            warn!("{}: {dropped} bytes of its console's output were dropped before a reader came", self.name);
+            warn!("{}: {dropped} bytes of its console's output were dropped, nobody read them", self.name);
         }
     }
 
     /// How much output may be pushed.
     pub(super) fn room(&self) -> Room {
         match self.output {
-            Output::Reader(_) => Room::Bytes(self.backlog.room()),
+            Output::Reader { stalled: true, .. } => Room::Stalled,
+            Output::Reader { .. } => Room::Bytes(self.backlog.room()),
             Output::Next => Room::Newest,
             Output::Nowhere => Room::Nowhere,
         }
+    }
+
+    /// Notes output that was not even read from the guest.
+    pub(super) fn note_dropped(&mut self, count: u64) {
+        self.backlog.note_dropped(count);
+    }
+
+    /// The guest's output waits for the reader, who has just read nothing. Returns whether it goes on without the reader.
+    pub(super) fn gives_up(&mut self) -> bool {
+        let Output::Reader { stalled, .. } = &mut self.output else { return false };
+        if !self.stall.waits() {
+            return false;
+        }
+        *stalled = true;
+        warn!("{}: the reader of its console does not read; output is dropped until it does", self.name);
+        true
+    }
+
+    /// The guest's output does not wait for the reader.
+    pub(super) fn goes_on(&mut self) {
+        self.stall.ends();
     }
 
     /// Takes output, and notes that `dropped` bytes before it were not even read from the guest.
@@ -254,7 +291,7 @@ impl Host {
     /// Writes what the reader accepts now; returns whether that was something.
     pub(super) fn write(&mut self) -> bool {
         let before = self.backlog.room();
-        while let Output::Reader(output) = &mut self.output {
+        while let Output::Reader { stream, .. } = &mut self.output {
             let front = self.backlog.front();
             let most = self.limit.map_or(usize::MAX, |limit| limit.try_into().unwrap_or(usize::MAX));
             let front = &front[..front.len().min(most)];
@@ -269,7 +306,7 @@ impl Host {
                 }
                 break;
             }
-            match output.write(front) {
+            match stream.write(front) {
                 Ok(0) => break,
                 Ok(count) => {
                     self.backlog.consume(count);
@@ -280,7 +317,18 @@ impl Host {
                 Err(error) => self.lose_output(Some(&error)),
             }
         }
-        self.backlog.room() > before
+        let progress = self.backlog.room() > before;
+        if progress {
+            self.stall.progresses();
+        }
+        if let Output::Reader { stalled, .. } = &mut self.output
+            && *stalled
+            && self.backlog.room() >= CAPACITY / 2
+        {
+            *stalled = false;
+            self.tell_dropped();
+        }
+        progress
     }
 
     fn lose_output(&mut self, error: Option<&io::Error>) {
@@ -323,10 +371,10 @@ impl Host {
             input.watch(wants_input.then_some(EventSet::IN));
             ready |= wants_input && input.is_always_ready();
         }
-        if let Output::Reader(output) = &mut self.output {
+        if let Output::Reader { stream, .. } = &mut self.output {
             // Without output, too, for the hang-up.
-            output.watch(Some(if self.backlog.is_empty() { EventSet::empty() } else { EventSet::OUT }));
-            ready |= !self.backlog.is_empty() && output.is_always_ready();
+            stream.watch(Some(if self.backlog.is_empty() { EventSet::empty() } else { EventSet::OUT }));
+            ready |= !self.backlog.is_empty() && stream.is_always_ready();
         }
         if ready {
             self.call_again();
@@ -334,16 +382,21 @@ impl Host {
     }
 
     /// Writes the rest of the output for as long as it is being read.
-    pub(super) fn finish(&mut self) {
+    fn finish(&mut self) {
         let deadline = Instant::now() + FINISH_LIMIT;
-        while !self.backlog.is_empty() && Instant::now() < deadline {
-            let progress = self.write();
-            let Output::Reader(output) = &self.output else { return };
-            if !progress && !self.backlog.is_empty() && !output.wait_writable(FINISH_STALL) {
+        loop {
+            self.write();
+            let Output::Reader { stream, .. } = &self.output else { break };
+            if self.backlog.is_empty() {
+                break;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() || !stream.wait_writable(left.min(FINISH_STALL)) {
                 warn!("{}: the end of its console's output is dropped, nobody reads it", self.name);
-                return;
+                break;
             }
         }
+        self.tell_dropped();
     }
 }
 

@@ -5,19 +5,20 @@
 //! called for, and sets what to wait for.
 //!
 //! No reader makes it wait. Output goes through a bounded buffer (`backlog`): while a reader is connected, the guest's
-//! chains stay in the queue until there is room; without one, the newest output is kept for the next. Input is read
-//! while the guest has buffers for it.
+//! chains stay in the queue until there is room; without one, the newest output is kept for the next. A reader that is
+//! connected and reads nothing for a tenth of a second (`stall`) does not stop the guest: what comes then is dropped and
+//! counted until half of the buffer is free. Input is read while the guest has buffers for it.
 
 mod backlog;
 mod chain;
 mod device;
 mod end;
-mod file;
 mod host;
 mod options;
 mod pty;
 mod queues;
 mod socket;
+mod stall;
 mod stream;
 #[cfg(test)]
 mod tests;
@@ -25,7 +26,7 @@ mod tests;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use tracing::warn;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
@@ -35,9 +36,11 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
+use crate::hosted::ConfigChange;
 use crate::listeners::Listeners;
+use crate::serving::{Broken, Turn};
 use host::{Host, Input};
-use queues::{Broken, Transmit, Turn};
+use queues::Transmit;
 
 pub use end::{End, OpenError};
 pub use options::{ConsoleOptions, Kind};
@@ -50,10 +53,11 @@ const QUEUE_SIZE: usize = 256;
 /// The event of the host's end. The number of queues itself is the server's.
 const HOST_EVENT: u16 = QUEUES as u16 + 1;
 
-/// VIRTIO_CONSOLE_F_SIZE: the size of the terminal is in configuration space.
+/// VIRTIO_CONSOLE_F_SIZE: the size of the terminal is in configuration space. Offered only with a terminal: the driver would
+/// take a size of zero for one.
 const F_SIZE: u32 = 0;
 /// Length of `struct virtio_console_config`: columns and rows, 16 bits each, and two fields of features not offered.
-pub const CONFIG_LEN: usize = 12;
+const CONFIG_LEN: usize = 12;
 
 /// Bursts of a direction in one call.
 const BURSTS: usize = 16;
@@ -62,9 +66,12 @@ const BURSTS: usize = 16;
 pub struct ConsoleBackend {
     name: String,
     slave: Option<PathBuf>,
+    /// Whether its end is a terminal, which has a size.
+    is_terminal: bool,
     /// Columns in the low half, rows in the high one.
     size: AtomicU32,
-    on_resize: Mutex<Arc<dyn Fn() + Send + Sync>>,
+    /// Tells the driver of a change of the size, once there is a device.
+    changed: OnceLock<ConfigChange>,
     mem: Mutex<Option<GuestMemoryAtomic<GuestMemoryMmap>>>,
     /// How often each queue was stopped: what is noted about it is of another life then.
     stops: [AtomicU32; QUEUES],
@@ -97,12 +104,14 @@ impl ConsoleBackend {
     /// When the host has no descriptors left.
     pub fn new(name: &str, end: End) -> io::Result<Self> {
         let slave = end.slave().map(Path::to_owned);
+        let is_terminal = end.is_terminal();
         let host = Host::new(name, end)?;
         let console = Self {
             name: name.to_owned(),
             slave,
+            is_terminal,
             size: AtomicU32::new(0),
-            on_resize: Mutex::new(Arc::new(|| {})),
+            changed: OnceLock::new(),
             mem: Mutex::default(),
             stops: Default::default(),
             work: Mutex::new(Work { host, transmit: Transmit::default(), lives: Default::default() }),
@@ -126,35 +135,23 @@ impl ConsoleBackend {
         listeners.register_listener(descriptor, EventSet::IN, HOST_EVENT.into())
     }
 
-    /// Sets how the driver is told that the size has changed.
-    ///
-    /// The trait has `set_backend_req_fd` for that, but the `Backend` of vhost 0.18 can't send CONFIG_CHANGE_MSG.
-    pub fn on_resize(&self, tell: impl Fn() + Send + Sync + 'static) {
-        *lock(&self.on_resize) = Arc::new(tell);
-    }
-
-    /// Sets the size of the terminal, and tells the driver if that is news. Callable from any thread.
-    pub fn resize(&self, columns: u16, rows: u16) {
+    /// Sets the size of the terminal, and tells the driver if that is news.
+    fn resize(&self, columns: u16, rows: u16) {
         let size = u32::from(columns) | u32::from(rows) << 16;
-        if self.size.swap(size, Ordering::AcqRel) != size {
-            // Not under the lock: it may take a while, and may call again.
-            let tell = Arc::clone(&lock(&self.on_resize));
-            tell();
+        if self.size.swap(size, Ordering::AcqRel) != size
+            && let Some(changed) = self.changed.get()
+        {
+            changed.tell();
         }
     }
 
-    /// Reads the size from the terminal that output goes to, if it is one: after SIGWINCH.
+    /// Reads the size from the terminal that output goes to, if it is one, and tells the driver if that is news: after
+    /// SIGWINCH. Callable from any thread.
     pub fn update_size(&self) {
         let size = lock(&self.work).host.terminal_size();
         if let Some((columns, rows)) = size {
             self.resize(columns, rows);
         }
-    }
-
-    /// Writes the rest of the guest's output for as long as it is being read: half a second for the next piece, three for
-    /// all. Also done when the console is dropped.
-    pub fn finish(&self) {
-        lock(&self.work).host.finish();
     }
 
     fn config(&self) -> [u8; CONFIG_LEN] {
@@ -204,8 +201,14 @@ impl Work {
                 self.transmit.serve(vring, mem, &mut self.host)?
             };
             let progress = self.host.write();
-            if turn != Turn::More && !(turn == Turn::Waiting && progress) {
-                return Ok(());
+            match turn {
+                Turn::More => {}
+                Turn::Waiting if progress || self.host.gives_up() => {}
+                Turn::Waiting => return Ok(()),
+                Turn::Empty | Turn::Stopped => {
+                    self.host.goes_on();
+                    return Ok(());
+                }
             }
         }
         self.host.call_again();
@@ -245,7 +248,7 @@ impl VhostUserBackend for ConsoleBackend {
     fn features(&self) -> u64 {
         1 << VIRTIO_F_VERSION_1
             | 1 << VIRTIO_RING_F_EVENT_IDX
-            | 1 << F_SIZE
+            | u64::from(self.is_terminal) << F_SIZE
             | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
     }
 

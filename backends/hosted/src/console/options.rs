@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use ringvm_backends::options::Check;
 use serde::{Deserialize, Serialize};
 
+use crate::socket_path;
+
 /// Most bytes of a console's file, unless the user says otherwise.
 const FILE_MAX: u64 = 64 << 20;
 
@@ -48,8 +50,8 @@ impl Check for ConsoleOptions {
             0 => return Err(format!("the console has no end on the host: {ENDS}")),
             _ => return Err(format!("the console has more than one end on the host: {ENDS}")),
         }
-        if self.socket.as_deref().is_some_and(|path| path.as_os_str().is_empty()) {
-            return Err("socket= is empty, give a path like /run/console.sock".into());
+        if let Some(path) = &self.socket {
+            socket_path::check(path)?;
         }
         if self.file.as_deref().is_some_and(|path| path.as_os_str().is_empty()) {
             return Err("file= is empty, give a path like console.log".into());
@@ -85,6 +87,8 @@ mod tests {
         assert!(refused(none.clone()).contains("no end"));
         assert!(refused(ConsoleOptions { kind: Some(Kind::Pty), ..file.clone() }).contains("more than one"));
         assert!(refused(ConsoleOptions { socket: Some("".into()), ..none.clone() }).contains("socket= is empty"));
+        let long = ConsoleOptions { socket: Some("x".repeat(108).into()), ..none.clone() };
+        assert!(refused(long).contains("108 bytes"));
         assert!(refused(ConsoleOptions { file: Some("".into()), ..none }).contains("file= is empty"));
         assert!(refused(ConsoleOptions { max: 0, ..file }).contains("max=0"));
         assert!(refused(ConsoleOptions { max: 1, ..socket }).contains("goes with file="));

@@ -5,6 +5,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{OFlags, fcntl_getfl};
@@ -83,7 +84,8 @@ impl Stream {
     }
 
     /// Waits until it can be written to, for a limited time.
-    pub(super) fn wait_writable(&self, timeout: Timespec) -> bool {
+    pub(super) fn wait_writable(&self, timeout: Duration) -> bool {
+        let timeout = Timespec { tv_sec: timeout.as_secs().cast_signed(), tv_nsec: i64::from(timeout.subsec_nanos()) };
         self.poll(PollFlags::OUT, Some(&timeout)).contains(PollFlags::OUT)
     }
 

@@ -3,6 +3,7 @@
 mod ends;
 mod hosted;
 mod hostile;
+mod stalls;
 mod traffic;
 
 use std::collections::BTreeMap;
@@ -13,9 +14,12 @@ use std::path::Path;
 use std::sync::atomic::AtomicUsize;
 use std::time::{Duration, Instant};
 
+use ringvm_backends::device::Device;
 use ringvm_backends::options::Checked;
 use ringvm_backends::testing::driver::{Buffer, Driver};
+use ringvm_backends::virtqueue::interrupt::Interrupt;
 use vhost_user_backend::VringT;
+use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
 use vmm_sys_util::eventfd::EventFd;
@@ -66,7 +70,7 @@ fn checked(options: ConsoleOptions) -> Checked<ConsoleOptions> {
 }
 
 fn open(options: ConsoleOptions) -> End {
-    End::open(&checked(options)).unwrap()
+    End::open("console0", &checked(options)).unwrap()
 }
 
 fn socket_at(path: &Path) -> End {
@@ -101,6 +105,8 @@ impl Rig {
 
     fn with(end: End, features: u64) -> Self {
         let console = ConsoleBackend::new("console0", end).unwrap();
+        // A test that reads slowly has its own pace. See `stalls` for readers that do not read.
+        lock(&console.work).host.stall.limit = Duration::from_secs(3600);
         let mem: Arc<GuestMemoryMmap> =
             Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY as usize)]).unwrap());
         let atomic = GuestMemoryAtomic::from(Arc::clone(&mem));
@@ -139,6 +145,12 @@ impl Rig {
         self.vrings[index].set_queue_ready(false);
         self.vrings[index].set_enabled(false);
         self.console.stop_vring(index as u32).unwrap();
+    }
+
+    /// Where a queue is in the available and the used ring.
+    fn positions(&self, index: usize) -> (u16, u16) {
+        let vring = self.vrings[index].get_ref();
+        (vring.get_queue().next_avail(), vring.get_queue().next_used())
     }
 
     fn call(&mut self, event: u16) {
@@ -263,25 +275,45 @@ fn drain(file: &mut impl io::Read, into: &mut Vec<u8>) {
     }
 }
 
-#[test]
-fn the_size_is_in_configuration_space_and_changes_are_told_once() {
-    let rig = Rig::new(End::null());
+/// A console as a device, which counts the changes that the driver is told of.
+fn told(end: End) -> (impl Device, Arc<ConsoleBackend>, Arc<AtomicUsize>) {
+    let (mut device, console) = ConsoleBackend::host("console1", end).unwrap();
     let told = Arc::new(AtomicUsize::new(0));
     let count = Arc::clone(&told);
-    rig.console.on_resize(move || {
-        count.fetch_add(1, Ordering::Relaxed);
-    });
-    assert_eq!(rig.console.get_config(0, 12), [0; 12]);
+    device.on_config_change(Interrupt::Call(Arc::new(move || {
+        count.fetch_add(1, Ordering::SeqCst);
+    })));
+    (device, console, told)
+}
+
+#[test]
+fn the_size_is_in_configuration_space_and_changes_are_told_once() {
+    let (_device, console, told) = told(pty());
+    assert_eq!(console.get_config(0, 12), [0; 12]);
     for _ in 0..3 {
-        rig.console.resize(0x123, 0x45);
+        console.resize(0x123, 0x45);
     }
-    assert_eq!(told.load(Ordering::Relaxed), 1);
-    assert_eq!(rig.console.get_config(0, 4), [0x23, 0x01, 0x45, 0]);
-    assert_eq!(rig.console.get_config(2, 1), [0x45]);
-    assert_eq!(rig.console.get_config(8, 100).len(), 4);
-    assert!(rig.console.get_config(u32::MAX, u32::MAX).is_empty());
-    rig.console.set_config(0, &[1]).unwrap_err();
-    assert_ne!(rig.console.features() & 1 << F_SIZE, 0);
+    assert_eq!(told.load(Ordering::SeqCst), 1);
+    assert_eq!(console.get_config(0, 4), [0x23, 0x01, 0x45, 0]);
+    assert_eq!(console.get_config(2, 1), [0x45]);
+    assert_eq!(console.get_config(8, 100).len(), 4);
+    assert!(console.get_config(u32::MAX, u32::MAX).is_empty());
+    console.set_config(0, &[1]).unwrap_err();
+}
+
+#[test]
+fn only_terminals_have_a_size() {
+    let dir = tempfile::tempdir().unwrap();
+    let has_size = |end| ConsoleBackend::new("console0", end).unwrap().features() & 1 << F_SIZE != 0;
+    let owner = Rig::new(pty());
+    let slave = terminal(owner.console.slave().unwrap());
+    assert!(has_size(pty()));
+    assert!(has_size(End::descriptors(null_input(), slave.into())));
+    assert!(!has_size(End::null()));
+    assert!(!has_size(socket_at(&dir.path().join("c.sock"))));
+    assert!(!has_size(End::descriptors(null_input(), pipe().1)));
+    let file = ConsoleOptions { file: Some(dir.path().join("c.log")), ..ConsoleOptions::default() };
+    assert!(!has_size(open(file)));
 }
 
 #[test]
@@ -291,19 +323,13 @@ fn the_size_of_a_terminal_is_told() {
     let size = |columns, rows| rustix::termios::Winsize { ws_col: columns, ws_row: rows, ws_xpixel: 0, ws_ypixel: 0 };
     rustix::termios::tcsetwinsize(&slave, size(132, 43)).unwrap();
     // A console on that terminal, as the one of a VMM in a window.
-    let again = End::descriptors(null_input(), slave.try_clone().unwrap().into());
-    let console = ConsoleBackend::new("console1", again).unwrap();
+    let (_device, console, told) = told(End::descriptors(null_input(), slave.try_clone().unwrap().into()));
     assert_eq!(console.get_config(0, 4), [132, 0, 43, 0]);
-    let told = Arc::new(AtomicUsize::new(0));
-    let count = Arc::clone(&told);
-    console.on_resize(move || {
-        count.fetch_add(1, Ordering::Relaxed);
-    });
     console.update_size();
-    assert_eq!(told.load(Ordering::Relaxed), 0);
+    assert_eq!(told.load(Ordering::SeqCst), 0);
     rustix::termios::tcsetwinsize(&slave, size(80, 24)).unwrap();
     console.update_size();
-    assert_eq!(told.load(Ordering::Relaxed), 1);
+    assert_eq!(told.load(Ordering::SeqCst), 1);
     assert_eq!(console.get_config(0, 4), [80, 0, 24, 0]);
     // The console of the pseudoterminal itself takes note with its next event.
     let mut rig = rig;

@@ -157,6 +157,11 @@ impl Connection {
         self.deadline = None;
     }
 
+    /// Whether only the program has something to do with it.
+    pub(super) fn is_lingering(&self) -> bool {
+        self.phase == Phase::Lingering
+    }
+
     /// Bytes kept.
     #[cfg(test)]
     pub(super) fn kept(&self) -> usize {

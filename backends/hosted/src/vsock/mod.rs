@@ -27,14 +27,18 @@ use vhost_user_backend::{VhostUserBackend, VringRwLock};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
 use self::muxer::{Limits, Muxer};
-use self::queues::Memory;
 use crate::hosted::Hosted;
 use crate::listeners::Listeners;
+use crate::serving::Turn;
 
 pub use options::{OpenError, VsockOptions};
+
+/// The guest's memory.
+type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 
 /// Receive, transmit, event.
 const NUM_QUEUES: usize = 3;
@@ -60,10 +64,14 @@ const MAX_PACKETS: usize = 4 * QUEUE_SIZE;
 /// # Errors
 /// When its socket can't be made, or the host refuses something else.
 pub fn open(name: &str, options: &Checked<VsockOptions>) -> Result<Hosted<Arc<Vsock>>, OpenError> {
-    let backend = Arc::new(Vsock::new(options)?);
+    let backend = Arc::new(Vsock::new(name, options)?);
     let hosted = Hosted::new(name, VIRTIO_ID_VSOCK, CONFIG_LEN, Arc::clone(&backend))?;
     for listeners in hosted.listeners() {
-        backend.listen(&*listeners).map_err(|source| OpenError::Host { what: "listening to sockets", source })?;
+        backend.listen(&*listeners).map_err(|source| OpenError::Host {
+            device: name.to_owned(),
+            what: "listening to its sockets",
+            source,
+        })?;
     }
     Ok(hosted)
 }
@@ -82,16 +90,16 @@ struct State {
 }
 
 impl Vsock {
-    /// A backend whose socket is there.
+    /// A backend whose socket is there. `name` stands in front of messages.
     ///
     /// # Errors
     /// When the socket can't be made, or the host refuses something else.
-    pub fn new(options: &Checked<VsockOptions>) -> Result<Self, OpenError> {
-        Self::with_limits(options, Limits::default())
+    pub fn new(name: &str, options: &Checked<VsockOptions>) -> Result<Self, OpenError> {
+        Self::with_limits(name, options, Limits::default())
     }
 
-    fn with_limits(options: &VsockOptions, limits: Limits) -> Result<Self, OpenError> {
-        let muxer = Muxer::new(options.cid, options.socket.clone(), limits)?;
+    fn with_limits(name: &str, options: &VsockOptions, limits: Limits) -> Result<Self, OpenError> {
+        let muxer = Muxer::new(name, options.cid, options.socket.clone(), limits)?;
         Ok(Self { cid: options.cid, state: Mutex::new(State { muxer, mem: None, left: [None; 2] }) })
     }
 
@@ -121,6 +129,8 @@ impl State {
         else {
             return Ok(());
         };
+        // One look at the memory for all packets: the driver's may be replaced meanwhile.
+        let mem = mem.memory();
         // Not every frontend says when the driver is reset. A queue that goes on elsewhere than it was left is that of a
         // driver that knows nothing of the connections.
         let now = [queues::position(rx), queues::position(tx)];
@@ -131,16 +141,16 @@ impl State {
         }
         let mut left = MAX_PACKETS;
         loop {
-            let taken = queues::transmit(tx, mem, &mut self.muxer, left)?;
-            let given = queues::receive(rx, mem, &mut self.muxer, left)?;
-            if taken + given == 0 {
-                break;
-            }
-            left = left.saturating_sub(taken.max(given));
-            if left == 0 {
+            let taken = queues::transmit(tx, &mem, &mut self.muxer, left)?;
+            let given = queues::receive(rx, &mem, &mut self.muxer, left)?;
+            if taken.turn == Turn::More || given.turn == Turn::More {
                 self.muxer.poll().come_again();
                 break;
             }
+            if taken.chains + given.chains == 0 {
+                break;
+            }
+            left = left.saturating_sub(taken.chains.max(given.chains));
         }
         for (left, vring) in self.left.iter_mut().zip([rx, tx]) {
             *left = queues::position(vring).or(*left);

@@ -9,6 +9,7 @@ use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use ringvm_backends::host::bound::connect_now;
 use tracing::{debug, warn};
 use vmm_sys_util::epoll::EventSet;
 
@@ -17,7 +18,7 @@ use super::handshake::{Handshake, Said};
 use super::options::{OpenError, path_of_port};
 use super::packet::{HOST_CID, Header, TYPE_STREAM, op};
 use super::poll::{AGAIN, FIRST_CLIENT, LISTENER, Poll, TIMER};
-use super::socket::{Listener, connect};
+use super::socket::Listener;
 
 /// Ports of the host that connections to the guest come from. Programs of the guest that look for a service use others.
 const HOST_PORTS: std::ops::Range<u32> = 1 << 30..1 << 31;
@@ -70,9 +71,13 @@ pub(super) struct Muxer {
 }
 
 impl Muxer {
-    pub(super) fn new(cid: u32, socket: PathBuf, limits: Limits) -> Result<Self, OpenError> {
-        let failed = |source| OpenError::Host { what: "making an epoll", source };
-        let listener = Listener::bind(&socket)?;
+    pub(super) fn new(name: &str, cid: u32, socket: PathBuf, limits: Limits) -> Result<Self, OpenError> {
+        let device = || name.to_owned();
+        let failed = |source| OpenError::Host { device: device(), what: "making an epoll", source };
+        let listener = Listener::bind(&socket).map_err(|source| match source.kind() {
+            io::ErrorKind::AddrInUse => OpenError::InUse { device: device(), path: socket.clone() },
+            _ => OpenError::Socket { device: device(), path: socket.clone(), source },
+        })?;
         let muxer = Self {
             guest_cid: u64::from(cid),
             socket,
@@ -105,14 +110,18 @@ impl Muxer {
         &self.poll
     }
 
-    /// Forgets all clients and connections.
+    /// Forgets all clients and connections. Those that the guest had closed stay until their programs have everything that
+    /// it sent: it did so before the reset.
     pub(super) fn reset(&mut self) {
         self.handshakes.clear();
-        self.connections.clear();
+        self.connections.retain(|_, connection| connection.is_lingering());
         self.keys.clear();
         self.replies.clear();
         self.control.clear();
         self.data.clear();
+        for connection in self.connections.values_mut() {
+            (connection.in_control, connection.in_data) = (false, false);
+        }
     }
 
     // Programs of the host.
@@ -309,7 +318,7 @@ impl Muxer {
         }
         let path = path_of_port(&self.socket, ports.host);
         let key = self.next_key();
-        let connected = connect(&path).and_then(|stream| {
+        let connected = connect_now(&path).and_then(|stream| {
             self.poll.add_client(stream.as_raw_fd(), key)?;
             Ok(stream)
         });
@@ -375,7 +384,7 @@ impl Muxer {
 
     // Packets to the guest.
 
-    /// Whether [`Self::next`] may have a packet, and whether one without data.
+    /// Whether [`Self::next`] may have a packet.
     pub(super) fn has_packets(&self) -> bool {
         self.has_control() || !self.data.is_empty()
     }

@@ -1,17 +1,15 @@
 //! A user's description of a vsock device.
 
-use std::ffi::OsString;
 use std::io;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use ringvm_backends::host::bound::suffixed;
 use ringvm_backends::options::Check;
 use thiserror::Error;
 
 use crate::hosted::HostedError;
+use crate::socket_path;
 
-/// Longest path of a Unix socket: `sun_path` less the zero at its end.
-const MAX_PATH: usize = 107;
 /// CIDs that a guest can have. Those below are the hypervisor's, of loopback and the host's; that above means any.
 const CIDS: std::ops::RangeInclusive<u32> = 3..=0xffff_fffe;
 
@@ -40,39 +38,39 @@ impl Check for VsockOptions {
             }
             _ => {}
         }
-        let len = self.socket.as_os_str().len();
-        if len == 0 {
+        if self.socket.as_os_str().is_empty() {
             return Err("no socket= is given, name a path for the host's programs to connect to".into());
         }
-        if self.socket.as_os_str().as_bytes().contains(&0) {
-            return Err("socket= has a zero byte in it".into());
-        }
-        if len > MAX_PATH {
-            return Err(format!("socket= has {len} bytes, a Unix socket's path has at most {MAX_PATH}"));
-        }
-        Ok(())
+        socket_path::check(&self.socket)
     }
 }
 
 /// Why a vsock device can't be opened.
 #[derive(Debug, Error)]
 pub enum OpenError {
-    /// The socket at which the host's programs connect.
-    #[error("vsock {}: {what}: {source}", path.display())]
-    Socket {
-        /// Its path.
+    /// Another process listens at the path.
+    #[error("{device}: {}: another process listens there; end it, or give another socket=", path.display())]
+    InUse {
+        /// Name of the device.
+        device: String,
+        /// The path.
         path: PathBuf,
-        /// The operation that failed.
-        what: &'static str,
+    },
+    /// The host refuses a socket at the path.
+    #[error("{device}: {}: {source}; give another socket=", path.display())]
+    Socket {
+        /// Name of the device.
+        device: String,
+        /// The path.
+        path: PathBuf,
         /// The error that it returned.
         source: io::Error,
     },
-    /// Another process listens at the path.
-    #[error("vsock {}: another process listens there; a path serves one device", .0.display())]
-    InUse(PathBuf),
     /// The host refuses something else.
-    #[error("vsock: {what}: {source}")]
+    #[error("{device}: {what}: {source}")]
     Host {
+        /// Name of the device.
+        device: String,
         /// The operation that failed.
         what: &'static str,
         /// The error that it returned.
@@ -85,9 +83,7 @@ pub enum OpenError {
 
 /// The path at which a program of the host listens for connections of the guest to `port`.
 pub(super) fn path_of_port(socket: &Path, port: u32) -> PathBuf {
-    let mut path = OsString::from(socket);
-    path.push(format!("_{port}"));
-    path.into()
+    suffixed(socket, &format!("_{port}"))
 }
 
 #[cfg(test)]

@@ -1,154 +1,93 @@
-//! The device's side of the receive and the transmit queue (virtio 1.3, section 5.10.6), with `virtio-queue`.
+//! The receive and the transmit queue (virtio 1.3, section 5.10.6).
 
 use std::io::{self, Write};
-use std::ops::DerefMut;
 
 use tracing::debug;
-use vhost_user_backend::{VringRwLock, VringState, VringT};
-use virtio_queue::{QueueOwnedT, QueueT};
-use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use vhost_user_backend::{VringRwLock, VringT};
+use virtio_queue::{DescriptorChain, QueueT, Writer};
+use vm_memory::GuestMemoryMmap;
 
 use super::muxer::Muxer;
 use super::packet::{HEADER_LEN, Header};
-
-/// The guest's memory.
-pub(super) type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
+use crate::serving::{Broken, Served, Turn, is_running, serve};
 
 /// A queue whose ring the driver has made unusable: there is no going on with this device.
-fn broken(name: &'static str) -> impl Fn(virtio_queue::Error) -> io::Error {
-    move |error| io::Error::other(format!("the {name} queue is broken: {error}"))
+fn broken(name: &'static str) -> impl Fn(Broken) -> io::Error {
+    move |broken| io::Error::other(format!("the {name} queue is broken: {broken}"))
 }
 
 /// Where the driver's queue stands; `None` if it does not run.
-pub(super) fn position(vring: &VringRwLock<Memory>) -> Option<u16> {
+pub(super) fn position(vring: &VringRwLock) -> Option<u16> {
     let state = vring.get_ref();
-    (state.is_enabled() && state.get_queue().ready()).then(|| state.get_queue().next_avail())
+    is_running(&state).then(|| state.get_queue().next_avail())
 }
 
-/// Takes up to `most` packets from the guest. Returns how many there were.
-pub(super) fn transmit(vring: &VringRwLock<Memory>, mem: &Memory, muxer: &mut Muxer, most: usize) -> io::Result<usize> {
-    const NAME: &str = "transmit";
-    let mut state = vring.get_mut();
-    if !is_running(&state) {
-        return Ok(0);
-    }
-    // One look at the memory for all: the driver's may be replaced meanwhile.
-    let mem = mem.memory();
-    let (mut count, mut idle) = (0, false);
-    state.get_queue_mut().disable_notification(&*mem).map_err(broken(NAME))?;
-    loop {
-        let before = count;
-        while count < most && !muxer.must_wait() {
-            let queue = state.get_queue_mut();
-            let Some(chain) = queue.iter(mem.clone()).map_err(broken(NAME))?.next() else { break };
-            let head = chain.head_index();
-            match chain.reader(&*mem) {
-                Ok(mut packet) => match Header::read(&mut packet) {
-                    Ok(header) => muxer.take(&header, &mut packet),
-                    Err(_) => debug!("a chain is too short for a packet"),
-                },
-                Err(error) => debug!("a chain can't be read: {error}"),
-            }
-            queue.add_used(&*mem, head, 0).map_err(broken(NAME))?;
-            count += 1;
-        }
-        if count == most || muxer.must_wait() {
-            break;
-        }
-        if !state.get_queue_mut().enable_notification(&*mem).map_err(broken(NAME))? {
-            break;
-        }
-        idle = check_progress(NAME, idle, before == count)?;
-    }
-    notify(&mut state, &mem, count, NAME)?;
-    Ok(count)
-}
-
-/// Gives the guest up to `most` packets. Returns how many receive buffers were used.
-pub(super) fn receive(vring: &VringRwLock<Memory>, mem: &Memory, muxer: &mut Muxer, most: usize) -> io::Result<usize> {
-    const NAME: &str = "receive";
-    let mut state = vring.get_mut();
-    if !is_running(&state) {
-        return Ok(0);
-    }
-    let mem = mem.memory();
-    let (mut count, mut idle) = (0, false);
-    state.get_queue_mut().disable_notification(&*mem).map_err(broken(NAME))?;
-    loop {
-        let before = count;
-        while count < most && muxer.has_packets() {
-            let queue = state.get_queue_mut();
-            let Some(chain) = queue.iter(mem.clone()).map_err(broken(NAME))?.next() else { break };
-            let head = chain.head_index();
-            let used = match chain.writer(&*mem) {
-                Ok(mut buffer) => {
-                    let len = buffer.available_bytes();
-                    // Buffers that nothing fits are given back with nothing in them.
-                    let fits = len > HEADER_LEN || len == HEADER_LEN && muxer.has_control();
-                    let packet = fits.then(|| muxer.next(len - HEADER_LEN));
-                    match packet {
-                        Some(Some(header)) => write(&mut buffer, &header, muxer.payload(&header))?,
-                        // A socket had nothing after all. The buffer is for the next packet.
-                        Some(None) => {
-                            queue.go_to_previous_position();
-                            continue;
-                        }
-                        None => 0,
-                    }
-                }
-                Err(error) => {
-                    debug!("a receive buffer can't be written: {error}");
-                    0
-                }
-            };
-            queue.add_used(&*mem, head, used).map_err(broken(NAME))?;
-            count += 1;
-        }
-        // Buffers that come while there is nothing to put in them are no reason to be called.
-        if count == most || !muxer.has_packets() {
-            break;
-        }
-        if !state.get_queue_mut().enable_notification(&*mem).map_err(broken(NAME))? {
-            break;
-        }
-        idle = check_progress(NAME, idle, before == count)?;
-    }
-    notify(&mut state, &mem, count, NAME)?;
-    Ok(count)
-}
-
-fn is_running(state: &VringState<Memory>) -> bool {
-    state.is_enabled() && state.get_queue().ready()
-}
-
-/// A ring that has more, and from which nothing can be taken, would keep the thread for ever. Nothing may have been taken
-/// once, when the driver added the first chain right after that look.
-fn check_progress(name: &'static str, was_idle: bool, is_idle: bool) -> io::Result<bool> {
-    if was_idle && is_idle {
-        return Err(io::Error::other(format!("the {name} queue is broken: its entries can't be read")));
-    }
-    Ok(is_idle)
-}
-
-fn write(buffer: &mut impl Write, header: &Header, payload: &[u8]) -> io::Result<u32> {
-    buffer.write_all(&header.bytes())?;
-    buffer.write_all(payload)?;
-    Ok((HEADER_LEN + payload.len()) as u32)
-}
-
-/// Interrupts the driver if it wants that for what was used.
-fn notify(
-    state: &mut impl DerefMut<Target = VringState<Memory>>,
+/// Takes up to `most` packets from the guest.
+pub(super) fn transmit(
+    vring: &VringRwLock,
     mem: &GuestMemoryMmap,
-    count: usize,
-    name: &'static str,
-) -> io::Result<()> {
-    if count > 0
-        && state.get_queue_mut().needs_notification(mem).map_err(broken(name))?
-        && let Err(error) = state.signal_used_queue()
-    {
-        // An event that is full already has somebody to read it.
-        debug!("interrupting the driver: {error}");
+    muxer: &mut Muxer,
+    most: usize,
+) -> io::Result<Served> {
+    let take = |chain: DescriptorChain<&GuestMemoryMmap>| {
+        if muxer.must_wait() {
+            return None;
+        }
+        match chain.reader(mem) {
+            Ok(mut packet) => match Header::read(&mut packet) {
+                Ok(header) => muxer.take(&header, &mut packet),
+                Err(_) => debug!("a chain is too short for a packet"),
+            },
+            Err(error) => debug!("a chain can't be read: {error}"),
+        }
+        Some(0)
+    };
+    serve(vring, mem, most, take).map_err(broken("transmit"))
+}
+
+/// Gives the guest up to `most` packets.
+pub(super) fn receive(
+    vring: &VringRwLock,
+    mem: &GuestMemoryMmap,
+    muxer: &mut Muxer,
+    most: usize,
+) -> io::Result<Served> {
+    // Buffers that come while there is nothing to put in them are no reason to be called.
+    if !muxer.has_packets() {
+        return Ok(Served { turn: Turn::Waiting, chains: 0 });
     }
-    Ok(())
+    let give = |chain: DescriptorChain<&GuestMemoryMmap>| {
+        if !muxer.has_packets() {
+            return None;
+        }
+        match chain.writer(mem) {
+            Ok(buffer) => fill(buffer, muxer),
+            Err(error) => {
+                debug!("a receive buffer can't be written: {error}");
+                Some(0)
+            }
+        }
+    };
+    serve(vring, mem, most, give).map_err(broken("receive"))
+}
+
+/// Puts the next packet into a buffer. Returns its length, or `None` if there is no packet after all.
+fn fill(mut buffer: Writer<'_>, muxer: &mut Muxer) -> Option<u32> {
+    let room = buffer.available_bytes();
+    while muxer.has_packets() {
+        // Buffers that nothing fits are given back with nothing in them.
+        if room < HEADER_LEN || room == HEADER_LEN && !muxer.has_control() {
+            return Some(0);
+        }
+        // A socket may have had nothing after all. The buffer is for the next packet then.
+        let Some(header) = muxer.next(room - HEADER_LEN) else { continue };
+        let payload = muxer.payload(&header);
+        if let Err(error) = buffer.write_all(&header.bytes()).and_then(|()| buffer.write_all(payload)) {
+            // Not seen: it has room, and its memory was looked up before.
+            debug!("a packet is lost: {error}");
+            return Some(0);
+        }
+        return Some((HEADER_LEN + payload.len()) as u32);
+    }
+    None
 }

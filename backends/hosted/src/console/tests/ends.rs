@@ -6,6 +6,9 @@ use std::os::unix::net::UnixStream;
 use super::super::backlog::CAPACITY;
 use super::*;
 
+/// How long a hosted device waits for its thread when it ends.
+const HOSTED_PATIENCE: Duration = Duration::from_secs(1);
+
 fn client(path: &Path) -> UnixStream {
     let client = UnixStream::connect(path).unwrap();
     client.set_nonblocking(true).unwrap();
@@ -129,17 +132,33 @@ fn input_of_a_client_that_goes_at_once_arrives() {
 fn sockets_in_use_and_long_paths_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("c.sock");
-    let options = |path: &Path| checked(ConsoleOptions { socket: Some(path.into()), ..ConsoleOptions::default() });
+    let options = |path: &Path| ConsoleOptions { socket: Some(path.into()), ..ConsoleOptions::default() };
+    let refused = || End::open("console7", &checked(options(&path))).unwrap_err().to_string();
     let first = socket_at(&path);
-    assert!(End::open(&options(&path)).unwrap_err().to_string().contains("another process listens"));
+    let in_use = "another process listens there; end it, or give another socket=";
+    assert_eq!(refused(), format!("console7: {}: {in_use}", path.display()));
     // One that an ended process has left is not in use.
     std::fs::rename(&path, dir.path().join("moved")).unwrap();
     drop(first);
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
     drop(socket_at(&path));
-    End::open(&options(&dir.path().join("x".repeat(200)))).unwrap_err();
+    Checked::new(options(&dir.path().join("x".repeat(200)))).unwrap_err();
     std::fs::write(&path, "a file").unwrap();
-    assert!(End::open(&options(&path)).unwrap_err().to_string().contains("no socket"));
+    let error = refused();
+    assert!(
+        error.starts_with("console7: ") && error.ends_with("a file that is no socket is there; give another socket="),
+        "{error}"
+    );
+}
+
+#[test]
+fn links_in_the_place_of_files_are_refused_with_advice() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("c.log");
+    std::os::unix::fs::symlink(dir.path().join("elsewhere"), &path).unwrap();
+    let options = checked(ConsoleOptions { file: Some(path.clone()), ..ConsoleOptions::default() });
+    let text = format!("console0: {}: it is a symbolic link; name the file itself", path.display());
+    assert_eq!(End::open("console0", &options).unwrap_err().to_string(), text);
 }
 
 #[test]
@@ -226,7 +245,31 @@ fn the_rest_of_the_output_is_written_when_the_console_ends() {
     rig.send(&[0; 0x20_000], &[0x20_000]);
     let start = Instant::now();
     drop(rig);
-    assert!(start.elapsed() < Duration::from_secs(10));
+    assert!(start.elapsed() < HOSTED_PATIENCE);
+}
+
+#[test]
+fn a_slow_reader_of_the_rest_is_waited_for_less_than_a_hosted_device_is() {
+    let (read, write) = pipe();
+    rustix::pipe::fcntl_setpipe_size(&write, 4096).unwrap();
+    let mut rig = Rig::new(End::descriptors(null_input(), write));
+    rig.send(&text(60_000), &[60_000]);
+    // It reads now and then, and would take three seconds for everything.
+    let reader = std::thread::spawn(move || {
+        let (mut read, mut count) = (File::from(read), 0);
+        let mut piece = [0; 4096];
+        while let Ok(some @ 1..) = read.read(&mut piece) {
+            count += some;
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        count
+    });
+    let start = Instant::now();
+    drop(rig);
+    let elapsed = start.elapsed();
+    assert!(elapsed > Duration::from_millis(600) && elapsed < HOSTED_PATIENCE, "{elapsed:?}");
+    let count = reader.join().unwrap();
+    assert!((4 * 4096..60_000).contains(&count), "{count} bytes were read");
 }
 
 #[test]

@@ -3,9 +3,8 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
-use ringvm_backends::device::{Device, QueueParts, QueueState};
+use ringvm_backends::device::{QueueParts, QueueState};
 use ringvm_backends::virtqueue::End as StopEnd;
-use ringvm_backends::virtqueue::interrupt::Interrupt;
 
 use super::*;
 
@@ -119,23 +118,32 @@ fn a_console_is_a_device() {
     machine.device.write_config(8, &[1, 0, 0, 0]).unwrap_err();
 
     // A driver that breaks its ring is told, and may start again.
-    machine.drivers[TRANSMITQ].write_avail_index(5000);
-    machine.kicks[TRANSMITQ].write(1).unwrap();
-    wait(|| machine.faults.load(Ordering::SeqCst) > 0);
-    drop(machine.device.stop(&[0, 1], StopEnd::Suspended).wait());
-    machine.device.reset();
-    let Machine { device, .. } = machine;
-    let mut machine = Machine::new(device);
-    for index in 0..QUEUES {
-        machine.start(index, QueueState::default());
+    for breaks in [
+        |driver: &Driver| driver.write_avail_index(5000),
+        |driver: &Driver| {
+            (0..SIZE).for_each(|entry| driver.write_avail_entry(entry, 5000));
+            driver.write_avail_index(driver.used_index().wrapping_add(1));
+        },
+    ] {
+        breaks(&machine.drivers[TRANSMITQ]);
+        machine.kicks[TRANSMITQ].write(1).unwrap();
+        wait(|| machine.faults.load(Ordering::SeqCst) > 0);
+        let ends = machine.device.stop(&[0, 1], StopEnd::Suspended).wait();
+        assert!(ends.iter().all(Option::is_some), "{ends:?}");
+        machine.device.reset();
+        machine = Machine::new(machine.device);
+        for index in 0..QUEUES {
+            machine.start(index, QueueState::default());
+        }
+        machine.mem.write_slice(b"again", GuestAddress(TX_DATA)).unwrap();
+        machine.offer(TRANSMITQ, Buffer { addr: TX_DATA, len: 5, writable: false });
+        assert_eq!(machine.used(TRANSMITQ), 0);
+        let mut got = [0; 5];
+        client.read_exact(&mut got).unwrap();
+        assert_eq!(&got, b"again");
     }
-    machine.mem.write_slice(b"again", GuestAddress(TX_DATA)).unwrap();
-    machine.offer(TRANSMITQ, Buffer { addr: TX_DATA, len: 5, writable: false });
-    let mut got = [0; 5];
-    client.read_exact(&mut got).unwrap();
-    assert_eq!(&got, b"again");
     // The end of the device is the end of the console.
     drop((machine, console));
-    assert_eq!(client.read(&mut got).unwrap(), 0);
+    assert_eq!(client.read(&mut [0; 1]).unwrap(), 0);
     assert!(!path.exists());
 }

@@ -99,7 +99,11 @@ fn a_broken_ring_is_told_once_and_served_again_after_a_stop() {
     for breaks in [
         |rig: &mut Rig| rig.tx.write_avail_index(1000),
         |rig: &mut Rig| {
-            rig.tx.write_avail_entry(0, 1000);
+            rig.tx.write_avail_entry(0, 5000);
+            rig.tx.write_avail_index(1);
+        },
+        |rig: &mut Rig| {
+            rig.tx.write_avail_entry(0, SIZE);
             rig.tx.write_avail_index(1);
         },
     ] {
@@ -110,6 +114,7 @@ fn a_broken_ring_is_told_once_and_served_again_after_a_stop() {
         }
         assert_eq!(rig.errors.len(), 1);
         assert_eq!(rig.sent(), 0);
+        assert_eq!(rig.positions(TRANSMITQ), (0, 0), "nothing is in flight");
         rig.errors.clear();
         rig.stop(TRANSMITQ);
         rig.tx = Driver::new(Arc::clone(&rig.mem), TX_RING, SIZE, FEATURES);
@@ -125,6 +130,24 @@ fn a_broken_ring_is_told_once_and_served_again_after_a_stop() {
     // The other queue was served all the time.
     rig.console.reset_device();
     rig.call(RECEIVEQ as u16);
+}
+
+#[test]
+fn chains_before_a_bad_entry_are_told() {
+    let (mut rig, mut read) = rig();
+    rig.mem.write_slice(b"ok", GuestAddress(TX_DATA)).unwrap();
+    rig.tx.want_interrupts(true);
+    rig.tx.add(&[Buffer { addr: TX_DATA, len: 2, writable: false }]).unwrap();
+    rig.tx.write_avail_entry(1, 5000);
+    rig.tx.write_avail_index(2);
+    rig.call(TRANSMITQ as u16);
+    assert_eq!((rig.errors.len(), rig.positions(TRANSMITQ)), (1, (1, 1)));
+    assert!(rig.errors[0].to_string().contains("names descriptor 5000, of 16"), "{}", rig.errors[0]);
+    assert!(rig.interrupted(TRANSMITQ));
+    rig.pump();
+    let mut got = Vec::new();
+    drain(&mut read, &mut got);
+    assert_eq!((rig.sent(), got.as_slice()), (1, &b"ok"[..]));
 }
 
 /// Whatever lies in memory, serving ends, and nothing is written but buffers for input.
@@ -157,6 +180,10 @@ fn fuzz_hostile_queues() {
                 rig.pump();
             }
             assert!(rig.errors.len() <= 1);
+            for index in [RECEIVEQ, TRANSMITQ] {
+                let (next_avail, next_used) = rig.positions(index);
+                assert_eq!(next_avail, next_used, "queue {index} keeps a chain");
+            }
             let used = if *is_rx { rig.rx.used_index() } else { rig.tx.used_index() };
             assert!(used <= index % 20);
         },

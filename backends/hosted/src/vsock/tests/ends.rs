@@ -4,6 +4,8 @@ use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::time::Duration;
 
+use vhost_user_backend::VhostUserBackend;
+
 use super::rig::{Guest, Rig};
 use crate::vsock::muxer::Limits;
 use crate::vsock::packet::{op, shut};
@@ -126,10 +128,8 @@ fn the_guest_resets_in_the_middle() {
     rig.connected_with(Guest::new(52, 1024));
 }
 
-#[test]
-fn what_the_guest_has_sent_before_it_closed_is_delivered() {
-    let mut rig = Rig::new();
-    let (mut program, mut guest) = rig.connected();
+/// Sends more than the program's socket takes, and closes the connection. Returns the number of bytes.
+fn send_and_close(rig: &mut Rig, guest: &mut Guest) -> usize {
     let mut sent = 0;
     while rig.held().2 < 20_000 {
         while let Some((header, _)) = rig.try_next() {
@@ -144,18 +144,48 @@ fn what_the_guest_has_sent_before_it_closed_is_delivered() {
     rig.send(guest.shutdown(shut::BOTH), &[]);
     while rig.next().0.op != op::RST {}
     assert_eq!(rig.held().0, 1);
-    // The guest has forgotten the connection, and makes another with the same ports.
-    let (mut second, mut other) = rig.connected_with(Guest::new(guest.host, guest.port));
-    let mut got = 0;
-    let mut room = vec![0; 10_000];
+    sent
+}
+
+/// Reads to the end while the device has its turns; returns the number of bytes.
+fn read_on(rig: &mut Rig, program: &mut impl Read) -> usize {
+    let (mut got, mut room) = (0, vec![0; 10_000]);
     loop {
         match program.read(&mut room).unwrap() {
-            0 => break,
+            0 => return got,
             len => got += len,
         }
         rig.turn();
     }
-    assert_eq!(got, sent);
+}
+
+#[test]
+fn what_the_guest_has_sent_before_it_closed_is_delivered() {
+    let mut rig = Rig::new();
+    let (mut program, mut guest) = rig.connected();
+    let sent = send_and_close(&mut rig, &mut guest);
+    // The guest has forgotten the connection, and makes another with the same ports.
+    let (mut second, mut other) = rig.connected_with(Guest::new(guest.host, guest.port));
+    assert_eq!(read_on(&mut rig, &mut program), sent);
+    assert_eq!(rig.held().0, 1);
+    rig.send(other.header(op::RW), b"data");
+    assert_eq!(read(&mut second, 4), b"data");
+}
+
+#[test]
+fn what_the_guest_has_sent_before_it_closed_is_delivered_after_a_reset() {
+    let mut rig = Rig::new();
+    let (mut program, mut guest) = rig.connected();
+    let sent = send_and_close(&mut rig, &mut guest);
+    let (mut open, _) = rig.connected_with(Guest::new(guest.host, guest.port + 1));
+    rig.stop();
+    rig.vsock.reset_device();
+    assert_eq!((rig.held().0, rig.waiting()), (1, 0), "the open connection has ended");
+    assert_eq!(open.read(&mut [0; 1]).unwrap(), 0);
+    rig.restart();
+    // The ports are the new driver's.
+    let (mut second, mut other) = rig.connected_with(Guest::new(guest.host, guest.port));
+    assert_eq!(read_on(&mut rig, &mut program), sent);
     assert_eq!(rig.held().0, 1);
     rig.send(other.header(op::RW), b"data");
     assert_eq!(read(&mut second, 4), b"data");

@@ -158,6 +158,27 @@ fn a_vsock_device_is_a_device() {
     machine.device.reset();
     assert_eq!(program.read(&mut [0; 1]).unwrap_or(0), 0);
 
+    // So does a driver that names a descriptor that there is not.
+    for queue in [TX, RX] {
+        machine = Machine::new(machine.device);
+        machine.start(Default::default());
+        machine.send(Guest::new(52, 1024).header(op::REQUEST), &[]);
+        listener.accept().unwrap();
+        assert_eq!(machine.next().0.op, op::RESPONSE);
+        if queue == RX {
+            // Something to give, so that the ring is looked at.
+            machine.send(Guest::new(53, 1024).header(op::RW), &[]);
+        }
+        let driver = &machine.drivers[usize::from(queue)];
+        let position = driver.used_index();
+        driver.write_avail_entry(position, 5000);
+        driver.write_avail_index(position.wrapping_add(1));
+        machine.kicks[usize::from(queue)].write(1).unwrap();
+        wait(|| machine.faults.load(Ordering::SeqCst) > 0);
+        machine.stop();
+        machine.device.reset();
+    }
+
     let Machine { device, .. } = machine;
     let mut machine = Machine::new(device);
     machine.start(Default::default());

@@ -150,16 +150,17 @@ fn a_path_serves_one_device_and_is_removed_with_it() {
     let rig = Rig::new();
     let path = rig.path.clone();
     let options = VsockOptions { cid: 4, socket: path.clone() };
-    let error = Vsock::with_limits(&options, Limits::default()).err().unwrap();
-    assert!(error.to_string().contains("another process listens"), "{error}");
+    let error = Vsock::with_limits("vsock0", &options, Limits::default()).err().unwrap();
+    let text = format!("vsock0: {}: another process listens there; end it, or give another socket=", path.display());
+    assert_eq!(error.to_string(), text);
     let dir = rig.end();
     assert!(!path.exists());
     std::fs::write(&path, "bytes").unwrap();
-    let error = Vsock::with_limits(&options, Limits::default()).err().unwrap();
-    assert!(error.to_string().contains("no socket"), "{error}");
+    let error = Vsock::with_limits("vsock0", &options, Limits::default()).err().unwrap();
+    assert!(error.to_string().starts_with("vsock0: ") && error.to_string().contains("no socket"), "{error}");
     assert_eq!(std::fs::read(&path).unwrap(), b"bytes");
     let nowhere = VsockOptions { cid: 4, socket: dir.path().join("no/v") };
-    let error = Vsock::with_limits(&nowhere, Limits::default()).err().unwrap();
+    let error = Vsock::with_limits("vsock0", &nowhere, Limits::default()).err().unwrap();
     assert!(error.to_string().contains("No such file"), "{error}");
 }
 

@@ -13,6 +13,7 @@ use rustix::event::EventfdFlags;
 use tempfile::TempDir;
 use vhost_user_backend::{VhostUserBackend, VringRwLock, VringT};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -20,8 +21,7 @@ use crate::listeners::Listeners;
 use crate::vsock::muxer::Limits;
 use crate::vsock::options::{VsockOptions, path_of_port};
 use crate::vsock::packet::{HEADER_LEN, HOST_CID, Header, TYPE_STREAM, op};
-use crate::vsock::queues::Memory;
-use crate::vsock::{POLL_EVENT, RX, TX, Vsock};
+use crate::vsock::{Memory, POLL_EVENT, RX, TX, Vsock};
 
 pub(super) const CID: u64 = 42;
 /// Descriptors of each ring.
@@ -86,7 +86,7 @@ impl Rig {
         let path = dir.path().join(name);
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         let options = VsockOptions { cid: CID as u32, socket: path.clone() };
-        let vsock = Vsock::with_limits(&options, limits).unwrap();
+        let vsock = Vsock::with_limits("vsock0", &options, limits).unwrap();
         let outer = Outer(Epoll::new().unwrap());
         vsock.listen(&outer).unwrap();
         let plain = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap());
@@ -180,6 +180,12 @@ impl Rig {
 
     pub(super) fn event(&self, event: u16) -> io::Result<()> {
         self.vsock.handle_event(event, EventSet::IN, &self.vrings, 0)
+    }
+
+    /// Where a queue is in the available and the used ring.
+    pub(super) fn positions(&self, queue: u16) -> (u16, u16) {
+        let vring = self.vrings[usize::from(queue)].get_ref();
+        (vring.get_queue().next_avail(), vring.get_queue().next_used())
     }
 
     // The guest.
