@@ -26,8 +26,8 @@ pub(crate) enum Told {
     End,
     /// A second signal does not wait for the end to finish.
     AtOnce,
-    /// The I/O thread of this number has panicked.
-    Died(usize),
+    /// This thread has panicked.
+    Died(String),
     /// The control thread of this number has no more clients to serve.
     Ended(usize, Report),
     /// The device of this number was flushed without its control thread.

@@ -51,14 +51,14 @@ pub(crate) fn exit_soon(over: &AtomicBool) {
 }
 
 /// Ends the threads, and makes written data durable. Threads that can't be ended are left to the exit of the process,
-/// which follows. `died` is the number of the I/O thread whose panic is the reason.
+/// which follows. `died` is who has panicked, if that is the reason.
 pub(crate) fn finish(
     program: &str,
     mut controls: Vec<Control>,
     (tell, told): (&Sender<Told>, &Receiver<Told>),
     deadlines: &Deadlines,
     stats: bool,
-    died: Option<usize>,
+    died: Option<String>,
 ) -> Result<(), Failure> {
     let begun = Instant::now();
     controls.iter().for_each(|control| control.mailbox.stop());
@@ -80,7 +80,7 @@ pub(crate) fn finish(
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => break,
         }
     }
-    let died = died.map(|thread| format!("I/O thread {thread} panicked, its clients are lost; this is a bug"));
+    let died = died.map(|who| format!("{who} panicked, its clients are lost; this is a bug"));
     let mut failures: Vec<Failure> = died.into_iter().map(|line| (line, Exit::Internal)).collect();
     let mut total = Vec::new();
     let mut all_ended = true;

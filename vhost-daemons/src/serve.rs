@@ -75,7 +75,7 @@ fn run<T>(program: &Program<T>, options: &ServeOptions, texts: &[String]) -> Res
     let sentinel = options.inherit_sentinel().map_err(wrong)?;
     let (tell, told) = mpsc::channel();
     let died = tell.clone();
-    let on_panic = OnPanic::new(move |thread| drop(died.send(Told::Died(thread))));
+    let on_panic = OnPanic::new(move |who| drop(died.send(Told::Died(who.to_owned()))));
     let reactors = options.reactor_options(specs.iter().map(program.queues).sum()).map_err(wrong)?;
     let reactors = ReactorOptions { on_panic, ..reactors };
     let pool = ReactorPool::new(&reactors).map_err(|error| host("starting the I/O threads", error))?;
@@ -119,14 +119,14 @@ fn run<T>(program: &Program<T>, options: &ServeOptions, texts: &[String]) -> Res
     ended
 }
 
-/// Waits until there is no client left to serve, or a signal ends the daemon. Returns the number of an I/O thread
-/// that has died: its queues would never be served again, whichever device they belong to.
-fn wait(threads: &mut [Control], told: &Receiver<Told>) -> Option<usize> {
+/// Waits until there is no client left to serve, or a signal ends the daemon. Returns which thread has
+/// panicked, if one has: its queues would never be served again, whichever device they belong to.
+fn wait(threads: &mut [Control], told: &Receiver<Told>) -> Option<String> {
     while threads.iter().any(|control| control.report.is_none()) {
         match told.recv() {
             Ok(Told::Statistics) => eprint!("{}", summary(&statistics(threads))),
             Ok(Told::End | Told::AtOnce) | Err(_) => return None,
-            Ok(Told::Died(thread)) => return Some(thread),
+            Ok(Told::Died(who)) => return Some(who),
             Ok(Told::Ended(index, report)) => threads[index].report = Some(report),
             Ok(Told::Flushed(..)) => {}
         }

@@ -340,8 +340,8 @@ struct Opened {
 
 fn open_devices(config: &Config, events: &Events, mut terminal: Option<End>) -> Result<Opened, RunError> {
     let events = events.clone();
-    let on_panic = OnPanic::new(move |thread| {
-        events.end(Ending::Panic(format!("I/O thread {thread} panicked, the devices it served are lost")));
+    let on_panic = OnPanic::new(move |who| {
+        events.end(Ending::Panic(format!("{who} panicked, the devices it served are lost")));
     });
     let reactors = ReactorOptions { on_panic, ..config.reactor_options() };
     let pool = (config.queues_here() > 0).then(|| ReactorPool::new(&reactors)).transpose();

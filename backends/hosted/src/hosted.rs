@@ -43,6 +43,9 @@ use self::memory::{Lease, Shown};
 use self::thread::{Contact, Ending, NoAnswer, PATIENCE, Panics, Thread};
 use crate::listeners::Listeners;
 
+/// What threads of backends are called, before the name of their device.
+pub const THREAD_PREFIX: &str = "host-";
+
 /// Longest time that the backend may keep buffers of a queue that stops. The queue stops without them then.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -154,7 +157,7 @@ where
             let event_loop = event_loop.map_err(host("listening to events"))?;
             let listeners = event_loop.listeners();
             let theirs = Arc::clone(&panics);
-            let handle = std::thread::Builder::new().name(format!("host-{name}"));
+            let handle = std::thread::Builder::new().name(format!("{THREAD_PREFIX}{name}"));
             let handle = handle.spawn(move || event_loop.run(&theirs)).map_err(host("starting a thread"))?;
             threads.push(Thread { calls: Some(calls), contact, listeners, handle: Some(handle) });
         }
@@ -190,7 +193,7 @@ where
     /// Has `on_panic` called when a thread of the backend has panicked, also if it has already: its queues are not served
     /// again before the process starts anew.
     pub fn on_panic(&mut self, on_panic: OnPanic) {
-        self.panics.set(on_panic);
+        self.panics.set(&self.info.name, on_panic);
     }
 
     /// Makes a call on a thread of the backend, and waits for its end.

@@ -649,15 +649,15 @@ fn event_of(fd: impl Into<std::os::fd::OwnedFd>) -> EventFd {
 fn a_panic_of_the_backend_is_told_before_and_after_somebody_asks() {
     let (_, mut rig) = odd(Manner::Panics);
     let (tell, told) = std::sync::mpsc::channel();
-    let on_panic = |tell: &std::sync::mpsc::Sender<usize>| {
+    let on_panic = |tell: &std::sync::mpsc::Sender<String>| {
         let tell = tell.clone();
-        OnPanic::new(move |thread| tell.send(thread).expect("the test listens"))
+        OnPanic::new(move |who| tell.send(who.to_owned()).expect("the test listens"))
     };
     rig.device.on_panic(on_panic(&tell));
     rig.start(1, QueueState::default()).ok();
-    assert_eq!(told.recv_timeout(LIMIT), Ok(1));
+    assert_eq!(told.recv_timeout(LIMIT).as_deref(), Ok("the backend of odd0"));
     assert_eq!(rig.queues[1].faults.load(Ordering::SeqCst), 1, "the driver is told first");
     rig.device.on_panic(on_panic(&tell));
-    assert_eq!(told.recv_timeout(LIMIT), Ok(1));
+    assert_eq!(told.recv_timeout(LIMIT).as_deref(), Ok("the backend of odd0"));
     assert!(told.try_recv().is_err(), "once each");
 }

@@ -76,21 +76,23 @@ pub struct ReactorOptions {
     pub on_panic: OnPanic,
 }
 
-/// Called when a thread that serves queues has panicked, with the thread's number: an I/O thread, or one of a backend
-/// that brings its own. The default only writes a line to the log.
+/// Called when a thread that serves queues has panicked, with what it is: `I/O thread 0`, or a backend that brings
+/// threads of its own. The default only writes a line to the log.
 #[derive(Clone, Default)]
-pub struct OnPanic(Option<Arc<dyn Fn(usize) + Send + Sync>>);
+pub struct OnPanic(Option<Arc<Tell>>);
+
+type Tell = dyn Fn(&str) + Send + Sync;
 
 impl OnPanic {
     /// Calls `tell` on the thread itself.
-    pub fn new(tell: impl Fn(usize) + Send + Sync + 'static) -> Self {
+    pub fn new(tell: impl Fn(&str) + Send + Sync + 'static) -> Self {
         Self(Some(Arc::new(tell)))
     }
 
-    /// Tells that a thread has panicked.
-    pub fn tell(&self, thread: usize) {
+    /// Tells who has panicked.
+    pub fn tell(&self, who: &str) {
         if let Some(tell) = &self.0 {
-            tell(thread);
+            tell(who);
         }
     }
 }
@@ -104,7 +106,7 @@ struct Teller {
 impl Drop for Teller {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.on_panic.tell(self.thread);
+            self.on_panic.tell(&format!("I/O thread {}", self.thread));
         }
     }
 }
@@ -150,7 +152,13 @@ impl ReactorPool {
     pub(crate) fn unthreaded() -> io::Result<(Self, Core, mpsc::UnboundedReceiver<Command>)> {
         let (commands, inbox) = mpsc::unbounded_channel();
         let core = Core::new(None, Duration::ZERO, None, commands.downgrade())?;
-        let reactor = Reactor { index: 0, commands: Some(commands), load: Arc::default(), thread: None };
+        let reactor = Reactor {
+            index: 0,
+            on_panic: OnPanic::default(),
+            commands: Some(commands),
+            load: Arc::default(),
+            thread: None,
+        };
         Ok((Self(Arc::from([reactor])), core, inbox))
     }
 
@@ -171,6 +179,12 @@ impl ReactorPool {
         })
     }
 
+    /// Whom the threads tell of a panic. Backends that bring threads of their own tell the same.
+    #[must_use]
+    pub fn on_panic(&self) -> OnPanic {
+        self.0[0].on_panic.clone()
+    }
+
     /// The thread with this index.
     #[must_use]
     pub fn get(&self, index: usize) -> Option<&Reactor> {
@@ -182,6 +196,7 @@ impl ReactorPool {
 #[derive(Debug)]
 pub struct Reactor {
     index: usize,
+    on_panic: OnPanic,
     commands: Option<mpsc::UnboundedSender<Command>>,
     load: Arc<AtomicUsize>,
     thread: Option<JoinHandle<()>>,
@@ -259,7 +274,7 @@ impl Reactor {
         let (commands, inbox) = mpsc::unbounded_channel();
         let (ready, started) = reply::channel();
         let cpu = (!options.affinity.is_empty()).then(|| options.affinity[index % options.affinity.len()]);
-        let (poll, on_panic) = (options.poll, options.on_panic.clone());
+        let (poll, on_panic, theirs) = (options.poll, options.on_panic.clone(), options.on_panic.clone());
         let own_commands = commands.downgrade();
         let thread = std::thread::Builder::new().name(format!("io{index}")).stack_size(512 << 10).spawn(move || {
             let core = match Core::new(cpu, poll, budget, own_commands) {
@@ -268,7 +283,7 @@ impl Reactor {
             };
             tokio_uring::builder().entries(8).start(async move {
                 // A spawned task: as the root future it would cost one more epoll_wait a turn.
-                let run = tokio_uring::spawn(core.run(inbox, Teller { on_panic, thread: index }));
+                let run = tokio_uring::spawn(core.run(inbox, Teller { on_panic: theirs, thread: index }));
                 drop(ready.send(Ok(())));
                 if let Err(panicked) = run.await {
                     tracing::error!(thread = index, error = %panicked, "I/O thread died, its queues need a reset");
@@ -276,7 +291,7 @@ impl Reactor {
             });
         })?;
         started.recv().map_err(|_| io::Error::other("the I/O thread died at its start"))??;
-        Ok(Self { index, commands: Some(commands), load: Arc::default(), thread: Some(thread) })
+        Ok(Self { index, on_panic, commands: Some(commands), load: Arc::default(), thread: Some(thread) })
     }
 
     /// Its number among the threads of the pool.
@@ -368,13 +383,15 @@ mod tests {
         let (tell, told) = reply::channel();
         let options = ReactorOptions {
             count: 2,
-            on_panic: OnPanic::new(move |thread| tell.send(thread).expect("the test waits")),
+            on_panic: OnPanic::new(move |who| tell.send(who.to_owned()).expect("the test waits")),
             ..ReactorOptions::default()
         };
         let pool = ReactorPool::new(&options).unwrap();
         let kick = EventFd::new(0).unwrap();
         pool.get(1).unwrap().attach(kick, |_| panic!("a bug, as this test has it")).unwrap_err();
-        assert_eq!(told.recv_timeout(Duration::from_secs(60)), Ok(1));
+        assert_eq!(told.recv_timeout(Duration::from_secs(60)).as_deref(), Ok("I/O thread 1"));
+        pool.on_panic().tell("the backend of vsock0");
+        assert_eq!(told.recv_timeout(Duration::from_secs(60)).as_deref(), Ok("the backend of vsock0"));
     }
 
     #[test]

@@ -56,11 +56,12 @@ fn main() -> ExitCode {
 }
 
 /// Opens a console, which has a thread of its own. The size of a terminal on standard output is read once, here.
-fn open(name: &str, options: &Checked<ConsoleOptions>, _: &ReactorPool) -> Result<Box<dyn Device>, String> {
+fn open(name: &str, options: &Checked<ConsoleOptions>, pool: &ReactorPool) -> Result<Box<dyn Device>, String> {
     let end = End::open(name, options).map_err(|error| error.to_string())?;
-    let (device, console) = ConsoleBackend::host(name, end).map_err(|error| error.to_string())?;
+    let (mut device, console) = ConsoleBackend::host(name, end).map_err(|error| error.to_string())?;
     if let Some(path) = console.slave() {
         eprintln!("ringvm-console: {name} is the terminal {}", path.display());
     }
+    device.on_panic(pool.on_panic());
     Ok(Box::new(device))
 }

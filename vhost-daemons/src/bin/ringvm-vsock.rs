@@ -38,9 +38,10 @@ fn main() -> ExitCode {
         read: keyval::read,
         // The device has a thread of its own.
         queues: |_: &Checked<VsockOptions>| 0,
-        open: |name, options, _| match vsock::open(name, options) {
-            Ok(device) => Ok(Box::new(device)),
-            Err(error) => Err(error.to_string()),
+        open: |name, options, pool| {
+            let mut device = vsock::open(name, options).map_err(|error| error.to_string())?;
+            device.on_panic(pool.on_panic());
+            Ok(Box::new(device))
         },
     };
     match usage::parse::<Cli>("ringvm-vsock") {

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::{Once, OnceLock};
 
+use ringvm_hosted::hosted::THREAD_PREFIX;
 use rustix::process::getpgrp;
 use rustix::stdio::stdin;
 use rustix::termios::{
@@ -68,9 +69,6 @@ pub fn is_interactive() -> bool {
     isatty(stdin) && tcgetpgrp(stdin).map_or(true, |foreground| foreground == getpgrp())
 }
 
-/// What the threads of hosted backends are called, before the name of their device.
-const BACKEND_THREAD: &str = "host-";
-
 /// Puts the terminal back. Two system calls at most and no lock: safe in a signal handler.
 pub(crate) fn restore() {
     if let Some(found) = FOUND.get() {
@@ -85,7 +83,7 @@ fn restore_on_panic() {
         let next = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
             // The machine goes on without a hosted backend, and with its console.
-            let goes_on = std::thread::current().name().is_some_and(|name| name.starts_with(BACKEND_THREAD));
+            let goes_on = std::thread::current().name().is_some_and(|name| name.starts_with(THREAD_PREFIX));
             if !goes_on {
                 restore();
             }

@@ -222,7 +222,7 @@ impl<B: VhostUserBackend> EventLoop<B> {
 
     /// Serves until the device goes or the backend panics.
     pub(super) fn run(mut self, panics: &Panics) {
-        let (name, thread, contact) = (self.name.clone(), self.thread, Arc::clone(&self.contact));
+        let (name, contact) = (self.name.clone(), Arc::clone(&self.contact));
         let ended = catch_unwind(AssertUnwindSafe(|| self.serve()));
         // What is left of the loop is dropped first: whoever waits for an answer of it waits no longer.
         drop(catch_unwind(AssertUnwindSafe(move || drop(self))));
@@ -233,7 +233,7 @@ impl<B: VhostUserBackend> EventLoop<B> {
         }
         contact.faults.raise();
         if ended.is_err() {
-            panics.tell(thread);
+            panics.tell(&name);
         }
     }
 

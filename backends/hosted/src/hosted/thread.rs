@@ -77,28 +77,32 @@ pub(super) enum NoAnswer {
 
 /// Whom to tell that a thread has panicked. The device is asked for it when its threads run already.
 #[derive(Default)]
-pub(super) struct Panics(Mutex<(OnPanic, Vec<usize>)>);
+pub(super) struct Panics(Mutex<(OnPanic, usize)>);
 
 impl Panics {
-    /// Also tells of threads that have panicked before.
-    pub(super) fn set(&self, on_panic: OnPanic) {
+    /// Also tells of threads of the backend of `device` that have panicked before.
+    pub(super) fn set(&self, device: &str, on_panic: OnPanic) {
         let before = {
             let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
             state.0 = on_panic.clone();
-            state.1.clone()
+            state.1
         };
-        before.into_iter().for_each(|thread| on_panic.tell(thread));
+        (0..before).for_each(|_| on_panic.tell(&backend_of(device)));
     }
 
-    /// A thread has panicked.
-    pub(super) fn tell(&self, thread: usize) {
+    /// A thread of the backend of `device` has panicked.
+    pub(super) fn tell(&self, device: &str) {
         let on_panic = {
             let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            state.1.push(thread);
+            state.1 += 1;
             state.0.clone()
         };
-        on_panic.tell(thread);
+        on_panic.tell(&backend_of(device));
     }
+}
+
+fn backend_of(device: &str) -> String {
+    format!("the backend of {device}")
 }
 
 /// A queue on its way out.
