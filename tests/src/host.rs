@@ -40,10 +40,12 @@ pub enum Need {
     Uml,
     /// FUSE, and the right to mount.
     Fuse,
+    /// Daemons and programs of others that cargo installs.
+    Foreign,
 }
 
 impl Need {
-    const ALL: [Need; 9] = [
+    const ALL: [Need; 10] = [
         Need::Kvm,
         Need::IoUring,
         Need::Lab,
@@ -53,6 +55,7 @@ impl Need {
         Need::Valgrind,
         Need::Uml,
         Need::Fuse,
+        Need::Foreign,
     ];
 
     /// The name by which its absence is allowed.
@@ -67,6 +70,7 @@ impl Need {
             Need::Valgrind => "valgrind",
             Need::Uml => "uml",
             Need::Fuse => "fuse",
+            Need::Foreign => "foreign",
         }
     }
 
@@ -85,6 +89,10 @@ impl Need {
             Need::Valgrind => absent(&["valgrind"]),
             Need::Uml => absent(&["linux.uml", "busybox", "fio", "iperf3", "setpriv", "unshare"])
                 .or_else(|| uml_modules().err().map(|e| e.to_string())),
+            Need::Foreign => {
+                let absent: Vec<_> = FOREIGN.into_iter().filter(|name| foreign(name).is_none()).collect();
+                (!absent.is_empty()).then(|| format!("cargo has not installed {}; tests/run does", absent.join(", ")))
+            }
             Need::Fuse => StuckDisk::new().err().map(|e| format!("mounting a file system of /dev/fuse: {e}")),
         }
     }
@@ -103,7 +111,7 @@ pub fn kernel_package() -> Result<Kernel> {
 }
 
 /// The programs of the host that the lab uses or packs, beside the libraries that the dynamic linker names.
-pub(crate) const LAB_PROGRAMS: [&str; 15] = [
+pub(crate) const LAB_PROGRAMS: [&str; 16] = [
     "qemu-system-x86_64",
     "busybox",
     "fio",
@@ -113,6 +121,7 @@ pub(crate) const LAB_PROGRAMS: [&str; 15] = [
     "lsblk",
     "fstrim",
     "setpriv",
+    "socat",
     "mke2fs",
     "mkfs.ext4",
     "e2fsck",
@@ -120,6 +129,14 @@ pub(crate) const LAB_PROGRAMS: [&str; 15] = [
     "lz4",
     "xz",
 ];
+
+/// Programs of others, published as crates.
+pub(crate) const FOREIGN: [&str; 4] = ["fsx", "vhost-device-console", "vhost-device-vsock", "virtiofsd"];
+
+/// One of [`FOREIGN`], where tests/run has cargo install it.
+pub fn foreign(name: &str) -> Option<PathBuf> {
+    Some(paths::lab().join("foreign/bin").join(name)).filter(|path| path.exists())
+}
 
 fn absent(names: &[&str]) -> Option<String> {
     let absent: Vec<_> = names.iter().copied().filter(|name| program(name).is_none()).collect();

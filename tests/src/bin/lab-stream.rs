@@ -1,6 +1,8 @@
 //! Streams random data over one connection (TCP, a Unix socket, a vsock) and says at both ends how much it was and what its
-//! checksum is; or says a text and waits for another. The lab's guests run emulated: the generator and the checksum take a few instructions for eight bytes, so that the network is
-//! what is measured. Every wait has a limit.
+//! checksum is; keeps many connections open at once and has each echo what it was sent, at once or when one half is closed; or
+//! says a text and waits for another.
+//! The lab's guests run emulated: the generator and the checksum take a few instructions for eight bytes, so that the network
+//! is what is measured. Every wait has a limit.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -15,11 +17,16 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use vsock::{VsockListener, VsockStream};
 
 const USAGE: &str = "usage: lab-stream listen|connect ADDRESS send|receive BYTES
-       lab-stream talk ADDRESS TEXT ANSWER
+       lab-stream listen|connect ADDRESS many|halves CONNECTIONS
+       lab-stream talk ADDRESS TEXT ANSWER [TEXT ANSWER]...
 An ADDRESS is IP:PORT, unix:PATH, vsock:CID:PORT or, to connect to a guest's port, hybrid:PATH:PORT";
 /// For the other side to come, and between two pieces of data.
 const LIMIT: Duration = Duration::from_secs(60);
 const PIECE: usize = 256 << 10;
+/// For a person to begin to type.
+const TYPING: Duration = Duration::from_millis(300);
+/// What each of many connections carries there and back.
+const ECHO: usize = 20_000;
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
@@ -36,7 +43,7 @@ fn main() -> ExitCode {
 }
 
 /// A connection of any kind.
-trait Stream: Read + Write {
+trait Stream: Read + Write + Send {
     /// Limits the time that a read or a write takes.
     fn limit(&self) -> io::Result<()>;
     /// Says that nothing more is sent.
@@ -87,15 +94,18 @@ impl Address {
 
 fn run(words: &[String]) -> io::Result<String> {
     let usage = || io::Error::new(io::ErrorKind::InvalidInput, USAGE);
-    let [side, address, direction, bytes] = words else { return Err(usage()) };
+    let [side, address, words @ ..] = words else { return Err(usage()) };
     let address = Address::parse(address).ok_or_else(usage)?;
     if side == "talk" {
-        return talk(connect(&address)?, direction, bytes);
+        return talk(connect(&address)?, words);
     }
-    let bytes = bytes.parse().map_err(|_| usage())?;
-    let stream = match side.as_str() {
-        "listen" => listen(&address)?,
-        "connect" => connect(&address)?,
+    let [direction, count] = words else { return Err(usage()) };
+    let bytes: u64 = count.parse().map_err(|_| usage())?;
+    let stream = match (side.as_str(), direction.as_str()) {
+        ("listen", "many" | "halves") => return echo(&mut listen(&address)?, bytes, direction == "halves"),
+        ("connect", "many" | "halves") => return echoed(&address, bytes, direction == "halves"),
+        ("listen", _) => listen(&address)?()?,
+        ("connect", _) => connect(&address)?,
         _ => return Err(usage()),
     };
     stream.limit()?;
@@ -109,21 +119,91 @@ fn run(words: &[String]) -> io::Result<String> {
     Ok(format!("bytes={bytes} sum={sum:016x} milliseconds={milliseconds}"))
 }
 
-/// Says a line, and shows what comes up to a text.
-fn talk(mut stream: Box<dyn Stream>, text: &str, answer: &str) -> io::Result<String> {
+/// Says lines, each with the text that must come before the next is said. Shows all that came.
+fn talk(mut stream: Box<dyn Stream>, words: &[String]) -> io::Result<String> {
     stream.limit()?;
-    stream.write_all(text.as_bytes())?;
-    stream.write_all(b"\n")?;
-    let mut heard = Vec::new();
-    while !String::from_utf8_lossy(&heard).contains(answer) {
-        let mut byte = [0];
-        stream.read_exact(&mut byte)?;
-        heard.push(byte[0]);
+    let mut all = Vec::new();
+    for pair in words.chunks(2) {
+        let [text, answer] = pair else { return Err(io::Error::new(io::ErrorKind::InvalidInput, USAGE)) };
+        // A program that has just asked may throw away what was typed before.
+        thread::sleep(TYPING);
+        stream.write_all(text.as_bytes())?;
+        stream.write_all(b"\n")?;
+        let from = all.len();
+        while !String::from_utf8_lossy(&all[from..]).contains(answer) {
+            let mut byte = [0];
+            stream.read_exact(&mut byte).map_err(|error| {
+                let heard = String::from_utf8_lossy(&all[from..]);
+                io::Error::new(error.kind(), format!("{error}, waiting for {answer:?}; so far: {heard:?}"))
+            })?;
+            all.push(byte[0]);
+        }
     }
-    Ok(String::from_utf8_lossy(&heard).into_owned())
+    Ok(String::from_utf8_lossy(&all).into_owned())
 }
 
-fn listen(address: &Address) -> io::Result<Box<dyn Stream>> {
+/// Takes so many connections, and once all are there sends each what it sent: at its end, or at that of one half.
+fn echo(accept: &mut Accept, count: u64, halves: bool) -> io::Result<String> {
+    let streams = (0..count).map(|_| accept()).collect::<io::Result<Vec<_>>>()?;
+    for_each(streams, |mut stream| {
+        stream.limit()?;
+        let mut bytes = vec![0; if halves { ECHO + 1 } else { ECHO }];
+        let len = fill(&mut stream, &mut bytes)?;
+        stream.write_all(&bytes[..len])?;
+        if halves { stream.finish() } else { ended(&mut stream) }
+    })
+}
+
+/// Makes so many connections, and once all are there expects of each what it sends.
+fn echoed(address: &Address, count: u64, halves: bool) -> io::Result<String> {
+    let streams = (0..count).map(|_| connect(address)).collect::<io::Result<Vec<_>>>()?;
+    for_each(streams, |mut stream| {
+        stream.limit()?;
+        let mut seed = [0; 8];
+        getrandom(&mut seed, GetRandomFlags::empty())?;
+        let mut sent = vec![0; ECHO];
+        Random(u64::from_ne_bytes(seed)).fill(&mut sent);
+        stream.write_all(&sent)?;
+        if halves {
+            // The other side may still send.
+            stream.finish()?;
+        }
+        let mut echo = vec![0; if halves { ECHO + 1 } else { ECHO }];
+        let len = fill(&mut stream, &mut echo)?;
+        if echo[..len] == sent { Ok(()) } else { Err(io::Error::other("another text came back")) }
+    })
+}
+
+/// Waits until the other side closes the connection. It must send nothing more.
+fn ended(stream: &mut Box<dyn Stream>) -> io::Result<()> {
+    match fill(stream, &mut [0])? {
+        0 => Ok(()),
+        _ => Err(io::Error::other("more came than that")),
+    }
+}
+
+/// Serves connections at the same time, and says how many went well.
+fn for_each(
+    streams: Vec<Box<dyn Stream>>,
+    serve: impl Fn(Box<dyn Stream>) -> io::Result<()> + Sync,
+) -> io::Result<String> {
+    let count = streams.len();
+    thread::scope(|scope| {
+        let serve = &serve;
+        let threads: Vec<_> = streams.into_iter().map(|stream| scope.spawn(move || serve(stream))).collect();
+        let results: Vec<_> = threads.into_iter().map(|thread| thread.join().expect("no thread panics")).collect();
+        let failed = results.iter().filter(|result| result.is_err()).count();
+        match results.into_iter().find_map(Result::err) {
+            Some(first) => Err(io::Error::new(first.kind(), format!("{failed} of {count} failed, the first: {first}"))),
+            None => Ok(format!("connections={count}")),
+        }
+    })
+}
+
+/// Gives the next connection.
+type Accept = Box<dyn FnMut() -> io::Result<Box<dyn Stream>>>;
+
+fn listen(address: &Address) -> io::Result<Accept> {
     let wait = |listener: &dyn AsFd| {
         let limit = Timespec { tv_sec: LIMIT.as_secs().cast_signed(), tv_nsec: 0 };
         match poll(&mut [PollFd::new(&listener, PollFlags::IN)], Some(&limit))? {
@@ -134,18 +214,15 @@ fn listen(address: &Address) -> io::Result<Box<dyn Stream>> {
     Ok(match address {
         Address::Tcp(address) => {
             let listener = TcpListener::bind(address)?;
-            wait(&listener)?;
-            Box::new(listener.accept()?.0)
+            Box::new(move || wait(&listener).and_then(|()| Ok(Box::new(listener.accept()?.0) as _)))
         }
         Address::Unix(path) => {
             let listener = UnixListener::bind(path)?;
-            wait(&listener)?;
-            Box::new(listener.accept()?.0)
+            Box::new(move || wait(&listener).and_then(|()| Ok(Box::new(listener.accept()?.0) as _)))
         }
         Address::Vsock(cid, port) => {
             let listener = VsockListener::bind_with_cid_port(*cid, *port)?;
-            wait(&listener)?;
-            Box::new(listener.accept()?.0)
+            Box::new(move || wait(&listener).and_then(|()| Ok(Box::new(listener.accept()?.0) as _)))
         }
         Address::Hybrid(..) => return Err(io::Error::new(io::ErrorKind::InvalidInput, USAGE)),
     })
@@ -197,28 +274,28 @@ fn send(mut stream: Box<dyn Stream>, bytes: u64) -> io::Result<(u64, u64)> {
         stream.write_all(piece)?;
         sent += piece.len() as u64;
     }
-    // The other side closes once it has all of it: what is under way is not cut off.
-    stream.finish()?;
-    fill(&mut stream, &mut [0])?;
-    Ok((sent, sum.0))
+    // The other side says when it has all of it: what is under way is not cut off.
+    match fill(&mut stream, &mut [0])? {
+        1 => Ok((sent, sum.0)),
+        _ => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the other side ended before it had everything")),
+    }
 }
 
-/// Takes what comes up to the end of the stream, which has to be after so many bytes.
+/// Takes so many bytes, says so, and waits for the end of the stream.
 fn receive(mut stream: Box<dyn Stream>, bytes: u64) -> io::Result<(u64, u64)> {
     let (mut sum, mut received, mut piece) = (Sum::default(), 0, vec![0; PIECE]);
-    loop {
-        let count = fill(&mut stream, &mut piece)?;
+    while received < bytes {
+        let wanted = (bytes - received).min(PIECE as u64) as usize;
+        let count = fill(&mut stream, &mut piece[..wanted])?;
         sum.add(&piece[..count]);
         received += count as u64;
-        if count < PIECE || received > bytes {
-            break;
+        if count < wanted {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, format!("{received} bytes came")));
         }
     }
-    if received == bytes {
-        Ok((received, sum.0))
-    } else {
-        Err(io::Error::new(io::ErrorKind::UnexpectedEof, format!("{received} bytes came")))
-    }
+    stream.write_all(&[0])?;
+    ended(&mut stream)?;
+    Ok((received, sum.0))
 }
 
 /// Reads until `piece` is full or the stream ends.
@@ -276,19 +353,36 @@ mod tests {
     }
 
     #[test]
-    fn both_ends_say_the_same_and_a_shorter_stream_is_told() {
-        for (sent, expected) in [(0, 0), (1, 1), (3 * PIECE as u64 + 1001, 3 * PIECE as u64 + 1001), (PIECE as u64, 5)]
-        {
+    fn both_ends_say_the_same_and_streams_of_another_length_are_told() {
+        let long = 3 * PIECE as u64 + 1001;
+        for (sent, expected) in [(0, 0), (1, 1), (long, long), (PIECE as u64, 5), (5, PIECE as u64)] {
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
             let address = listener.local_addr().unwrap();
-            let sender = thread::spawn(move || send(Box::new(listener.accept().unwrap().0), sent));
+            let sender = thread::spawn(move || {
+                let stream = listener.accept().unwrap().0;
+                stream.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+                send(Box::new(stream), sent)
+            });
             let received = receive(connect(&Address::Tcp(address)).unwrap(), expected);
             let said = sender.join().unwrap();
             if sent == expected {
                 assert_eq!(received.unwrap(), said.unwrap());
             } else {
-                assert!(received.unwrap_err().to_string().contains("262144 bytes came"));
+                let error = received.unwrap_err().to_string();
+                assert_eq!(error, if sent < expected { "5 bytes came" } else { "more came than that" });
             }
+        }
+    }
+
+    #[test]
+    fn many_connections_are_open_at_once() {
+        for halves in [false, true] {
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let address = listener.local_addr().unwrap();
+            let mut accept: Accept = Box::new(move || Ok(Box::new(listener.accept()?.0) as _));
+            let other = thread::spawn(move || echoed(&Address::Tcp(address), 10, halves));
+            assert_eq!(echo(&mut accept, 10, halves).unwrap(), "connections=10");
+            assert_eq!(other.join().unwrap().unwrap(), "connections=10");
         }
     }
 

@@ -20,6 +20,8 @@ pub(crate) const VMLINUX: &str = "/k/vmlinux";
 pub(crate) const INITRAMFS: &str = "/k/guest.cpio";
 /// The same with fio and its libraries, which are some 80 MB.
 pub(crate) const INITRAMFS_FIO: &str = "/k/guest-fio.cpio";
+/// The same with socat.
+pub(crate) const INITRAMFS_SOCAT: &str = "/k/guest-socat.cpio";
 
 /// The modules of a guest's devices, for the bench, which makes guests in L1.
 pub(crate) const MODULES: &str = "/k/modules";
@@ -65,10 +67,13 @@ impl Payload {
         let initramfs = folder.join("l1.cpio");
         l1_initramfs(&package, &scratch)?.write_cpio(&initramfs)?;
 
-        let (guest, fio) = (scratch.join("guest.cpio"), scratch.join("guest-fio.cpio"));
+        let [guest, fio, socat] = ["guest", "guest-fio", "guest-socat"].map(|name| scratch.join(name));
         let mut tree = guest_initramfs(&package, &scratch)?;
         tree.binary(STREAM, &paths::helper("lab-stream")?)?;
         tree.write_cpio(&guest)?;
+        let mut with_socat = tree.clone();
+        with_socat.tool("socat")?;
+        with_socat.write_cpio(&socat)?;
         tree.tool("fio")?;
         tree.write_cpio(&fio)?;
 
@@ -77,6 +82,7 @@ impl Payload {
         root.copy(VMLINUX, &package.elf(&scratch)?, 0o644);
         root.copy(INITRAMFS, &guest, 0o644);
         root.copy(INITRAMFS_FIO, &fio, 0o644);
+        root.copy(INITRAMFS_SOCAT, &socat, 0o644);
         package.copy_modules(&mut root, &["virtio_pci", "virtio_blk", "virtio_net"], MODULES)?;
         l1_root(&mut root, &ringvm, &helpers)?;
         let staging = scratch.join("root");
@@ -115,7 +121,7 @@ fn l1_initramfs(package: &Kernel, scratch: &Path) -> Result<Tree> {
 
 fn l1_root(tree: &mut Tree, ringvm: &Path, helpers: &[(&str, PathBuf)]) -> Result<()> {
     tree.busybox()?;
-    for tool in ["tmux", "e2fsck", "setpriv", "iperf3", "fio"] {
+    for tool in ["tmux", "e2fsck", "setpriv", "iperf3", "fio", "socat"] {
         tree.tool(tool)?;
     }
     tree.copy_folder("usr/lib/locale/C.utf8", Path::new("/usr/lib/locale/C.utf8"))?;
@@ -128,6 +134,12 @@ fn l1_root(tree: &mut Tree, ringvm: &Path, helpers: &[(&str, PathBuf)]) -> Resul
     tree.binary("bin/ringvm", ringvm)?;
     for (path, helper) in helpers {
         tree.binary(path, helper)?;
+    }
+    for name in host::FOREIGN {
+        // Tests that want one say so if it is missing.
+        if let Some(path) = host::foreign(name) {
+            tree.binary(&format!("bin/{name}"), &path)?;
+        }
     }
     for folder in ["dev", "proc", "sys", "run", "tmp", "scratch", "etc"] {
         tree.folder(folder);
@@ -146,6 +158,7 @@ pub fn guest_initramfs(package: &Kernel, scratch: &Path) -> Result<Tree> {
         "virtio_net",
         "virtio_console",
         "vmw_vsock_virtio_transport",
+        "virtiofs",
         "ext4",
     ];
     let mut tree = initramfs::base(package, &modules, include_str!("init/l2.sh"), scratch)?;

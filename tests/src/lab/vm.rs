@@ -108,7 +108,7 @@ impl Disk {
 #[derive(Clone, Debug)]
 pub struct Vm {
     kernel: Kernel,
-    fio: bool,
+    initramfs: &'static str,
     by_hand: bool,
     pub(crate) verbose: bool,
     pub(crate) config_file: bool,
@@ -123,7 +123,7 @@ pub struct Vm {
 pub fn vm() -> Vm {
     Vm {
         kernel: Kernel::BzImage,
-        fio: false,
+        initramfs: payload::INITRAMFS,
         by_hand: false,
         verbose: false,
         config_file: false,
@@ -172,7 +172,13 @@ impl Vm {
 
     /// With fio in the guest, which takes an initramfs of 80 MB.
     pub fn fio(mut self) -> Vm {
-        self.fio = true;
+        self.initramfs = payload::INITRAMFS_FIO;
+        self
+    }
+
+    /// With socat in the guest.
+    pub fn socat(mut self) -> Vm {
+        self.initramfs = payload::INITRAMFS_SOCAT;
         self
     }
 
@@ -207,10 +213,6 @@ impl Vm {
         }
     }
 
-    fn initramfs(&self) -> &'static str {
-        if self.fio { payload::INITRAMFS_FIO } else { payload::INITRAMFS }
-    }
-
     fn cmdline(&self) -> String {
         let loud = if self.verbose { "ignore_loglevel earlyprintk=ttyS0" } else { "quiet" };
         let shell = if self.by_hand { "hand" } else { "driven" };
@@ -222,7 +224,7 @@ impl Vm {
         let mut args = vec!["run".to_owned()];
         let mut option = |name: &str, value: &str| args.extend([name.to_owned(), value.to_owned()]);
         option("--kernel", self.kernel_path());
-        option("--initramfs", self.initramfs());
+        option("--initramfs", self.initramfs);
         option("--cmdline", &self.cmdline());
         option("--cpus", &self.cpus.to_string());
         option("--memory", &self.memory);
@@ -247,7 +249,7 @@ impl Vm {
         let mut text = format!(
             "kernel = {:?}\ninitramfs = {:?}\ncmdline = {:?}\nserial = \"stdio\"\ncpus = {}\nmemory = {:?}\nno-reboot = {}\n",
             self.kernel_path(),
-            self.initramfs(),
+            self.initramfs,
             self.cmdline(),
             self.cpus,
             self.memory,

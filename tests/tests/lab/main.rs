@@ -7,6 +7,7 @@ mod console;
 mod daemon;
 mod devices;
 mod durability;
+mod file_sharing;
 mod filesystem;
 mod fio;
 mod host_failures;
