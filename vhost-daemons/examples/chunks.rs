@@ -147,7 +147,7 @@ fn main() -> ExitCode {
             Ok(Box::new(BlockDevice::over_async(name, geometry, make, options, pool)))
         },
     };
-    match usage::parse::<Cli>("chunks") {
+    match usage::parse::<Cli>("chunks", |command| command) {
         Ok(cli) => serve(&program, &cli.serve, &cli.disk).into(),
         Err(message) => {
             eprintln!("chunks: {message}");

@@ -87,7 +87,7 @@ fn main() -> ExitCode {
             Ok(Box::new(BlockDevice::over(name, Pattern(geometry), options, pool)))
         },
     };
-    match usage::parse::<Cli>("pattern") {
+    match usage::parse::<Cli>("pattern", |command| command) {
         Ok(cli) => serve(&program, &cli.serve, &cli.disk).into(),
         Err(message) => {
             eprintln!("pattern: {message}");

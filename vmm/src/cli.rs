@@ -42,15 +42,6 @@ Exit codes:
 
 SIGUSR1 prints the statistics of every device on standard error. SIGUSR2 moves every disk from this process into a daemon, or back.";
 
-const CPUS: &str = "vCPUs [default: 1]";
-const MEMORY: &str = "Guest memory [default: 512M]";
-const DISK: &str = "Add a disk (virtio-blk); may be repeated";
-const NET: &str = "Add a NIC (virtio-net) on one of tap, fds, link and loopback; may be repeated";
-const FS: &str = "Share a file system that a vhost-user daemon serves (virtio-fs); may be repeated";
-const CONSOLE: &str = "Add a console (virtio-console, hvc0 in the guest); may be repeated";
-const VSOCK: &str = "Add sockets between host and guest (virtio-vsock)";
-const VHOST_USER: &str = "Add a device of any kind that a vhost-user daemon serves; may be repeated";
-
 /// The command whose help explains the options.
 const COMMAND: &str = "ringvm run";
 
@@ -72,8 +63,22 @@ impl Cli {
     /// # Errors
     /// One line about what is wrong.
     pub fn from_process() -> Result<Self, String> {
-        usage::parse(COMMAND)
+        usage::parse(COMMAND, described)
     }
+}
+
+/// The command line with the keys of each option in its help.
+fn described(command: clap::Command) -> clap::Command {
+    command.mut_subcommand("run", |run| {
+        run.mut_arg("cpus", help::keys::<CpuConfig>)
+            .mut_arg("memory", help::keys::<MemoryConfig>)
+            .mut_arg("disk", help::keys::<DiskSpec>)
+            .mut_arg("net", help::keys::<NetSpec>)
+            .mut_arg("fs", help::keys::<FsOptions>)
+            .mut_arg("console", help::keys::<ConsoleDevice>)
+            .mut_arg("vsock", help::keys::<VsockDevice>)
+            .mut_arg("vhost_user", help::keys::<VhostUserOptions>)
+    })
 }
 
 /// The commands.
@@ -113,13 +118,11 @@ pub struct RunArgs {
     /// How the kernel is entered [default: auto]
     #[arg(long, value_name = "PROTOCOL", help_heading = "Boot")]
     pub boot: Option<BootProtocol>,
-    /// vCPUs
-    #[arg(long, value_name = "OPTIONS", help_heading = "Machine", help = help::short::<CpuConfig>(CPUS),
-        long_help = help::long::<CpuConfig>(CPUS))]
+    /// vCPUs [default: 1]
+    #[arg(long, value_name = "OPTIONS", help_heading = "Machine")]
     pub cpus: Option<String>,
-    /// Guest memory
-    #[arg(long, value_name = "OPTIONS", help_heading = "Machine", help = help::short::<MemoryConfig>(MEMORY),
-        long_help = help::long::<MemoryConfig>(MEMORY))]
+    /// Guest memory [default: 512M]
+    #[arg(long, value_name = "OPTIONS", help_heading = "Machine")]
     pub memory: Option<String>,
     /// Serial port: stdio, file=PATH or null [default: stdio]. A file is written anew, for its owner only, up to file=PATH,max=SIZE
     /// [default: 64M]; what the guest writes after that is dropped
@@ -128,29 +131,23 @@ pub struct RunArgs {
     /// Entropy device (virtio-rng) [default: off]
     #[arg(long, value_name = "SWITCH", num_args = 0..=1, default_missing_value = "on", help_heading = "Machine")]
     pub rng: Option<OnOff>,
-    /// Disks
-    #[arg(long, value_name = "OPTIONS", help_heading = "Devices", help = help::short::<DiskSpec>(DISK),
-        long_help = help::long::<DiskSpec>(DISK))]
+    /// Add a disk (virtio-blk); may be repeated
+    #[arg(long, value_name = "OPTIONS", help_heading = "Devices")]
     pub disk: Vec<String>,
-    /// NICs
-    #[arg(long, value_name = "OPTIONS", help_heading = "Devices", help = help::short::<NetSpec>(NET),
-        long_help = help::long::<NetSpec>(NET))]
+    /// Add a NIC (virtio-net) on one of tap, fds, link and loopback; may be repeated
+    #[arg(long, value_name = "OPTIONS", help_heading = "Devices")]
     pub net: Vec<String>,
-    /// File systems
-    #[arg(long, value_name = "OPTIONS", help_heading = "Devices", help = help::short::<FsOptions>(FS),
-        long_help = help::long::<FsOptions>(FS))]
+    /// Share a file system that a vhost-user daemon serves (virtio-fs); may be repeated
+    #[arg(long, value_name = "OPTIONS", help_heading = "Devices")]
     pub fs: Vec<String>,
-    /// Virtio consoles
-    #[arg(long, value_name = "OPTIONS", help_heading = "Devices", help = help::short::<ConsoleDevice>(CONSOLE),
-        long_help = help::long::<ConsoleDevice>(CONSOLE))]
+    /// Add a console (virtio-console, hvc0 in the guest); may be repeated
+    #[arg(long, value_name = "OPTIONS", help_heading = "Devices")]
     pub console: Vec<String>,
-    /// Vsock device
-    #[arg(long, value_name = "OPTIONS", help_heading = "Devices", help = help::short::<VsockDevice>(VSOCK),
-        long_help = help::long::<VsockDevice>(VSOCK))]
+    /// Add sockets between host and guest (virtio-vsock)
+    #[arg(long, value_name = "OPTIONS", help_heading = "Devices")]
     pub vsock: Option<String>,
-    /// Devices that daemons serve
-    #[arg(long, value_name = "OPTIONS", help_heading = "Devices", help = help::short::<VhostUserOptions>(VHOST_USER),
-        long_help = help::long::<VhostUserOptions>(VHOST_USER))]
+    /// Add a device of any kind that a vhost-user daemon serves; may be repeated
+    #[arg(long, value_name = "OPTIONS", help_heading = "Devices")]
     pub vhost_user: Vec<String>,
     /// The I/O threads
     #[command(flatten, next_help_heading = "Devices")]
@@ -343,5 +340,6 @@ mod tests {
     fn the_command_line_is_well_formed() {
         use clap::CommandFactory;
         Cli::command().debug_assert();
+        described(Cli::command()).debug_assert();
     }
 }

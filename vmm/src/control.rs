@@ -38,7 +38,7 @@ pub enum Request {
     /// Paused vCPUs continue.
     Resume,
     /// Paused vCPUs report their state.
-    Save(Sender<VcpuState>),
+    Save(Sender<Box<VcpuState>>),
 }
 
 /// A request can't be made.

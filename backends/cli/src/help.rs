@@ -2,10 +2,18 @@
 
 use std::collections::BTreeMap;
 
+use clap::Arg;
 use ringvm_backends::options::{Described, Key, Options};
 use serde::{Serialize, Serializer};
 
 use crate::keyval;
+
+/// Adds the keys to the help of an option, which says so far what it is for.
+#[must_use]
+pub fn keys<T: Described>(arg: Arg) -> Arg {
+    let about = arg.get_help().map(ToString::to_string).unwrap_or_default();
+    arg.help(short::<T>(&about)).long_help(long::<T>(&about))
+}
 
 /// The keys in a line, for `-h`.
 #[must_use]

@@ -1,15 +1,20 @@
 //! Reading a command line: a mistake gets one line, not a page of usage.
 
-use clap::Parser;
 use clap::error::ErrorKind;
+use clap::{Command, Parser};
 
 /// Reads the command line of this process. Prints help or the version and exits, if one of them is asked for. `command` is the
-/// command whose help a user with a mistake is referred to, e.g. `ringvm run`.
+/// command whose help a user with a mistake is referred to, e.g. `ringvm run`. `describe` completes the help texts; it is
+/// called only when they are printed, because making them costs every other start time and memory.
 ///
 /// # Errors
 /// One line about what is wrong.
-pub fn parse<T: Parser>(command: &str) -> Result<T, String> {
-    T::try_parse().map_err(|error| if error.use_stderr() { one_line(&error, command) } else { error.exit() })
+pub fn parse<T: Parser>(command: &str, describe: fn(Command) -> Command) -> Result<T, String> {
+    T::try_parse().map_err(|error| match error.kind() {
+        ErrorKind::DisplayHelp => describe(T::command()).try_get_matches().err().unwrap_or(error).exit(),
+        _ if error.use_stderr() => one_line(&error, command),
+        _ => error.exit(),
+    })
 }
 
 /// Turns a usage error into one line, without the usage.

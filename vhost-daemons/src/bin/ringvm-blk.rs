@@ -14,14 +14,12 @@ use ringvm_vhost_daemons::{Program, serve};
 #[derive(Debug, Parser)]
 #[command(name = "ringvm-blk", version, after_help = EXAMPLES)]
 struct Cli {
-    /// Devices
-    #[arg(long, value_name = "OPTIONS", help = help::short::<BlockOptions>(ABOUT), long_help = help::long::<BlockOptions>(ABOUT))]
+    /// Add a disk (virtio-blk); may be repeated
+    #[arg(long, value_name = "OPTIONS")]
     disk: Vec<String>,
     #[command(flatten)]
     serve: ServeOptions,
 }
-
-const ABOUT: &str = "Add a disk (virtio-blk); may be repeated";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -41,7 +39,7 @@ fn main() -> ExitCode {
             Err(error) => Err(error.to_string()),
         },
     };
-    match usage::parse::<Cli>("ringvm-blk") {
+    match usage::parse::<Cli>("ringvm-blk", |command| command.mut_arg("disk", help::keys::<BlockOptions>)) {
         Ok(cli) => serve(&program, &cli.serve, &cli.disk).into(),
         Err(message) => {
             eprintln!("ringvm-blk: {message}");

@@ -16,19 +16,12 @@ use ringvm_vhost_daemons::{Program, serve};
 #[derive(Debug, Parser)]
 #[command(name = "ringvm-console", version, after_help = EXAMPLES)]
 struct Cli {
-    /// Devices
-    #[arg(
-        long,
-        value_name = "OPTIONS",
-        help = help::short::<ConsoleOptions>(ABOUT),
-        long_help = help::long::<ConsoleOptions>(ABOUT)
-    )]
+    /// Add a console (virtio-console) at one of stdio, pty, socket, file and null; may be repeated
+    #[arg(long, value_name = "OPTIONS")]
     console: Vec<String>,
     #[command(flatten)]
     serve: ServeOptions,
 }
-
-const ABOUT: &str = "Add a console (virtio-console) at one of stdio, pty, socket, file and null; may be repeated";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -46,7 +39,7 @@ fn main() -> ExitCode {
         queues: |_: &Checked<ConsoleOptions>| 0,
         open,
     };
-    match usage::parse::<Cli>("ringvm-console") {
+    match usage::parse::<Cli>("ringvm-console", |command| command.mut_arg("console", help::keys::<ConsoleOptions>)) {
         Ok(cli) => serve(&program, &cli.serve, &cli.console).into(),
         Err(message) => {
             eprintln!("ringvm-console: {message}");

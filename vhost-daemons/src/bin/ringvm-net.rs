@@ -14,14 +14,12 @@ use ringvm_vhost_daemons::{Program, serve};
 #[derive(Debug, Parser)]
 #[command(name = "ringvm-net", version, after_help = EXAMPLES)]
 struct Cli {
-    /// Devices
-    #[arg(long, value_name = "OPTIONS", help = help::short::<NetOptions>(ABOUT), long_help = help::long::<NetOptions>(ABOUT))]
+    /// Add a NIC (virtio-net) on one of tap, fds, link and loopback; may be repeated
+    #[arg(long, value_name = "OPTIONS")]
     net: Vec<String>,
     #[command(flatten)]
     serve: ServeOptions,
 }
-
-const ABOUT: &str = "Add a NIC (virtio-net) on one of tap, fds, link and loopback; may be repeated";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -40,7 +38,7 @@ fn main() -> ExitCode {
             Err(error) => Err(error.to_string()),
         },
     };
-    match usage::parse::<Cli>("ringvm-net") {
+    match usage::parse::<Cli>("ringvm-net", |command| command.mut_arg("net", help::keys::<NetOptions>)) {
         Ok(cli) => serve(&program, &cli.serve, &cli.net).into(),
         Err(message) => {
             eprintln!("ringvm-net: {message}");

@@ -14,14 +14,12 @@ use ringvm_vhost_daemons::{Program, serve};
 #[derive(Debug, Parser)]
 #[command(name = "ringvm-vsock", version, after_help = EXAMPLES)]
 struct Cli {
-    /// Devices
-    #[arg(long, value_name = "OPTIONS", help = help::short::<VsockOptions>(ABOUT), long_help = help::long::<VsockOptions>(ABOUT))]
+    /// Add a vsock device: stream sockets between the guest's programs and Unix sockets; may be repeated
+    #[arg(long, value_name = "OPTIONS")]
     vsock: Vec<String>,
     #[command(flatten)]
     serve: ServeOptions,
 }
-
-const ABOUT: &str = "Add a vsock device: stream sockets between the guest's programs and Unix sockets; may be repeated";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -44,7 +42,7 @@ fn main() -> ExitCode {
             Ok(Box::new(device))
         },
     };
-    match usage::parse::<Cli>("ringvm-vsock") {
+    match usage::parse::<Cli>("ringvm-vsock", |command| command.mut_arg("vsock", help::keys::<VsockOptions>)) {
         Ok(cli) => serve(&program, &cli.serve, &cli.vsock).into(),
         Err(message) => {
             eprintln!("ringvm-vsock: {message}");
