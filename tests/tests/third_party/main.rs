@@ -9,6 +9,7 @@ mod network;
 mod qemu;
 mod served;
 mod uml;
+mod vsock;
 
 use std::fmt::Display;
 use std::sync::{Mutex, MutexGuard, PoisonError};
