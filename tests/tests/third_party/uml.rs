@@ -24,6 +24,7 @@ const LIMIT: Duration = Duration::from_secs(180);
 /// Of the virtio specification, as UML's option wants them.
 const NET: u32 = 1;
 const BLOCK: u32 = 2;
+pub(crate) const CONSOLE: u32 = 3;
 pub(crate) const VSOCK: u32 = 19;
 
 /// Boots it with a device of that kind that a daemon serves, with its root in a folder of the host.
