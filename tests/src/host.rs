@@ -178,7 +178,16 @@ pub fn uml_modules() -> Result<Vec<PathBuf>> {
     let versions = std::fs::read_dir(folder).map_err(Error::file("reading", folder))?;
     let newest = versions.filter_map(|version| Some(version.ok()?.path())).max();
     let kernel = newest.ok_or_else(|| Error::Missing(format!("no modules in {}", folder.display())))?.join("kernel");
-    let names = ["drivers/block/virtio_blk", "net/core/failover", "drivers/net/net_failover", "drivers/net/virtio_net"];
+    let names = [
+        "drivers/block/virtio_blk",
+        "net/core/failover",
+        "drivers/net/net_failover",
+        "drivers/net/virtio_net",
+        "drivers/char/virtio_console",
+        "net/vmw_vsock/vsock",
+        "net/vmw_vsock/vmw_vsock_virtio_transport_common",
+        "net/vmw_vsock/vmw_vsock_virtio_transport",
+    ];
     let modules: Vec<_> = names.iter().map(|name| kernel.join(name).with_extension("ko")).collect();
     match modules.iter().find(|module| !module.exists()) {
         Some(module) => Err(Error::Missing(format!("{} is not installed", module.display()))),

@@ -1,14 +1,16 @@
-//! Other people's vhost-user clients over `ringvm-blk` and `ringvm-net`, all from Debian's packages: QEMU with a stock Debian guest
-//! under TCG and DPDK's virtio-user, while the daemons are killed and started again, and User Mode Linux.
+//! Other people's vhost-user clients over our daemons, all from Debian's packages: QEMU with a stock Debian guest under TCG and
+//! DPDK's virtio-user, while daemons of disks and NICs are killed and started again, and User Mode Linux.
 
 mod bios;
 mod blk;
+mod console;
 mod dpdk;
 mod net;
 mod network;
 mod qemu;
 mod served;
 mod uml;
+mod vsock;
 
 use std::fmt::Display;
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -7,9 +7,9 @@ use std::process::Command;
 use std::time::Duration;
 
 use ringvm_bench::linux::tree::Tree;
-use ringvm_tests::Result;
 use ringvm_tests::host::{Need, need, say, uml_modules};
 use ringvm_tests::native::{daemon, program};
+use ringvm_tests::{Result, paths};
 
 use crate::network::Network;
 use crate::qemu::Guest;
@@ -24,13 +24,15 @@ const LIMIT: Duration = Duration::from_secs(180);
 /// Of the virtio specification, as UML's option wants them.
 const NET: u32 = 1;
 const BLOCK: u32 = 2;
+pub(crate) const CONSOLE: u32 = 3;
+pub(crate) const VSOCK: u32 = 19;
 
 /// Boots it with a device of that kind that a daemon serves, with its root in a folder of the host.
-fn boot(kind: u32, socket: &Path, tool: &str) -> Guest {
+pub(crate) fn boot(kind: u32, socket: &Path, tools: &[&str]) -> Guest {
     let folder = scratch();
     let root = folder.path().join("root");
     ok(std::fs::create_dir(&root));
-    ok(tree(tool).and_then(|tree| Ok(tree.write_folder(&root)?)));
+    ok(tree(tools).and_then(|tree| Ok(tree.write_folder(&root)?)));
     let disks = u32::from(kind == BLOCK);
     let user: &[&str] = if rustix::process::geteuid().is_root() { &[] } else { &["--user", "--map-root-user"] };
     // It has children that would outlive it: they end with their PID namespace.
@@ -50,15 +52,18 @@ fn boot(kind: u32, socket: &Path, tool: &str) -> Guest {
     Guest::over(ok(started), folder)
 }
 
-/// What it boots into: the lab's init, the drivers, and a tool.
-fn tree(tool: &str) -> Result<Tree> {
+/// What it boots into: the lab's init, the drivers, `lab-stream`, and these tools.
+fn tree(tools: &[&str]) -> Result<Tree> {
     let mut tree = Tree::default();
     tree.busybox()?;
     for folder in ["dev", "proc", "sys", "run", "tmp", "mnt"] {
         tree.folder(folder);
     }
     tree.text("init", include_str!("../../src/lab/init/l2.sh"), 0o755);
-    tree.tool(tool)?;
+    tree.binary("bin/lab-stream", &paths::helper("lab-stream")?)?;
+    for tool in tools {
+        tree.tool(tool)?;
+    }
     let mut order = String::new();
     for module in uml_modules()? {
         let name = format!("modules/{}", module.file_name().unwrap_or_default().display());
@@ -81,7 +86,7 @@ fn user_mode_linux_verifies_a_disk() {
     let disk = format!("path={},serial=user-mode", image.display());
     let path = socket.display().to_string();
     let served = Daemon::start(move || ok(daemon("ringvm-blk", ["-v", "--stats", "--socket", &path, "--disk", &disk])));
-    let mut guest = boot(BLOCK, &socket, "fio");
+    let mut guest = boot(BLOCK, &socket, &["fio"]);
     assert_eq!(guest.run("cat /sys/block/vda/size /sys/block/vda/serial"), "131072\nuser-mode");
     for direct in [0, 1] {
         let output = guest.run_for(
@@ -119,7 +124,7 @@ fn user_mode_linux_moves_tcp_both_ways() {
         program("setpriv", words.iter().cloned().chain(options))
     });
     let _server = ok(network.program("iperf3", &["-s"]).start());
-    let mut guest = boot(NET, &socket, "iperf3");
+    let mut guest = boot(NET, &socket, &["iperf3"]);
     assert_eq!(guest.run("cat /sys/class/net/eth0/address"), MAC);
     guest.run(&format!("ip addr add {GUEST}/24 dev eth0 && ip link set eth0 up && ping -c 3 -W 5 {HOST}"));
     for direction in ["", "-R"] {
