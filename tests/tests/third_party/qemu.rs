@@ -15,7 +15,7 @@ use crate::{ok, scratch};
 /// What the guest's init prints when its shell reads commands.
 const READY: &str = "ringvm-lab: guest ready\n";
 /// Measured: 5 s on an idle machine.
-const START_LIMIT: Duration = Duration::from_secs(90);
+const START_LIMIT: Duration = Duration::from_secs(180);
 const LIMIT: Duration = Duration::from_secs(60);
 /// For the rest of a line that has begun: that of a command that has failed does not come.
 const LIMIT_OF_A_LINE: Duration = Duration::from_secs(10);
