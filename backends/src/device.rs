@@ -151,8 +151,11 @@ pub trait Device: Send {
     /// FEATURES_OK clear.
     fn ack_features(&mut self, features: u64) -> Result<(), DeviceError>;
 
-    /// Fills `data` from the device-specific configuration space; bytes beyond its end read as zero.
-    fn read_config(&self, offset: u32, data: &mut [u8]);
+    /// Fills `data` from the device-specific configuration space; bytes beyond its end read as zero. A device that has none
+    /// leaves this as it is.
+    fn read_config(&self, _offset: u32, data: &mut [u8]) {
+        data.fill(0);
+    }
 
     /// Bytes of the configuration space that belong to the driver: it reads back its own writes, even before the
     /// device has seen them.
@@ -163,8 +166,11 @@ pub trait Device: Send {
     /// Writes the device-specific configuration space.
     ///
     /// # Errors
-    /// [`DeviceError::Config`] where it is not writable; nothing was changed then.
-    fn write_config(&mut self, offset: u32, data: &[u8]) -> Result<(), DeviceError>;
+    /// [`DeviceError::Config`] where it is not writable, which is everywhere unless the device says otherwise; nothing was
+    /// changed then.
+    fn write_config(&mut self, offset: u32, data: &[u8]) -> Result<(), DeviceError> {
+        Err(DeviceError::Config { device: self.info().name.clone(), offset, len: data.len() })
+    }
 
     /// Starts to serve queue `index`. The ring is looked at once without waiting for a kick.
     ///

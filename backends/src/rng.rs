@@ -79,14 +79,6 @@ impl Device for RngDevice {
         Ok(())
     }
 
-    fn read_config(&self, _: u32, data: &mut [u8]) {
-        data.fill(0);
-    }
-
-    fn write_config(&mut self, offset: u32, data: &[u8]) -> Result<(), DeviceError> {
-        Err(DeviceError::Config { device: self.info.name.clone(), offset, len: data.len() })
-    }
-
     fn start_queue(&mut self, index: u16, parts: QueueParts) -> Result<(), DeviceError> {
         self.queues.start(index, parts, self.features, || RngHandler { bytes: [0; MAX_BYTES] })
     }

@@ -95,8 +95,8 @@ impl ConfigChange {
 pub struct Hosted<B: VhostUserBackend> {
     info: DeviceInfo,
     threads: Vec<Thread<B>>,
-    /// Of each queue: its thread, and its place among the queues there.
-    seats: Vec<(usize, usize)>,
+    /// Of each queue: its thread, and its place among the queues there. A backend may leave a queue to no thread.
+    seats: Vec<Option<(usize, usize)>>,
     shown: Arc<Shown<B::Bitmap>>,
     changed: ConfigChange,
     panics: Arc<Panics>,
@@ -133,14 +133,14 @@ where
         let kicks: Arc<[AtomicU64]> = (0..queues).map(|_| AtomicU64::new(0)).collect();
         let of_mask = |mask: u64| (0..queues.min(64)).filter(|queue| mask >> queue & 1 != 0).collect();
         let per_thread: Vec<Vec<usize>> = backend.queues_per_thread().into_iter().map(of_mask).collect();
-        // Before any thread starts: the backend may be wrong here, too.
+        if per_thread.is_empty() {
+            return Err(wrong("it wants no thread".to_owned()));
+        }
         let seat = |queue: usize| {
             let place_on = |numbers: &Vec<usize>| numbers.iter().position(|&number| number == queue);
-            let mut places = per_thread.iter().enumerate();
-            let seat = places.find_map(|(thread, numbers)| Some((thread, place_on(numbers)?)));
-            seat.ok_or_else(|| wrong(format!("no thread of it serves queue {queue}")))
+            per_thread.iter().enumerate().find_map(|(thread, numbers)| Some((thread, place_on(numbers)?)))
         };
-        let seats = (0..queues).map(seat).collect::<Result<_, _>>()?;
+        let seats = (0..queues).map(seat).collect();
         let panics = Arc::<Panics>::default();
         let mut threads = Vec::new();
         for (thread, on_thread) in per_thread.into_iter().enumerate() {
@@ -297,8 +297,8 @@ where
     }
 
     fn start_queue(&mut self, index: u16, parts: QueueParts) -> Result<(), DeviceError> {
-        let seat = self.seats.get(usize::from(index)).copied();
-        let (thread, place) = seat.ok_or_else(|| self.refuse(index, "does not exist"))?;
+        let seat = *self.seats.get(usize::from(index)).ok_or_else(|| self.refuse(index, "does not exist"))?;
+        let (thread, place) = seat.ok_or_else(|| self.refuse(index, "is served by no thread of its backend"))?;
         if parts.inflight.is_some() || !parts.left.is_empty() {
             return Err(self.refuse(index, "can't take requests over: its backend knows no table of those in flight"));
         }
@@ -321,7 +321,7 @@ where
         // The backend's threads keep to it. One that does not come back from a call of the backend can't.
         let deadline = Instant::now() + STOP_PATIENCE;
         let stop = |&index: &u16| {
-            let &(thread, place) = self.seats.get(usize::from(index))?;
+            let (thread, place) = (*self.seats.get(usize::from(index))?)?;
             Some(self.threads[thread].stop(place, deadline))
         };
         // All threads are told before the first is waited for.

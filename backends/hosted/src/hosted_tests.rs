@@ -551,14 +551,22 @@ fn a_backend_that_makes_no_device_is_refused() {
 }
 
 #[test]
-fn a_queue_without_a_thread_is_refused_before_any_thread_starts() {
+fn a_queue_without_a_thread_does_not_start() {
     let mut partial = Odd::new(Manner::Works);
-    partial.masks = vec![0b001, 0b100];
-    let backend = Arc::new(RwLock::new(partial));
-    let error = Hosted::new("odd0", 4, 4, Arc::clone(&backend)).err().unwrap().to_string();
-    assert!(error.contains("no thread of it serves queue 1"), "{error}");
-    // A thread would have a clone of its own.
-    assert_eq!(Arc::strong_count(&backend), 1);
+    partial.masks = vec![0b101];
+    let mut rig = Rig::new(Hosted::new("odd0", 4, 4, Arc::new(RwLock::new(partial))).unwrap());
+    let error = rig.start(1, QueueState::default()).unwrap_err().to_string();
+    assert!(error.contains("odd0") && error.contains("no thread"), "{error}");
+    rig.start(2, QueueState::default()).unwrap();
+    rig.device.reset();
+}
+
+#[test]
+fn a_backend_without_threads_is_no_device() {
+    let mut none = Odd::new(Manner::Works);
+    none.masks = Vec::new();
+    let error = Hosted::new("odd0", 4, 4, Arc::new(RwLock::new(none))).err().unwrap().to_string();
+    assert!(error.contains("wants no thread"), "{error}");
 }
 
 #[test]

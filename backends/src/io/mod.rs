@@ -5,7 +5,7 @@
 //! through [`ops`]. What is not a queue runs as async code beside them, see [`tasks`].
 
 pub mod ops;
-pub(crate) mod queues;
+pub mod queues;
 pub mod reactor;
 pub mod receiver;
 pub mod ring;

@@ -16,7 +16,7 @@ use crate::virtqueue::stopping::{Gathering, Stopping};
 use crate::virtqueue::{End, QueueParts};
 
 /// The queues of a device.
-pub(crate) struct Queues {
+pub struct Queues {
     name: String,
     pool: ReactorPool,
     places: Vec<Option<Place>>,
@@ -35,8 +35,9 @@ enum Place {
 }
 
 impl Queues {
-    /// `count` queues, none running.
-    pub(crate) fn new(name: &str, count: usize, pool: ReactorPool) -> Self {
+    /// `count` queues, none running. Threads of `pool` serve them.
+    #[must_use]
+    pub fn new(name: &str, count: usize, pool: ReactorPool) -> Self {
         let device = trace::device(name);
         Self {
             name: name.to_owned(),
@@ -54,7 +55,11 @@ impl Queues {
 
     /// Starts a queue whose chains are requests. The handler is built on the I/O thread that serves it, and may be
     /// bound to it.
-    pub(crate) fn start<H: Handler + 'static>(
+    ///
+    /// # Errors
+    /// [`DeviceError::Queue`] for a queue that does not exist or runs already, [`DeviceError::Ring`] for a ring that can't be
+    /// served, [`DeviceError::Host`] when the thread can't take it.
+    pub fn start<H: Handler + 'static>(
         &mut self,
         index: u16,
         parts: QueueParts,
@@ -65,7 +70,11 @@ impl Queues {
     }
 
     /// Starts a queue whose chains wait for frames. The source is built on the I/O thread that serves it.
-    pub(crate) fn start_receiver<S: Source + 'static>(
+    ///
+    /// # Errors
+    /// [`DeviceError::Queue`] for a queue that does not exist or runs already, [`DeviceError::Ring`] for a ring that can't be
+    /// served, [`DeviceError::Host`] when the thread can't take it.
+    pub fn start_receiver<S: Source + 'static>(
         &mut self,
         index: u16,
         parts: QueueParts,
@@ -115,7 +124,7 @@ impl Queues {
 
     /// Stops queues as [`Device::stop`](crate::device::Device::stop) does. All are told before the first is waited
     /// for, so their requests in flight end in parallel.
-    pub(crate) fn stop(&mut self, indices: &[u16], end: End) -> Stopping {
+    pub fn stop(&mut self, indices: &[u16], end: End) -> Stopping {
         let (gathering, stopping) = Gathering::new(indices.len());
         for (position, &index) in indices.iter().enumerate() {
             let Some(Some(place)) = self.places.get_mut(usize::from(index)) else { continue };
@@ -136,7 +145,7 @@ impl Queues {
     }
 
     /// Suspends every queue, and forgets where each stood.
-    pub(crate) fn reset(&mut self) {
+    pub fn reset(&mut self) {
         let indices: Vec<u16> = (0..self.places.len() as u16).collect();
         drop(self.stop(&indices, End::Suspended).wait());
         self.places.fill_with(|| None);
@@ -151,7 +160,8 @@ impl Queues {
     }
 
     /// Counters of the queues.
-    pub(crate) fn stats(&self) -> DeviceStats {
+    #[must_use]
+    pub fn stats(&self) -> DeviceStats {
         let queues = (0..).zip(self.ended.iter().zip(&self.places)).filter_map(|(index, (ended, place))| {
             // Of one that stops, the last word comes with its end.
             let running = match place {

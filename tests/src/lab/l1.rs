@@ -129,7 +129,7 @@ impl L1 {
             .arg(&payload.kernel)
             .arg("-initrd")
             .arg(&payload.initramfs)
-            .args(["-append", "console=ttyS0 panic=-1 quiet"])
+            .args(["-append", "console=ttyS0 panic=-1 no_timer_check quiet"])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(stderr);

@@ -35,7 +35,7 @@ pub(crate) const USER: u64 = 0x7f00_0000_0000;
 pub(crate) const GUEST: u64 = 0x10_0000;
 pub(crate) const SIZE: u16 = 64;
 const RING_SPACE: u64 = 0x1_0000;
-const DATA: u64 = GUEST + 0x10_0000;
+pub(crate) const DATA: u64 = GUEST + 0x10_0000;
 /// Protocol features: MQ, LOG_SHMFD, REPLY_ACK, BACKEND_REQ, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, CONFIGURE_MEM_SLOTS, STATUS,
 /// DEVICE_STATE, GET_VRING_BASE_INFLIGHT, GET_VRING_BASE_SKIP_DRAIN.
 pub(crate) const PROTOCOL: u64 =
