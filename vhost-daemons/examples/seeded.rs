@@ -1,4 +1,5 @@
-//! An entropy device whose bytes follow from a seed, for guests whose runs are to repeat. A device of one's own: what a request
+//! An entropy device whose bytes follow from a seed, for guests whose runs are to repeat: the bytes begin anew with each
+//! reset. A device of one's own: what a request
 //! means is a `Handler`, and the rest of the device is said once.
 //!
 //! ```text
@@ -7,6 +8,8 @@
 //! ```
 
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use clap::Parser;
 use ringvm_backends::device::{Device, DeviceError, DeviceInfo, QueueParts};
@@ -24,8 +27,8 @@ use ringvm_vhost_daemons::options::ServeOptions;
 use ringvm_vhost_daemons::{Program, serve};
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
-/// What the one queue does.
-struct Generator(u64);
+/// What the one queue does. The device keeps the generator's state: a queue that stops and starts again goes on.
+struct Generator(Arc<AtomicU64>);
 
 impl Handler for Generator {
     type Request = ();
@@ -33,12 +36,13 @@ impl Handler for Generator {
     const OPS: &'static [&'static str] = &["read"];
 
     fn start(&mut self, chain: &mut Chain, (): &mut (), _: &mut Io<'_>) -> Step {
-        let mut bytes = [0; 256];
+        let (mut bytes, mut state) = ([0; 256], self.0.load(Ordering::Relaxed));
         for word in bytes.chunks_mut(8) {
             // Knuth's generator; the high half of its state is the better one.
-            self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            word.copy_from_slice(&(self.0 ^ self.0 >> 32).to_le_bytes());
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            word.copy_from_slice(&(state ^ state >> 32).to_le_bytes());
         }
+        self.0.store(state, Ordering::Relaxed);
         let written = chain.writable.copy_from(&bytes);
         Step::Done(Outcome { op: 0, written: written as u32, bytes: written as u64, ok: written > 0 })
     }
@@ -51,6 +55,7 @@ impl Handler for Generator {
 struct Seeded {
     info: DeviceInfo,
     seed: u64,
+    state: Arc<AtomicU64>,
     features: u64,
     queues: Queues,
 }
@@ -61,13 +66,14 @@ impl Device for Seeded {
     }
 
     fn ack_features(&mut self, features: u64) -> Result<(), DeviceError> {
+        self.info.check_features(features)?;
         self.features = features;
-        self.info.check_features(features)
+        Ok(())
     }
 
     fn start_queue(&mut self, index: u16, parts: QueueParts) -> Result<(), DeviceError> {
-        let seed = self.seed;
-        self.queues.start(index, parts, self.features, move || Generator(seed))
+        let state = Arc::clone(&self.state);
+        self.queues.start(index, parts, self.features, move || Generator(state))
     }
 
     fn stop(&mut self, queues: &[u16], end: End) -> Stopping {
@@ -76,13 +82,16 @@ impl Device for Seeded {
 
     fn reset(&mut self) {
         self.queues.reset();
+        self.state.store(self.seed, Ordering::Relaxed);
     }
 
     fn save_state(&self) -> Result<Vec<u8>, DeviceError> {
-        Ok(Vec::new())
+        Ok(self.state.load(Ordering::Relaxed).to_le_bytes().into())
     }
 
-    fn load_state(&mut self, _: &[u8]) -> Result<(), DeviceError> {
+    fn load_state(&mut self, state: &[u8]) -> Result<(), DeviceError> {
+        let refused = |_| DeviceError::State { device: self.info.name.clone(), reason: "it is not of 8 bytes" };
+        self.state.store(u64::from_le_bytes(state.try_into().map_err(refused)?), Ordering::Relaxed);
         Ok(())
     }
 
@@ -111,7 +120,8 @@ fn main() -> ExitCode {
             let (device_type, queue_sizes) = (VIRTIO_ID_RNG, vec![64]);
             let info =
                 DeviceInfo { device_type, name: name.into(), features: RING_FEATURES, queue_sizes, config_len: 0 };
-            Ok(Box::new(Seeded { info, seed, features: 0, queues: Queues::new(name, 1, pool.clone()) }))
+            let (state, queues) = (Arc::new(seed.into()), Queues::new(name, 1, pool.clone()));
+            Ok(Box::new(Seeded { info, seed, state, features: 0, queues }))
         },
     };
     match usage::parse::<Cli>("seeded", |command| command) {

@@ -13,6 +13,7 @@
 //! The crate has no way to note requests in flight for a successor, to give back requests half done, or to log
 //! written pages. [`Device::recovers`] says so, and whoever asks for these things is refused.
 
+mod contact;
 mod event_loop;
 mod memory;
 mod thread;
@@ -38,9 +39,11 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::mmap::NewBitmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use self::contact::{Contact, Panics};
 use self::event_loop::{EventLoop, Ring};
 use self::memory::{Lease, Shown};
-use self::thread::{Contact, Ending, NoAnswer, PATIENCE, Panics, Thread};
+pub(crate) use self::thread::PATIENCE;
+use self::thread::{Ending, NoAnswer, Thread};
 use crate::listeners::Listeners;
 
 /// What threads of backends are called, before the name of their device.
@@ -344,7 +347,8 @@ where
         drop(self.stop(&indices, End::Drained).wait());
         let reset = self.call(0, "a reset", |event_loop| event_loop.backend().reset_device());
         if let Err(error) = reset {
-            warn!(%error, "the device is not reset");
+            warn!(%error, "the device is not reset before its backend is back");
+            self.threads[0].contact.want_reset();
         }
     }
 

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use ringvm_tests::Result;
-use ringvm_tests::host::{Need, need};
+use ringvm_tests::host::{Need, is_of_a_lost_peer, need};
 use ringvm_tests::lab::{Exit, Guest, Lab, lab, vm};
 
 /// The variable with the bytes that each stream of the vsock has, for more than the usual.
@@ -102,6 +102,7 @@ fn ends_of_connections(lab: &Lab, guest: &mut Guest, socket: &str) -> Result<()>
     // The tool that people use, and the handshake in clear.
     let sum = lab.run(&format!("{text} | md5sum"))?;
     let here = Beside::start(lab, usual, &format!("socat -u UNIX-LISTEN:{socket}_5004 - | md5sum"))?;
+    lab.run(&format!("until [ -S {socket}_5004 ]; do sleep 0.1; done"))?;
     guest.run_for(usual, &format!("{text} | socat -t 60 - VSOCK-CONNECT:2:5004"))?;
     assert_eq!(here.finish()?.trim_end(), sum);
     guest.start("socat -u VSOCK-LISTEN:6004 - | md5sum; echo guest-has-it")?;
@@ -122,11 +123,6 @@ fn ends_of_connections(lab: &Lab, guest: &mut Guest, socket: &str) -> Result<()>
     let (code, said) = here.end()?;
     assert!(code == "1" && is_of_a_lost_peer(&said), "code {code}: {said}");
     Ok(())
-}
-
-/// Whether a sender's end is that of a connection whose other side is gone.
-fn is_of_a_lost_peer(said: &str) -> bool {
-    said.contains("Broken pipe") || said.contains("Connection reset")
 }
 
 /// A key is pressed at `address`, the end in L1 of a guest's console, and a text of so many lines comes out whole.

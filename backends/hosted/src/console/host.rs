@@ -21,14 +21,15 @@ use super::backlog::{Backlog, CAPACITY};
 use super::end::{Door, End};
 use super::stall::Stall;
 use super::stream::Stream;
+use crate::hosted::PATIENCE;
 
 /// Bytes of input read at once.
 const CHUNK: usize = 4096;
 /// How long the reader may take to accept more of the rest of the output, and all of it. The thread of a hosted device
-/// does this when it ends, so all of it is less than the time that `Hosted` waits for its threads (`PATIENCE` in
-/// `hosted.rs`, a second).
+/// does this when it ends, and is not waited for longer than [`PATIENCE`].
 const FINISH_STALL: Duration = Duration::from_millis(500);
 const FINISH_LIMIT: Duration = Duration::from_millis(800);
+const _: () = assert!(FINISH_LIMIT.as_millis() < PATIENCE.as_millis());
 /// Clients accepted or refused in a turn.
 const CLIENTS: usize = 16;
 

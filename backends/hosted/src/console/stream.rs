@@ -13,8 +13,9 @@ use rustix::termios::isatty;
 use tracing::debug;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-/// Bytes written at once to a descriptor that may block: a pipe that polls writable takes them (PIPE_BUF).
-const CAUTIOUS: usize = 4096;
+/// Bytes written at once. A pipe that polls writable takes them without blocking (PIPE_BUF). And a socket has room again when
+/// its reader has read what one write brought: pieces much longer would hide that a slow reader reads.
+const PIECE: usize = 4096;
 
 /// The state of a descriptor in the epoll instance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,8 +65,7 @@ impl Stream {
     /// Writes what there is room for. `WouldBlock` if there is none.
     pub(super) fn write(&mut self, data: &[u8]) -> io::Result<usize> {
         self.check(PollFlags::OUT)?;
-        let count = if self.may_block { data.len().min(CAUTIOUS) } else { data.len() };
-        self.file.write(&data[..count])
+        self.file.write(&data[..data.len().min(PIECE)])
     }
 
     fn check(&self, flags: PollFlags) -> io::Result<()> {

@@ -4,8 +4,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
@@ -18,8 +18,8 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::STOP_PATIENCE;
+use super::contact::{Contact, Panics};
 use super::memory::Lease;
-use super::thread::{Call, Contact, Panics};
 use crate::listeners::Listeners;
 
 /// What events of the thread's own carry: beyond the 16 bits that a backend's have.
@@ -36,6 +36,9 @@ const LOOK_PAUSE: i32 = 5;
 
 /// An aligned address where no guest has memory.
 const NOWHERE: u64 = !0xf;
+
+/// A call on one of the backend's threads.
+pub(super) type Call<B> = Box<dyn FnOnce(&mut EventLoop<B>) + Send>;
 
 /// A queue's parts, as the thread needs them.
 pub(super) struct Ring<Bitmap: vm_memory::bitmap::Bitmap> {
@@ -67,34 +70,6 @@ impl StartError {
 impl From<io::Error> for StartError {
     fn from(error: io::Error) -> Self {
         Self::Host(error)
-    }
-}
-
-/// The fault lines of the queues that a thread serves, within reach when the thread is not.
-pub(super) struct Faults(Mutex<Vec<Interrupt>>);
-
-impl Faults {
-    pub(super) fn of(count: usize) -> Self {
-        Self(Mutex::new(vec![Interrupt::None; count]))
-    }
-
-    fn set(&self, place: usize, fault: Interrupt) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)[place] = fault;
-    }
-
-    /// Says of a queue that it is not served any more, once.
-    fn raise_of(&self, place: usize) {
-        let fault = std::mem::take(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner)[place]);
-        fault.raise();
-    }
-
-    /// Says so of every queue.
-    pub(super) fn raise(&self) {
-        let faults: Vec<_> = {
-            let mut faults = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            faults.iter_mut().map(std::mem::take).collect()
-        };
-        faults.iter().for_each(Interrupt::raise);
     }
 }
 
@@ -250,7 +225,7 @@ impl<B: VhostUserBackend> EventLoop<B> {
                 self.event(event.data(), EventSet::from_bits_truncate(event.events()));
             }
             loop {
-                self.stop_unwanted();
+                self.make_up();
                 match self.inbox.try_recv() {
                     Ok(call) => call(self),
                     Err(TryRecvError::Empty) => break,
@@ -262,19 +237,23 @@ impl<B: VhostUserBackend> EventLoop<B> {
         }
     }
 
-    /// Stops queues whose ends nobody waits for: the thread did not come back when they were to stop.
-    fn stop_unwanted(&mut self) {
+    /// Stops queues whose ends nobody waits for, because the thread did not come back when they were to stop, and makes up for a
+    /// reset.
+    fn make_up(&mut self) {
         let mut places = self.contact.take_unwanted();
         while places != 0 {
             let place = places.trailing_zeros() as usize;
             places &= places - 1;
             self.stop(place, Instant::now() + STOP_PATIENCE, None);
         }
+        if self.contact.take_reset() {
+            self.backend.reset_device();
+        }
     }
 
     fn event(&mut self, data: u64, events: EventSet) {
         // The event may be a kick of such a queue.
-        self.stop_unwanted();
+        self.make_up();
         let place = (data & !KIND) as usize;
         match data & KIND {
             // The counter of a kick is never read: another process may have it too. Its edges count.

@@ -1,68 +1,21 @@
 //! A thread of a hosted backend as its device sees it: calls with a limit, and what becomes of those beyond it.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use ringvm_backends::device::Suspended;
-use ringvm_backends::io::reactor::OnPanic;
 use vhost_user_backend::VhostUserBackend;
-use vmm_sys_util::eventfd::EventFd;
 
-use super::event_loop::{EventLoop, Faults};
+use super::contact::Contact;
+use super::event_loop::{Call, EventLoop};
 use crate::listeners::Listeners;
 
 /// Longest time that the backend may take for a call that a driver or a transport waits for. Less than the 2 s that a
 /// frontend gives a daemon: the reason is to reach it.
-pub(super) const PATIENCE: Duration = Duration::from_secs(1);
-
-/// A call on one of the backend's threads.
-pub(super) type Call<B> = Box<dyn FnOnce(&mut EventLoop<B>) + Send>;
-
-/// What a thread and its device tell each other beside calls.
-pub(super) struct Contact {
-    pub(super) wake: EventFd,
-    pub(super) faults: Faults,
-    /// Somebody has stopped waiting for the thread, which has not come back from the backend since.
-    hung: AtomicBool,
-    /// Queues to stop when it does, by their place on the thread.
-    unwanted: AtomicU64,
-}
-
-impl Contact {
-    pub(super) fn new(wake: EventFd, queues: usize) -> Self {
-        Self { wake, faults: Faults::of(queues), hung: AtomicBool::new(false), unwanted: AtomicU64::new(0) }
-    }
-
-    fn wake(&self) {
-        // Full: it was woken often enough.
-        let _ = self.wake.write(1);
-    }
-
-    /// The thread does not come back in time. It is woken, and says that it is back when it has its next turn.
-    fn give_up(&self) {
-        self.hung.store(true, Ordering::SeqCst);
-        self.wake();
-    }
-
-    /// Whether nobody is to wait for the thread.
-    pub(super) fn is_hung(&self) -> bool {
-        self.hung.load(Ordering::SeqCst)
-    }
-
-    /// The thread is back from the backend.
-    pub(super) fn is_back(&self) {
-        self.hung.store(false, Ordering::SeqCst);
-    }
-
-    /// Takes the queues that were to stop while the thread was away: a bit for each place.
-    pub(super) fn take_unwanted(&self) -> u64 {
-        // Mostly there are none, and kicks need not write what another thread reads.
-        if self.unwanted.load(Ordering::SeqCst) == 0 { 0 } else { self.unwanted.swap(0, Ordering::SeqCst) }
-    }
-}
+pub(crate) const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Why there is no answer.
 #[derive(Clone, Copy, Debug)]
@@ -73,36 +26,6 @@ pub(super) enum NoAnswer {
     Hung,
     /// The thread has ended.
     Dead,
-}
-
-/// Whom to tell that a thread has panicked. The device is asked for it when its threads run already.
-#[derive(Default)]
-pub(super) struct Panics(Mutex<(OnPanic, usize)>);
-
-impl Panics {
-    /// Also tells of threads of the backend of `device` that have panicked before.
-    pub(super) fn set(&self, device: &str, on_panic: OnPanic) {
-        let before = {
-            let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            state.0 = on_panic.clone();
-            state.1
-        };
-        (0..before).for_each(|_| on_panic.tell(&backend_of(device)));
-    }
-
-    /// A thread of the backend of `device` has panicked.
-    pub(super) fn tell(&self, device: &str) {
-        let on_panic = {
-            let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            state.1 += 1;
-            state.0.clone()
-        };
-        on_panic.tell(&backend_of(device));
-    }
-}
-
-fn backend_of(device: &str) -> String {
-    format!("the backend of {device}")
 }
 
 /// A queue on its way out.

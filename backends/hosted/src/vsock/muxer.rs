@@ -34,11 +34,14 @@ pub(super) struct Limits {
     pub(super) replies: usize,
     /// Time for a handshake, for the guest's answer to a request, and for its RST when both sides are done.
     pub(super) patience: Duration,
+    /// Time for programs to take the rest of what a guest has sent that is reset since.
+    pub(super) linger: Duration,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { connections: 1023, handshakes: 64, replies: 256, patience: Duration::from_secs(10) }
+        let (patience, linger) = (Duration::from_secs(10), Duration::from_secs(60));
+        Self { connections: 1023, handshakes: 64, replies: 256, patience, linger }
     }
 }
 
@@ -119,8 +122,14 @@ impl Muxer {
         self.replies.clear();
         self.control.clear();
         self.data.clear();
+        // Programs that do not take the rest keep no room from the connections to come.
+        let deadline = Instant::now() + self.limits.linger;
         for connection in self.connections.values_mut() {
             (connection.in_control, connection.in_data) = (false, false);
+            connection.deadline.get_or_insert(deadline);
+        }
+        if !self.connections.is_empty() {
+            self.watch_time();
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vhost_user_backend::VhostUserBackend;
 
@@ -189,6 +189,21 @@ fn what_the_guest_has_sent_before_it_closed_is_delivered_after_a_reset() {
     assert_eq!(rig.held().0, 1);
     rig.send(other.header(op::RW), b"data");
     assert_eq!(read(&mut second, 4), b"data");
+}
+
+#[test]
+fn a_program_that_does_not_take_what_a_reset_guest_has_sent_keeps_its_place_for_a_limited_time() {
+    let mut rig = Rig::with(Limits { linger: Duration::from_millis(200), ..hasty() });
+    let (_program, mut guest) = rig.connected();
+    send_and_close(&mut rig, &mut guest);
+    rig.stop();
+    rig.vsock.reset_device();
+    rig.restart();
+    let begun = Instant::now();
+    while rig.held().0 > 0 {
+        assert!(begun.elapsed() < Duration::from_secs(20), "it keeps its place");
+        rig.turn();
+    }
 }
 
 #[test]

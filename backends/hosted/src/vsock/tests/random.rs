@@ -69,11 +69,12 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-const LIMITS: Limits =
-    Limits { connections: 8, handshakes: 3, replies: 16, patience: std::time::Duration::from_secs(10) };
+fn limits() -> Limits {
+    Limits { connections: 8, handshakes: 3, replies: 16, ..Limits::default() }
+}
 
 fn run(steps: Vec<Step>) {
-    let mut rig = Rig::with(LIMITS);
+    let mut rig = Rig::with(limits());
     let listeners: Vec<_> = (50..52).map(|port| UnixListener::bind(rig.path_of(port)).unwrap()).collect();
     listeners.iter().for_each(|listener| listener.set_nonblocking(true).unwrap());
     let mut ends: Vec<UnixStream> = Vec::new();
@@ -121,9 +122,9 @@ fn run(steps: Vec<Step>) {
         ends.extend(listeners.iter().filter_map(|listener| Some(listener.accept().ok()?.0)));
         rig.turn();
         let (connections, handshakes, kept) = rig.held();
-        assert!(connections + handshakes <= LIMITS.connections && handshakes <= LIMITS.handshakes);
+        assert!(connections + handshakes <= limits().connections && handshakes <= limits().handshakes);
         assert!(kept <= connections * BUF_ALLOC as usize);
-        assert!(rig.waiting() <= LIMITS.replies + 3 * LIMITS.connections);
+        assert!(rig.waiting() <= limits().replies + 3 * limits().connections);
         while rig.try_next().is_some() {}
     }
     // With buffers, whatever the guest has sent comes back.
