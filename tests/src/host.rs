@@ -133,7 +133,7 @@ pub(crate) const LAB_PROGRAMS: [&str; 16] = [
 /// Programs of others, published as crates.
 pub(crate) const FOREIGN: [&str; 4] = ["fsx", "vhost-device-console", "vhost-device-vsock", "virtiofsd"];
 
-/// One of [`FOREIGN`], where tests/run has cargo install it.
+/// A third-party program that is a crate, where tests/run has cargo install it.
 pub fn foreign(name: &str) -> Option<PathBuf> {
     Some(paths::lab().join("foreign/bin").join(name)).filter(|path| path.exists())
 }
