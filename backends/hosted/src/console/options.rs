@@ -51,7 +51,7 @@ impl Check for ConsoleOptions {
             _ => return Err(format!("the console has more than one end on the host: {ENDS}")),
         }
         if let Some(path) = &self.socket {
-            socket_path::check(path)?;
+            socket_path::check(path, 0)?;
         }
         if self.file.as_deref().is_some_and(|path| path.as_os_str().is_empty()) {
             return Err("file= is empty, give a path like console.log".into());

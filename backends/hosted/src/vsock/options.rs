@@ -10,6 +10,9 @@ use thiserror::Error;
 use crate::hosted::HostedError;
 use crate::socket_path;
 
+/// Bytes that the path of a port has more: `_4294967295`.
+const LONGEST_SUFFIX: usize = 11;
+
 /// CIDs that a guest can have. Those below are the hypervisor's, of loopback and the host's; that above means any.
 const CIDS: std::ops::RangeInclusive<u32> = 3..=0xffff_fffe;
 
@@ -41,7 +44,7 @@ impl Check for VsockOptions {
         if self.socket.as_os_str().is_empty() {
             return Err("no socket= is given, name a path for the host's programs to connect to".into());
         }
-        socket_path::check(&self.socket)
+        socket_path::check(&self.socket, LONGEST_SUFFIX)
     }
 }
 
@@ -104,8 +107,9 @@ mod tests {
         }
         assert!(check(3, "").unwrap_err().contains("socket="));
         assert!(check(3, "a\0b").unwrap_err().contains("zero"));
-        check(3, &"x".repeat(107)).unwrap();
-        assert!(check(3, &"x".repeat(108)).unwrap_err().contains("108 bytes"));
+        // With the path of every port.
+        check(3, &"x".repeat(96)).unwrap();
+        assert!(check(3, &"x".repeat(97)).unwrap_err().contains("97 bytes"));
     }
 
     #[test]
