@@ -1,4 +1,4 @@
-//! Says where the package `vhost-user-backend` has its own tests: one of ours has their backend served by us.
+//! Finds the tests in the package of `vhost-user-backend`, whose mock backend a test of ours serves.
 
 use cargo_metadata::MetadataCommand;
 
@@ -15,7 +15,7 @@ fn main() {
     let metadata = metadata.unwrap_or_else(|error| panic!("cargo metadata of the workspace: {error}"));
     let package = metadata.packages.iter().find(|package| package.name.as_str() == "vhost-user-backend");
     let manifest = &package.expect("a dependency of the workspace").manifest_path;
-    println!("cargo:rustc-env=CRATES_OWN_TESTS={}", manifest.with_file_name("tests").join("vhost-user-server.rs"));
+    println!("cargo:rustc-env=UPSTREAM_TESTS={}", manifest.with_file_name("tests").join("vhost-user-server.rs"));
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=../Cargo.lock");
 }

@@ -71,7 +71,7 @@ pub(crate) fn serve<'m>(
             other => break other,
         }
     };
-    // Chains that were given back before the queue broke are told, too.
+    // Interrupts the driver for chains given back before the queue broke, too.
     if chains > 0 {
         notify(&mut vring, mem);
     }

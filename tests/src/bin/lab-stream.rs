@@ -353,7 +353,7 @@ mod tests {
     }
 
     #[test]
-    fn both_ends_say_the_same_and_streams_of_another_length_are_told() {
+    fn both_ends_say_the_same_and_a_stream_of_another_length_is_an_error() {
         let long = 3 * PIECE as u64 + 1001;
         for (sent, expected) in [(0, 0), (1, 1), (long, long), (PIECE as u64, 5), (5, PIECE as u64)] {
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -1,4 +1,4 @@
-//! A folder of L1 that virtiofsd, which is nobody's here, shares with a stock guest.
+//! A folder of L1 that virtiofsd, a third-party daemon, shares with a stock guest.
 
 use std::time::Duration;
 

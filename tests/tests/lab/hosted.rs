@@ -25,30 +25,32 @@ fn limit(bytes: u64) -> Duration {
 }
 
 /// A program in L1 that goes on while the guest does its part.
-struct Beside<'a> {
+struct Background<'a> {
     lab: &'a Lab,
     limit: Duration,
     words: String,
 }
 
-impl<'a> Beside<'a> {
+impl<'a> Background<'a> {
     fn start(lab: &'a Lab, limit: Duration, words: &str) -> Result<Self> {
-        lab.run(&format!("rm -f /run/beside*; (({words}) >/run/beside 2>&1; echo $? >/run/beside.ended) &"))?;
+        lab.run(&format!(
+            "rm -f /run/background*; (({words}) >/run/background 2>&1; echo $? >/run/background.ended) &"
+        ))?;
         Ok(Self { lab, limit, words: words.to_owned() })
     }
 
     /// Waits for its end; its exit code and what it said.
-    fn end(self) -> Result<(String, String)> {
+    fn wait(self) -> Result<(String, String)> {
         let ended = self
             .lab
-            .run_for(self.limit, "until [ -s /run/beside.ended ]; do sleep 0.1; done; cat /run/beside.ended")?;
-        Ok((ended, self.lab.run("cat /run/beside")?))
+            .run_for(self.limit, "until [ -s /run/background.ended ]; do sleep 0.1; done; cat /run/background.ended")?;
+        Ok((ended, self.lab.run("cat /run/background")?))
     }
 
     /// Waits for its end, which must be a success; what it said.
-    fn finish(self) -> Result<String> {
+    fn wait_ok(self) -> Result<String> {
         let words = self.words.clone();
-        let (ended, said) = self.end()?;
+        let (ended, said) = self.wait()?;
         assert_eq!(ended, "0", "L1: {words}: {said}");
         Ok(said)
     }
@@ -64,9 +66,9 @@ fn sum(said: &str, bytes: u64) -> String {
 /// Streams between L1 and the guest, where one side listens. Both must have seen the same bytes.
 fn stream(lab: &Lab, guest: &mut Guest, here: &str, there: &str) -> Result<()> {
     let bytes = stream_bytes();
-    let ours = Beside::start(lab, limit(bytes), &format!("lab-stream {here} {bytes}"))?;
+    let ours = Background::start(lab, limit(bytes), &format!("lab-stream {here} {bytes}"))?;
     let theirs = guest.run_for(limit(bytes), &format!("lab-stream {there} {bytes}"))?;
-    let ours = ours.finish()?;
+    let ours = ours.wait_ok()?;
     assert_eq!(sum(&ours, bytes), sum(&theirs, bytes), "L1: {here}: {ours}; the guest: {there}: {theirs}");
     println!("{there}: {theirs}");
     Ok(())
@@ -85,13 +87,13 @@ fn vsock(lab: &Lab, guest: &mut Guest, socket: &str) -> Result<()> {
 /// Connections that are open at once, of either side; `kind` is lab-stream's word for their end.
 fn many(lab: &Lab, guest: &mut Guest, socket: &str, kind: &str) -> Result<()> {
     let usual = limit(0);
-    let here = Beside::start(lab, usual, &format!("lab-stream listen unix:{socket}_5002-{kind} {kind} {MANY}"))?;
+    let here = Background::start(lab, usual, &format!("lab-stream listen unix:{socket}_5002-{kind} {kind} {MANY}"))?;
     lab.run(&format!("ln -sf {socket}_5002-{kind} {socket}_5002"))?;
     guest.run_for(usual, &format!("lab-stream connect vsock:2:5002 {kind} {MANY}"))?;
-    here.finish()?;
-    let here = Beside::start(lab, usual, &format!("lab-stream connect hybrid:{socket}:6002 {kind} {MANY}"))?;
+    here.wait_ok()?;
+    let here = Background::start(lab, usual, &format!("lab-stream connect hybrid:{socket}:6002 {kind} {MANY}"))?;
     guest.run_for(usual, &format!("lab-stream listen vsock:3:6002 {kind} {MANY}"))?;
-    here.finish().map(drop)
+    here.wait_ok().map(drop)
 }
 
 /// How connections end: one half after the other, with everything under way delivered, or in the middle. vhost-device-vsock 0.3
@@ -101,10 +103,10 @@ fn ends_of_connections(lab: &Lab, guest: &mut Guest, socket: &str) -> Result<()>
     many(lab, guest, socket, "halves")?;
     // The tool that people use, and the handshake in clear.
     let sum = lab.run(&format!("{text} | md5sum"))?;
-    let here = Beside::start(lab, usual, &format!("socat -u UNIX-LISTEN:{socket}_5004 - | md5sum"))?;
+    let here = Background::start(lab, usual, &format!("socat -u UNIX-LISTEN:{socket}_5004 - | md5sum"))?;
     lab.run(&format!("until [ -S {socket}_5004 ]; do sleep 0.1; done"))?;
     guest.run_for(usual, &format!("{text} | socat -t 60 - VSOCK-CONNECT:2:5004"))?;
-    assert_eq!(here.finish()?.trim_end(), sum);
+    assert_eq!(here.wait_ok()?.trim_end(), sum);
     guest.start("socat -u VSOCK-LISTEN:6004 - | md5sum; echo guest-has-it")?;
     // Until the guest listens, the connection ends without an answer.
     let connect = format!(
@@ -113,14 +115,14 @@ fn ends_of_connections(lab: &Lab, guest: &mut Guest, socket: &str) -> Result<()>
     lab.run_for(usual, &connect)?;
     assert_eq!(guest.expect_for(usual, "guest-has-it")?.trim(), sum);
     // A receiver that goes away in the middle: its sender is told.
-    let here = Beside::start(lab, usual, &format!("lab-stream listen unix:{socket}_5003 receive 100000"))?;
+    let here = Background::start(lab, usual, &format!("lab-stream listen unix:{socket}_5003 receive 100000"))?;
     let (code, said) = guest.status(&format!("lab-stream connect vsock:2:5003 send {long}"))?;
     assert!(code == 1 && is_of_a_lost_peer(&said), "code {code}: {said}");
-    here.end()?;
-    let here = Beside::start(lab, usual, &format!("lab-stream connect hybrid:{socket}:6003 send {long}"))?;
+    here.wait()?;
+    let here = Background::start(lab, usual, &format!("lab-stream connect hybrid:{socket}:6003 send {long}"))?;
     let (code, said) = guest.status("lab-stream listen vsock:3:6003 receive 100000")?;
     assert!(code == 1 && said.contains("more came"), "code {code}: {said}");
-    let (code, said) = here.end()?;
+    let (code, said) = here.wait()?;
     assert!(code == "1" && is_of_a_lost_peer(&said), "code {code}: {said}");
     Ok(())
 }

@@ -133,7 +133,7 @@ fn a_broken_ring_is_told_once_and_served_again_after_a_stop() {
 }
 
 #[test]
-fn chains_before_a_bad_entry_are_told() {
+fn chains_before_a_bad_entry_interrupt_the_driver() {
     let (mut rig, mut read) = rig();
     rig.mem.write_slice(b"ok", GuestAddress(TX_DATA)).unwrap();
     rig.tx.want_interrupts(true);

@@ -204,7 +204,7 @@ fn a_bad_entry_is_an_error_and_not_in_flight() {
 }
 
 #[test]
-fn packets_before_a_bad_entry_are_told() {
+fn packets_before_a_bad_entry_interrupt_the_driver() {
     let mut rig = Rig::new();
     let (mut program, mut guest) = rig.connected();
     let position = rig.tx.used_index();

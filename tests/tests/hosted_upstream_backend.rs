@@ -1,10 +1,10 @@
-//! The backend that `vhost-user-backend` has for its own tests, as its package holds it, as a device in this process. Its
-//! assertions are the contract: which memory it is shown, and what is asked of its configuration space. The tests that come
-//! with it run, too, over the crate's own daemon.
+//! The mock backend of `vhost-user-backend`'s own tests, as its package holds it, as a device in this process. Its assertions
+//! are the contract: which memory it is shown, and what is asked of its configuration space. The package's tests, over the
+//! crate's own daemon, come with it; where one of those fails, upstream is to be asked.
 
 #[allow(unexpected_cfgs, warnings, reason = "what is included is not ours")]
-mod theirs {
-    include!(env!("CRATES_OWN_TESTS"));
+mod upstream {
+    include!(env!("UPSTREAM_TESTS"));
 
     #[warn(clippy::all, unused)]
     mod hosted {
@@ -22,7 +22,7 @@ mod theirs {
         const MEMORY: u64 = 0x10_0000;
 
         #[test]
-        fn the_backend_of_the_crates_own_tests_is_a_device() {
+        fn the_mock_backend_of_vhost_user_backend_is_served() {
             let backend = Arc::new(Mutex::new(MockVhostBackend::new()));
             let mut device = Hosted::new("mock0", 42, 0x208, Arc::clone(&backend)).unwrap();
             let features = device.info().features;
