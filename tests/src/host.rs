@@ -226,11 +226,6 @@ fn allowed() -> Vec<Need> {
         .collect()
 }
 
-/// Whether a program's error says that the other side of its connection is gone.
-pub fn is_of_a_lost_peer(said: &str) -> bool {
-    said.contains("Broken pipe") || said.contains("Connection reset")
-}
-
 /// The name of the running test, as libtest names its threads.
 pub fn current_test() -> String {
     thread::current().name().unwrap_or("main").to_owned()

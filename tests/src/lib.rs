@@ -12,6 +12,7 @@ pub mod moves;
 pub mod native;
 pub mod ongoing;
 pub mod paths;
+pub mod streams;
 pub mod stuck_disk;
 
 pub use error::{Error, Result};

@@ -4,8 +4,9 @@
 use std::time::Duration;
 
 use ringvm_tests::Result;
-use ringvm_tests::host::{Need, is_of_a_lost_peer, need};
+use ringvm_tests::host::{Need, need};
 use ringvm_tests::lab::{Exit, Guest, Lab, lab, vm};
+use ringvm_tests::streams::{Streamed, is_of_a_lost_peer};
 
 /// The variable with the bytes that each stream of the vsock has, for more than the usual.
 const STREAM: &str = "RINGVM_LAB_STREAM";
@@ -56,20 +57,14 @@ impl<'a> Background<'a> {
     }
 }
 
-/// What one side of `lab-stream` said: the checksum.
-fn sum(said: &str, bytes: u64) -> String {
-    let word = |key: &str| said.split_whitespace().find_map(|word| word.strip_prefix(key)?.strip_prefix('='));
-    assert_eq!(word("bytes"), Some(bytes.to_string().as_str()), "{said}");
-    word("sum").unwrap_or_else(|| panic!("lab-stream said: {said}")).to_owned()
-}
-
 /// Streams between L1 and the guest, where one side listens. Both must have seen the same bytes.
 fn stream(lab: &Lab, guest: &mut Guest, here: &str, there: &str) -> Result<()> {
     let bytes = stream_bytes();
     let ours = Background::start(lab, limit(bytes), &format!("lab-stream {here} {bytes}"))?;
     let theirs = guest.run_for(limit(bytes), &format!("lab-stream {there} {bytes}"))?;
     let ours = ours.wait_ok()?;
-    assert_eq!(sum(&ours, bytes), sum(&theirs, bytes), "L1: {here}: {ours}; the guest: {there}: {theirs}");
+    let sums = [&ours, &theirs].map(|said| Streamed::read(said, bytes).sum);
+    assert_eq!(sums[0], sums[1], "L1: {here}: {ours}; the guest: {there}: {theirs}");
     println!("{there}: {theirs}");
     Ok(())
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use ringvm_tests::Result;
 use ringvm_tests::lab::{Exit, Guest, Lab, lab, vm};
+use ringvm_tests::streams::Streamed;
 
 const HOST: &str = "10.9.0.1";
 const GUEST: &str = "10.9.0.2";
@@ -202,17 +203,6 @@ fn pitfall_40_only_the_pairs_that_the_guest_serves_are_attached_before_and_after
     });
 }
 
-/// What one side of `lab-stream` said: the checksum and MiB/s.
-fn streamed(said: &str) -> (String, f64) {
-    let word = |key: &str| said.split_whitespace().find_map(|word| word.strip_prefix(key)?.strip_prefix('='));
-    let seconds = word("milliseconds").and_then(|n| n.parse::<f64>().ok()).map(|n| n / 1000.0);
-    let (Some(bytes), Some(sum), Some(seconds)) = (word("bytes"), word("sum"), seconds) else {
-        panic!("lab-stream said: {said}")
-    };
-    assert_eq!(bytes, STREAM.to_string(), "{said}");
-    (sum.to_owned(), STREAM as f64 / f64::from(1 << 20) / seconds)
-}
-
 #[test]
 fn a_gibibyte_of_random_data_arrives_intact_both_ways() {
     lab(|lab| {
@@ -232,10 +222,11 @@ fn a_gibibyte_of_random_data_arrives_intact_both_ways() {
                 "n=0; while [ -d /proc/$(cat /run/stream.pid) ] && [ $n -lt 100 ]; do sleep 0.1; n=$((n + 1)); done",
             )?;
             let there = lab.run("cat /run/stream")?;
-            let ((sum, rate), (expected, _)) = (streamed(&here), streamed(&there));
-            assert_eq!(sum, expected, "the guest {verb}s: {here}; L1: {there}");
+            let [in_guest, in_l1] = [&here, &there].map(|said| Streamed::read(said, STREAM));
+            assert_eq!(in_guest.sum, in_l1.sum, "the guest {verb}s: {here}; L1: {there}");
             let after: u64 = guest.run(&packets)?.parse().expect("a number");
             let mean = STREAM / (after - before).max(1);
+            let rate = in_guest.rate();
             println!("the guest {verb}s {} MiB: {rate:.1} MiB/s, {mean} bytes per frame", STREAM >> 20);
             // With segments cut by nobody on the way, frames are many times as long as the MTU.
             assert!(mean > 4 * 1500, "{mean} bytes per frame: segmentation is not offloaded");

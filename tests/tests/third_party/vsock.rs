@@ -6,9 +6,10 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use ringvm_tests::host::{Need, is_of_a_lost_peer, need, say};
+use ringvm_tests::host::{Need, need, say};
 use ringvm_tests::native::{Running, daemon, program};
 use ringvm_tests::paths;
+use ringvm_tests::streams::{Streamed, is_of_a_lost_peer};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
 use crate::qemu::{Guest, machine};
@@ -74,15 +75,6 @@ fn lab_stream(words: [&str; 4]) -> Running {
     ok(program(ok(paths::helper("lab-stream")), words).start())
 }
 
-/// What one end of a stream said: the checksum, and the time in seconds.
-fn sum(said: &str, bytes: u64) -> (String, f64) {
-    let word = |key: &str| said.split_whitespace().find_map(|word| word.strip_prefix(key)?.strip_prefix('='));
-    assert_eq!(word("bytes"), Some(bytes.to_string().as_str()), "lab-stream said: {said}");
-    let milliseconds: Option<f64> = word("milliseconds").and_then(|word| word.parse().ok());
-    let sum = word("sum").unwrap_or_else(|| panic!("lab-stream said: {said}"));
-    (sum.to_owned(), milliseconds.unwrap_or_else(|| panic!("lab-stream said: {said}")) / 1000.0)
-}
-
 /// Waits for the host's end of a stream; what it said.
 fn finish(running: Running) -> String {
     let ended = ok(running.end(LIMIT));
@@ -109,11 +101,10 @@ fn streams(name: &str, guest: &mut Guest, socket: &Path, bytes: u64) {
         let running = lab_stream([side, address, direction, &amount]);
         let theirs = guest.run_for(LIMIT, &format!("lab-stream {there} {amount}"));
         let ours = finish(running);
-        let ((sum_here, seconds), (sum_there, _)) = (sum(&ours, bytes), sum(&theirs, bytes));
-        assert_eq!(sum_here, sum_there, "the host: {ours}; the guest, {there}: {theirs}");
+        let (here, far) = (Streamed::read(&ours, bytes), Streamed::read(&theirs, bytes));
+        assert_eq!(here.sum, far.sum, "the host: {ours}; the guest, {there}: {theirs}");
         if bytes > PIECE {
-            let rate = (bytes >> 20) as f64 / seconds;
-            say(&format!("{name}, {there}: {rate:.0} MiB/s, {seconds:.1} s"));
+            say(&format!("{name}, {there}: {:.0} MiB/s", here.rate()));
         }
     }
 }
@@ -169,7 +160,8 @@ fn many_at_once(guest: &mut Guest, socket: &Path) {
     assert_eq!(theirs.len(), 2 * STREAMS + CLIENTS, "{said}");
     let (theirs, answers) = theirs.split_at(2 * STREAMS);
     for (ours, theirs) in ours.iter().zip(theirs) {
-        assert_eq!(sum(ours, PIECE).0, sum(theirs, PIECE).0, "the host: {ours}; the guest: {theirs}");
+        let (here, far) = (Streamed::read(ours, PIECE), Streamed::read(theirs, PIECE));
+        assert_eq!(here.sum, far.sum, "the host: {ours}; the guest: {theirs}");
     }
     for (n, answer) in (1..).zip(answers) {
         assert_eq!(*answer, format!("answer-{n}."));
