@@ -1,15 +1,12 @@
 //! Hosted backends as a driver and a transport see them: one that works, and those that do not.
 
 use std::os::fd::AsRawFd;
+use std::sync::RwLock;
 use std::sync::atomic::AtomicUsize;
-use std::sync::{Mutex, RwLock};
 
 use ringvm_backends::device::{QueueState, RingConfig, Suspended};
-use ringvm_backends::testing::driver::{Buffer, Driver};
-use vhost::vhost_user::message::VhostUserProtocolFeatures;
-use vhost_user_backend::{VhostUserBackendMut, VringRwLock};
-use virtio_queue::QueueOwnedT;
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use ringvm_backends::testing::driver::Buffer;
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::EventSet;
 
 use super::*;
@@ -18,245 +15,15 @@ use super::*;
 #[path = "../examples/ramdisk.rs"]
 mod ramdisk;
 
-use ramdisk::RamDisk;
+#[path = "hosted_tests/rig.rs"]
+mod rig;
 
-/// Bytes of the guest's memory.
-const MEMORY: u64 = 1 << 20;
-const LIMIT: Duration = Duration::from_secs(20);
+use ramdisk::RamDisk;
+use rig::*;
+
 const HEADER: u64 = 0x8_0000;
-const DATA: u64 = 0x9_0000;
 const T_IN: u32 = 0;
 const T_OUT: u32 = 1;
-
-/// How a backend behaves.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Manner {
-    /// Gives every buffer back.
-    Works,
-    Panics,
-    Fails,
-    /// Does not return from a call as long as the test does not let it.
-    Blocks,
-    /// Takes buffers and keeps them.
-    Keeps,
-}
-
-struct Odd {
-    manner: Manner,
-    memory: GuestMemoryAtomic<GuestMemoryMmap>,
-    /// Released when the test is over.
-    block: Arc<Mutex<()>>,
-    descriptor_events: Arc<AtomicUsize>,
-    features: u64,
-    masks: Vec<u64>,
-    resets: usize,
-    /// Heads that it keeps, until it is called for a descriptor of its own.
-    kept: Vec<u16>,
-    /// Whether what it gave back last went into the ring.
-    gave_back: Arc<Mutex<Option<bool>>>,
-}
-
-impl Odd {
-    fn new(manner: Manner) -> Self {
-        let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
-        let features = 1 << VIRTIO_F_VERSION_1 | 1 << 30;
-        let masks = vec![0b001, 0b110];
-        Self {
-            manner,
-            memory,
-            block: Arc::default(),
-            descriptor_events: Arc::default(),
-            features,
-            masks,
-            resets: 0,
-            kept: Vec::new(),
-            gave_back: Arc::default(),
-        }
-    }
-}
-
-impl VhostUserBackendMut for Odd {
-    type Bitmap = ();
-    type Vring = VringRwLock;
-
-    fn num_queues(&self) -> usize {
-        3
-    }
-
-    fn max_queue_size(&self) -> usize {
-        64
-    }
-
-    fn features(&self) -> u64 {
-        self.features
-    }
-
-    fn protocol_features(&self) -> VhostUserProtocolFeatures {
-        VhostUserProtocolFeatures::CONFIG
-    }
-
-    fn set_event_idx(&mut self, _: bool) {}
-
-    fn reset_device(&mut self) {
-        self.resets += 1;
-    }
-
-    fn get_config(&self, _: u32, size: u32) -> Vec<u8> {
-        // Far more than was asked for.
-        vec![7; size as usize * 3 + 100]
-    }
-
-    fn update_memory(&mut self, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {
-        self.memory = memory;
-        Ok(())
-    }
-
-    fn queues_per_thread(&self) -> Vec<u64> {
-        self.masks.clone()
-    }
-
-    fn handle_event(&mut self, event: u16, _: EventSet, vrings: &[VringRwLock], thread: usize) -> io::Result<()> {
-        if usize::from(event) >= 3 {
-            for head in self.kept.drain(..) {
-                *self.gave_back.lock().unwrap() = Some(vrings[0].add_used(head, 0).is_ok());
-            }
-            self.descriptor_events.fetch_add(1, Ordering::SeqCst);
-            return Ok(());
-        }
-        assert_eq!(vrings.len(), [1, 2][thread], "only the thread's own queues");
-        match self.manner {
-            Manner::Panics => panic!("a bug, as this test has it"),
-            Manner::Fails => return Err(io::Error::other("broken, as this test has it")),
-            Manner::Blocks => drop(self.block.lock()),
-            Manner::Works | Manner::Keeps => {}
-        }
-        let vring = &vrings[usize::from(event)];
-        let memory = self.memory.memory();
-        loop {
-            let chain = vring.get_mut().get_queue_mut().iter(memory.clone()).map_err(io::Error::other)?.next();
-            let Some(chain) = chain else { return Ok(()) };
-            if self.manner != Manner::Keeps {
-                vring.add_used(chain.head_index(), u32::from(event)).map_err(io::Error::other)?;
-                vring.signal_used_queue()?;
-            } else {
-                self.kept.push(chain.head_index());
-            }
-        }
-    }
-}
-
-type OddDevice = Hosted<Arc<RwLock<Odd>>>;
-
-struct Queue {
-    driver: Driver,
-    kick: EventFd,
-    call: Arc<EventFd>,
-    faults: Arc<AtomicUsize>,
-}
-
-struct Rig<B: VhostUserBackend> {
-    device: Hosted<B>,
-    mem: GuestMemory,
-    queues: Vec<Queue>,
-}
-
-impl<B> Rig<B>
-where
-    B: VhostUserBackend + Clone + 'static,
-    B::Vring: Clone + Send + Sync + 'static,
-    B::Bitmap: NewBitmap + Clone + Send + Sync + 'static,
-{
-    fn new(mut device: Hosted<B>) -> Self {
-        let mem: GuestMemory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY as usize)]).unwrap());
-        let features = device.info().features;
-        device.ack_features(features).unwrap();
-        let queue = |(index, &size): (usize, &u16)| Queue {
-            driver: Driver::new(Arc::clone(&mem), index as u64 * 0x1_0000, size, features),
-            kick: EventFd::new(EFD_NONBLOCK).unwrap(),
-            call: Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()),
-            faults: Arc::default(),
-        };
-        let queues = device.info().queue_sizes.iter().enumerate().map(queue).collect();
-        Self { device, mem, queues }
-    }
-
-    fn start(&mut self, index: u16, from: QueueState) -> Result<(), DeviceError> {
-        let call = Interrupt::Event(Arc::clone(&self.queues[usize::from(index)].call));
-        self.start_with(index, from, call)
-    }
-
-    fn start_with(&mut self, index: u16, from: QueueState, call: Interrupt) -> Result<(), DeviceError> {
-        let queue = &self.queues[usize::from(index)];
-        let faults = Arc::clone(&queue.faults);
-        let parts = QueueParts {
-            call,
-            fault: Interrupt::Call(Arc::new(move || {
-                faults.fetch_add(1, Ordering::SeqCst);
-            })),
-            from,
-            ..QueueParts::new(queue.driver.ring(), Arc::clone(&self.mem), queue.kick.try_clone().unwrap())
-        };
-        self.device.start_queue(index, parts)
-    }
-
-    /// Offers one buffer, and rings.
-    fn offer(&mut self, index: usize) {
-        let queue = &mut self.queues[index];
-        queue.driver.add(&[Buffer { addr: DATA, len: 64, writable: true }]).unwrap();
-        queue.driver.want_interrupts(true);
-        if queue.driver.publish() {
-            queue.kick.write(1).unwrap();
-        }
-    }
-
-    fn next_used(&mut self, index: usize) -> (u16, u32) {
-        let mut used = None;
-        wait("the buffer comes back", || {
-            used = self.queues[index].driver.next_used();
-            used.is_some()
-        });
-        used.unwrap()
-    }
-
-    /// The driver starts anew.
-    fn renew(&mut self, index: usize) {
-        let queue = &mut self.queues[index];
-        let ring = queue.driver.ring();
-        queue.driver = Driver::new(Arc::clone(&self.mem), ring.desc, ring.size, self.device.info().features);
-        queue.faults.store(0, Ordering::SeqCst);
-    }
-
-    /// Resets the device, and has it agree on features again.
-    fn reset(&mut self) {
-        self.device.reset();
-        self.device.ack_features(self.device.info().features).unwrap();
-    }
-
-    /// How many maps of the guest's memory there are besides the test's own.
-    fn holders(&self) -> usize {
-        let (_, region) = self.mem.remove_region(GuestAddress(0), MEMORY).unwrap();
-        // The test's own, and this one.
-        Arc::strong_count(&region) - 2
-    }
-
-    fn wait_for_fault(&self, index: usize) {
-        wait("a fault is raised", || self.queues[index].faults.load(Ordering::SeqCst) > 0);
-    }
-}
-
-fn wait(what: &str, mut until: impl FnMut() -> bool) {
-    let deadline = Instant::now() + LIMIT;
-    while !until() {
-        assert!(Instant::now() < deadline, "not in time: {what}");
-        std::thread::yield_now();
-    }
-}
-
-fn odd(manner: Manner) -> (Arc<RwLock<Odd>>, Rig<Arc<RwLock<Odd>>>) {
-    let backend = Arc::new(RwLock::new(Odd::new(manner)));
-    let device: OddDevice = Hosted::new("odd0", 4, 4, Arc::clone(&backend)).unwrap();
-    (backend, Rig::new(device))
-}
 
 #[test]
 fn a_disk_of_the_other_crate_is_a_device() {
@@ -470,6 +237,18 @@ fn pitfall_54_a_backend_that_keeps_buffers_is_not_waited_for_for_ever() {
     assert_eq!(rig.device.drain(0).unwrap().next_used, 1);
     rig.device.drain(1).unwrap();
     assert_eq!(rig.holders(), 0);
+}
+
+#[test]
+fn the_thread_itself_keeps_to_the_limit_of_a_stop() {
+    let (backend, mut rig) = odd(Manner::Keeps);
+    rig.start(1, QueueState::default()).unwrap();
+    rig.start(2, QueueState::default()).unwrap();
+    rig.offer(1);
+    wait("the buffer is taken", || backend.read().unwrap().kept.len() == 1);
+    assert_eq!(rig.device.suspend(&[1]), [None]);
+    // A thread that did not answer would be given up with all its queues.
+    assert_eq!([1, 2].map(|index: usize| rig.queues[index].faults.load(Ordering::SeqCst)), [1, 0]);
 }
 
 #[test]

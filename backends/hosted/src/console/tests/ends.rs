@@ -240,7 +240,9 @@ fn the_rest_of_the_output_is_written_when_the_console_ends() {
     let (_read, write) = pipe();
     let mut rig = Rig::new(End::descriptors(null_input(), write));
     rig.send(&[0; 0x20_000], &[0x20_000]);
+    let start = Instant::now();
     drop(rig);
+    assert!(start.elapsed() < Duration::from_secs(10));
 }
 
 #[test]
@@ -262,9 +264,9 @@ fn a_slow_reader_of_the_rest_is_waited_for_less_than_a_hosted_device_is() {
     let start = Instant::now();
     drop(rig);
     let elapsed = start.elapsed();
-    assert!(elapsed > Duration::from_millis(600), "{elapsed:?}");
+    assert!((Duration::from_millis(600)..Duration::from_secs(10)).contains(&elapsed), "{elapsed:?}");
     let count = reader.join().unwrap();
-    assert!(count < 60_000, "it was waited for until it had read everything");
+    assert!((4096..60_000).contains(&count), "{count} bytes were read");
 }
 
 #[test]

@@ -79,7 +79,7 @@ fn a_reader_that_never_reads_stops_the_guest_for_a_moment_only() {
     let start = Instant::now();
     rig.send_all(&output, 0x4000, || {});
     let waited = start.elapsed();
-    assert!(waited >= STALL, "the guest waited for {waited:?}");
+    assert!((STALL..STALL * 100).contains(&waited), "the guest waited for {waited:?}");
     assert_eq!((rig.tx.in_flight(), rig.positions(TRANSMITQ).1), (0, 19));
     assert_eq!(rig.pump(), 0, "nothing is waited for but the reader");
     assert_eq!(told.about("does not read").len(), 1);
