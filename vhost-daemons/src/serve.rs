@@ -119,8 +119,8 @@ fn run<T>(program: &Program<T>, options: &ServeOptions, texts: &[String]) -> Res
     ended
 }
 
-/// Waits until there is no client left to serve, or a signal ends the daemon. Returns which thread has
-/// panicked, if one has: its queues would never be served again, whichever device they belong to.
+/// Waits until there is no client left to serve, or a signal ends the daemon. Returns which thread has panicked, if one
+/// has: its queues would never be served again, whichever device they belong to.
 fn wait(threads: &mut [Control], told: &Receiver<Told>) -> Option<String> {
     while threads.iter().any(|control| control.report.is_none()) {
         match told.recv() {

@@ -32,9 +32,9 @@ pub fn listen(path: &Path, mode: u32, backlog: i32) -> io::Result<(UnixListener,
     // Held until it listens: a socket that is only bound looks like a leftover.
     let claim = Claim::new(path)?;
     match connect_now(path) {
-        // Its backlog is full, but it listens.
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(in_use()),
         Ok(_) => return Err(in_use()),
+        // It listens, and its backlog is full.
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(in_use()),
         // No process listens, or it is no socket at all, or a link that leads nowhere.
         Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound) => {
             claim.remove_stale()?;
@@ -237,6 +237,7 @@ mod tests {
         drop(bound);
         assert!(path.exists());
     }
+
     #[test]
     fn a_listener_takes_the_place_of_a_leftover_only() {
         let dir = tempfile::tempdir().unwrap();
